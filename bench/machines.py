@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import shlex
+import shutil
 import socket
 import statistics
 import subprocess
@@ -18,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +90,7 @@ class Times:
     def lines(self) -> list[str]:
         """Return the table."""
         return [
-            f"{row:34} {statistics.median(ms):8.1f} ms   [{min(ms):.1f} to {max(ms):.1f}]   n={len(ms)}"
+            f"{row:44} {statistics.median(ms):8.1f} ms   [{min(ms):.1f} to {max(ms):.1f}]   n={len(ms)}"
             for row, ms in self.rows.items()
         ]
 
@@ -198,30 +200,54 @@ def measure_turns(times: Times, lab: "onionskin.Machine", root: Path, given: arg
 
 
 def measure_forks(times: Times, lab: "onionskin.Machine", root: Path, given: argparse.Namespace) -> dict[str, float]:
-    """Fork one machine, then several at once, beside fresh QEMUs with -loadvm."""
+    """Fork one machine, then several at once, with a pool and without one, beside fresh QEMUs with -loadvm."""
     lab.stop(force=True)
     found = {}
-    for count in (1, 1, given.forks):
-        begun = time.monotonic()
-        row = "fork to first output" if count == 1 else f"{count} forks to last first output"
-        forks = lab.fork("first", count=count)
-        consoles = [console_of(fork) for fork in forks]
-        for console in consoles:
-            console.wait_ticks(since=0)
-        times.add(row, time.monotonic() - begun)
-        if count > 1:
-            found[f"{count} forks PSS MiB"] = sum(pss_mib(pid_of(fork)) for fork in forks)
-        for fork in forks:
-            fork.stop(force=True)
-            fork.delete()
-    for _ in range(2):
-        begun = time.monotonic()
+    for count in (*(1 for _ in range(given.rounds)), given.forks, given.forks):
+        load_peers(times, count, root, given)
+        found |= fork(times, lab, count, f"fork of {count} to last first output")
+        with lab.pool("first", warm=count):
+            found |= fork(times, lab, count, f"fork of {count} from a pool to the same")
+    return found
+
+
+def fork(times: Times, lab: "onionskin.Machine", count: int, row: str) -> dict[str, float]:
+    """Fork, and wait for the first output of each."""
+    begun = time.monotonic()
+    forks = lab.fork("first", count=count)
+    times.add(f"{row}, call", time.monotonic() - begun)
+    consoles = [console_of(one) for one in forks]
+    for console in consoles:
+        console.wait_ticks(since=0)
+    times.add(row, time.monotonic() - begun)
+    memory = sum(pss_mib(pid_of(one)) for one in forks)
+    for one in forks:
+        one.stop(force=True)
+        one.delete()
+    return {f"{row}: PSS MiB": memory}
+
+
+def load_peers(times: Times, count: int, root: Path, given: argparse.Namespace) -> None:
+    """Start so many QEMUs with -loadvm at once, each with files of its own, and wait for the first output of each."""
+    roots = [root] if count == 1 else [root / f"peer{number}" for number in range(count)]
+    for one in roots:
+        for disk in DISKS:
+            if not (one / f"{disk}.qcow2").exists():
+                one.mkdir(exist_ok=True)
+                shutil.copy(root / f"{disk}.qcow2", one)
+
+    def start(root: Path) -> Peer:
         peer = Peer(root, given, load="first")
         peer.monitor.execute("cont")
         peer.console.wait_ticks(since=0)
-        times.add("fresh -loadvm to first output", time.monotonic() - begun)
+        return peer
+
+    with ThreadPoolExecutor(count) as threads:
+        begun = time.monotonic()
+        peers = list(threads.map(start, roots))
+        times.add(f"{count} fresh -loadvm to last first output", time.monotonic() - begun)
+    for peer in peers:
         peer.end()
-    return found
 
 
 def main() -> int:
@@ -268,12 +294,13 @@ def main() -> int:
     if given.json:
         print(json.dumps({"ms": times.rows, "other": found}))
     else:
-        print("\n".join([*times.lines(), *(f"{what:34} {value:8.1f}" for what, value in found.items())]))
+        print("\n".join([*times.lines(), *(f"{what:44} {value:8.1f}" for what, value in found.items())]))
         print(f"savevm / snapshot: {times.median('second savevm') / times.median('second snapshot, durable'):.1f}")
         print(f"loadvm / revert: {times.median('loadvm to first output') / times.median('revert to first output'):.1f}")
-        print(
-            f"-loadvm / fork: {times.median('fresh -loadvm to first output') / times.median('fork to first output'):.1f}"
-        )
+        for count in (1, given.forks):
+            peers = times.median(f"{count} fresh -loadvm to last first output")
+            for row in (f"fork of {count} to last first output", f"fork of {count} from a pool to the same"):
+                print(f"{count} -loadvm / {row}: {peers / times.median(row):.1f}")
     return 0
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from onionskin.machine.hypervisor import Configuration as MachineConfiguration
     from onionskin.machine.leftovers import drop_leftovers as drop_leftovers
     from onionskin.machine.machine import Machine
+    from onionskin.machine.pool import MachinePool
     from onionskin.machine.qemu_command import refuse_arguments as refuse_arguments
     from onionskin.operations.chain_members import ChainLayer, ChainMember
     from onionskin.operations.check import Problem
@@ -83,6 +84,7 @@ _HOME = {
     "MachineConfiguration": "onionskin.machine.hypervisor",
     "MachineDisk": "onionskin.operations.machines",
     "MachineInfo": "onionskin.operations.machines",
+    "MachinePool": "onionskin.machine.pool",
     "MachineSnapshot": "onionskin.machine.capture",
     "MachineSnapshotInfo": "onionskin.operations.machine_tree",
     "MachineUsage": "onionskin.operations.machine_usage",
@@ -112,6 +114,7 @@ __all__ = [
     "MachineExistsError",
     "MachineInfo",
     "MachineNotFoundError",
+    "MachinePool",
     "MachineSnapshot",
     "MachineSnapshotInfo",
     "MachineUsage",

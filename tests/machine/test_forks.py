@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,6 +91,33 @@ def test_what_keeps_one_from_starting_is_raised_and_the_others_run(lab: Machine,
         start_all(store, names)
     assert store.open_machine(names[0]).state != "running"
     assert store.open_machine(names[1]).state == "running"
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_the_next_call_is_served_by_the_process_that_is_loaded_and_by_another_one_after_its_end(lab: Machine) -> None:
+    one, other = (record_of(lab.fork("ready")[0]).supervisor for _ in range(2))
+    assert one and other
+    loaded = parent_of(one.pid)
+    assert parent_of(other.pid) == loaded
+    os.kill(loaded, signal.SIGKILL)
+    (fork,) = lab.fork("ready")
+    with Console(fork._directory / "console") as console:
+        console.wait_ticks()
+    assert one.is_alive and other.is_alive
+
+
+def test_the_process_that_starts_forks_ends_with_the_one_that_asked_for_them(lab: Machine, vms: Path) -> None:
+    script = "import onionskin, sys; onionskin.Store(sys.argv[1]).open_machine('lab').fork('ready', names=['f'])"
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", script, vms], check=True, capture_output=True, timeout=SECONDS_MAX
+    )
+    supervisor = record_of(lab._store.open_machine("f")).supervisor
+    assert supervisor and supervisor.is_alive
+    started = Path(f"/proc/{parent_of(supervisor.pid)}/cmdline").read_bytes()
+    assert b"onionskin.machine.fork" not in started
 
 
 def test_no_process_is_left_behind_a_fork(lab: Machine) -> None:

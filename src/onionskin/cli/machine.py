@@ -31,6 +31,7 @@ from onionskin.cli.arguments import (
 from onionskin.cli.chosen import same_store
 from onionskin.cli.columns import Asked, Column, column_options, draw, in_order
 from onionskin.cli.losses import dry_run_option, yes_option
+from onionskin.cli.machine_pool import pool
 from onionskin.cli.output import json_option
 
 if TYPE_CHECKING:
@@ -588,6 +589,9 @@ def fork(
         called = [one.name for one in made]
     value = {"source": str(name), "forks": called}
     output.show(as_json, value, lambda: "\n".join(f"{name.store}/{one}" for one in called))
+
+
+machine.add_command(pool)
 
 
 @_verb()

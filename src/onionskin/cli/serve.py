@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 import threading
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,10 +115,15 @@ class Log:
     help="Drop clients that ask for nothing for so long.",
 )
 @click.option("--stdio", is_flag=True, hidden=True, help="Serve one client, whose socket is stdin.")
+@click.option(
+    "--as", "labels", multiple=True, hidden=True, help="What each volume is called, whatever its name becomes."
+)
+@click.option("--tell-listening", is_flag=True, hidden=True, help="With --json, a line before that: clients can wait.")
 @trust_option
 @json_option
 def serve(
     names: tuple[str, ...],
+    labels: tuple[str, ...],
     socket_path: Path | None,
     socket_mode: str,
     tcp: tuple[str, ...],
@@ -133,6 +139,7 @@ def serve(
     in_flight: int,
     idle: int,
     stdio: bool,
+    tell_listening: bool,
     as_json: bool,
 ) -> None:
     """Serve volumes to machines over NBD, until SIGTERM or Ctrl-C.
@@ -165,8 +172,10 @@ def serve(
         terms = _tls_terms(tls_certificate, tls_key, tls_ca, tls_psk)
         found = [] if stdio else _listeners(socket_path, mode, tcp, terms)
         server.listen(found, anybody=tls_clients == "any")
-        for name in names:
-            _add(server, name)
+        if tell_listening:
+            output.echo(output.as_json_line({"listening": True}))
+        for name, label in zip_longest(names, labels[: len(names)]):
+            _add(server, name, label)
         server.exports.set_default()
         _stop_at_signals(server)
         if stdio:
@@ -230,14 +239,14 @@ def _listeners(path: Path | None, mode: int, tcp: tuple[str, ...], terms: "Terms
     return open_listeners(given, path=path, mode=mode, addresses=addresses, terms=terms)
 
 
-def _add(server: "Server", text: str) -> None:
+def _add(server: "Server", text: str, label: str | None = None) -> None:
     """Serve a name of the command line: a directory that is a store, or else a volume in one."""
     if is_store(FilePath(text)):
         server.exports.add_store(Path(text))
         return
     name = parse_name(text)
     if name.snapshot is None:
-        server.exports.add_volume(name.store, name.volume)
+        server.exports.add_volume(name.store, name.volume, label)
     else:
         server.exports.add_snapshot(name.store, name.volume, name.snapshot)
 

@@ -37,6 +37,7 @@ ARGUMENTS: dict[str, dict[str, tuple[type, ...]]] = {
     "snapshot": {"name": (str, NoneType), "note": (str,), "mode": (str, NoneType), "freeze": (bool,)},
     "revert": {"name": (str,)},
     "tell": {"hostname": (str, NoneType), "clock": (bool,)},
+    "adopt": {},
 }
 
 
@@ -268,12 +269,20 @@ class MachineControl:
 
     def call(self, verb: str, **arguments: Any) -> Any:
         """Ask for a verb, and return its result, or raise its error."""
+        self.ask(verb, **arguments)
+        return self.answer()
+
+    def ask(self, verb: str, **arguments: Any) -> None:
+        """Ask for a verb. `answer` is to be called next."""
         try:
             frames.send(self._connection, {"verb": verb, "arguments": arguments}, bytes_max=frames.REQUEST_BYTES_MAX)
         except TimeoutError:
             raise self._silent() from None
         except (BrokenPipeError, ConnectionResetError):
             raise NotAsked(str(self._gone())) from None
+
+    def answer(self) -> Any:
+        """Wait for the result of what was asked for, or raise its error."""
         try:
             while True:
                 reply = self._receive()

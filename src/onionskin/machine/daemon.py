@@ -7,6 +7,7 @@ terminal, no working directory, and no descriptor of its caller's.
 import json
 import os
 import select
+import socket
 import subprocess
 import sys
 import time
@@ -89,7 +90,9 @@ def main(arguments: list[str]) -> int:
     return be_supervisor(store, name, descriptor, paused="--paused" in flags, trust="--trust" in flags)
 
 
-def be_supervisor(store: str, name: str, descriptor: int, *, paused: bool, trust: bool) -> int:
+def be_supervisor(
+    store: str, name: str, descriptor: int, *, paused: bool, trust: bool, pool: socket.socket | None = None
+) -> int:
     """Supervise a machine in this process until its end, and tell who reads from a pipe when its guest runs."""
     try:
         from onionskin.machine.supervisor import supervise
@@ -97,7 +100,11 @@ def be_supervisor(store: str, name: str, descriptor: int, *, paused: bool, trust
 
         opened = Store(store, create=False, trust=trust)
         status = supervise(
-            opened, name, paused=paused, log=log_line, ready=lambda: _answer(descriptor, {"ready": True})
+            *(opened, name),
+            paused=paused,
+            log=log_line,
+            ready=lambda: _answer(descriptor, {"ready": True}),
+            pool=pool,
         )
     except BaseException as error:
         log_line(f"{type(error).__name__}: {error}")

@@ -43,6 +43,8 @@ class DiskServer:
         Whether the store may be another user's.
     found : ProcessId, optional
         One that serves them already.
+    labels : sequence of str, optional
+        What clients call them, which stays when they are renamed. By default their names.
 
     Attributes
     ----------
@@ -60,9 +62,11 @@ class DiskServer:
         *,
         trust: bool = False,
         found: ProcessId | None = None,
+        labels: Sequence[str] = (),
     ) -> None:
         self._store = store.absolute()
         self._volumes = list(volumes)
+        self.labels = list(labels)
         self._directory = directory
         self._trust = trust
         self._child: subprocess.Popen[bytes] | None = None
@@ -70,15 +74,32 @@ class DiskServer:
         self.process: ProcessId | None = found
         self.restarts = 0
         self.is_given_up = False
+        self._output: IO[bytes] | None = None
+        self._deadline = 0.0
 
     @property
     def uris(self) -> list[str]:
         """Where the disks are, in their order."""
         socket = quote(str(self._directory / DISKS))
-        return [f"nbd+unix:///{quote(volume, safe='')}?socket={socket}" for volume in self._volumes]
+        return [f"nbd+unix:///{quote(volume, safe='')}?socket={socket}" for volume in self.labels or self._volumes]
+
+    def rename(self, volumes: Sequence[str]) -> None:
+        """Take note of what the volumes are called now. Clients have them by their labels."""
+        self._volumes = list(volumes)
 
     def start(self) -> None:
         """Start it, and return when it is ready.
+
+        Raises
+        ------
+        StateError
+            It did not come up; its log says why.
+        """
+        self.begin()
+        self.wait_ready()
+
+    def begin(self) -> None:
+        """Start it, and return when it listens: who connects waits until it is ready (`wait_ready`).
 
         Raises
         ------
@@ -91,14 +112,41 @@ class DiskServer:
         names = [f"{self._store}/{volume}" for volume in self._volumes]
         log = os.open(self._directory / SERVER_LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         arguments = ["serve", *names, "--socket", str(self._directory / DISKS), "--allow-revert", "--json", *trust]
+        arguments += ["--tell-listening"]
+        arguments += [f"--as={label}" for label in self.labels]
         try:
             pid, output = spawn(arguments, log) if spawn is not None else self._start_program(arguments, log)
         finally:
             os.close(log)
         self.process = ProcessId.of(pid)
-        if not self._is_ready(output):
+        self._output, self._deadline = output, time.monotonic() + READY_SECONDS
+        self._wait_for("listening")
+
+    def wait_ready(self) -> None:
+        """Return when what was begun is ready. Further calls do nothing.
+
+        Raises
+        ------
+        StateError
+            It did not come up; its log says why.
+        """
+        if self._output is not None:
+            self._wait_for("ready")
+            self._close_output()
+
+    def _wait_for(self, what: str) -> None:
+        try:
+            is_so = json.loads(self._line()).get(what) is True
+        except (ValueError, AttributeError):
+            is_so = False
+        if not is_so:
             self.end(seconds=0)
             raise StateError(f"the disks of the machine cannot be served: {self._said()}")
+
+    def _close_output(self) -> None:
+        if self._output is not None:
+            self._output.close()
+            self._output = None
 
     def _start_program(self, arguments: list[str], log: int) -> tuple[int, IO[bytes]]:
         self._child = subprocess.Popen(
@@ -114,23 +162,18 @@ class DiskServer:
         assert self._child.stdout is not None
         return self._child.pid, self._child.stdout
 
-    def _is_ready(self, written: IO[bytes]) -> bool:
-        deadline = time.monotonic() + READY_SECONDS
+    def _line(self) -> bytes:
+        """Return its next line, or what it wrote of one before it ended or took too long."""
+        assert self._output is not None
+        poll = select.poll()
+        poll.register(self._output.fileno(), select.POLLIN)
         line = b""
-        with written as output:
-            while not line.endswith(b"\n"):
-                poll = select.poll()
-                poll.register(output.fileno(), select.POLLIN)
-                if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                    return False
-                part = os.read(output.fileno(), 65536)
-                if not part:
-                    return False
-                line += part
-        try:
-            return json.loads(line).get("ready") is True
-        except ValueError:
-            return False
+        while not line.endswith(b"\n") and poll.poll(max(0.0, self._deadline - time.monotonic()) * 1000):
+            part = os.read(self._output.fileno(), 1)  # so that nothing of the line behind it is taken
+            if not part:
+                break
+            line += part
+        return line
 
     def restart(self) -> None:
         """Start it again after its end.
@@ -159,6 +202,7 @@ class DiskServer:
 
     def end(self, seconds: float = END_SECONDS) -> None:
         """End it: it flushes the disks, and gives them up. Killed, if that takes too long. Further calls do nothing."""
+        self._close_output()
         if self.process is None:
             return
         self.process.end(seconds)

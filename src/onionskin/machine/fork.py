@@ -2,23 +2,28 @@
 
 To load Python and all that a supervisor and a server of disks need takes longer than to fork a machine. So one process
 loads it, makes the RAM file if it is missing, asks the hypervisor what it is, and then forks for each machine: once for its
-supervisor, which first forks what will be the server of its disks. What they share stays in memory once.
+supervisor, which first forks what will be the server of its disks. What they share stays in memory once. That process waits
+for IDLE_SECONDS for the next call of the same process, and ends with it.
 
 What must hold: the process that forks has no other thread then, and no store open: each supervisor opens its own. The caller
-returns when the guests of all run, or raises the first of what kept one from running; the others run then.
+returns when the guests of all run, or raises the first of what kept one from running; the others run then. A call is carried
+out once: it is made again only where the process that forks ended before it said that it had it.
 """
 
+import atexit
 import importlib
 import json
 import os
 import runpy
+import select
+import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from onionskin.control import frames
 from onionskin.errors import OnionskinError, StateError
@@ -27,6 +32,8 @@ from onionskin.machine.record import SUPERVISOR_LOG, make_directory
 from onionskin.operations import machines
 
 STARTS_AT_ONCE = 16
+IDLE_SECONDS = 60.0
+_HEARD, _DONE = b"heard", b"done"
 _OF_SERVERS = (
     "onionskin.cli.app",
     "onionskin.cli.serve",
@@ -64,7 +71,7 @@ def _start_some(store: "Store", names: Sequence[str], paused: bool) -> list[Exce
             readers.append(stack.enter_context(os.fdopen(reader, "rb", buffering=0)))
             writers.append(writer)
             directory = make_directory(store._opened.layout.root, machines.find(store._opened.catalog, name).id)
-            wanted.append([name, writer, str(directory / SUPERVISOR_LOG)])
+            wanted.append([name, str(directory / SUPERVISOR_LOG)])
         try:
             _start_process(store, wanted, writers, paused)
         finally:
@@ -74,19 +81,65 @@ def _start_some(store: "Store", names: Sequence[str], paused: bool) -> list[Exce
         return [error for error in answers if error is not None]
 
 
-def _start_process(store: "Store", wanted: list[list[object]], writers: list[int], paused: bool) -> None:
+def _start_process(store: "Store", wanted: list[list[str]], writers: list[int], paused: bool) -> None:
     what = {"store": str(store.path.absolute()), "machines": wanted, "paused": paused, "trust": store._trust}
-    child = subprocess.Popen(
-        [sys.executable, "-m", "onionskin.machine.fork", json.dumps(what)],
-        stdin=subprocess.DEVNULL,
-        cwd="/",
-        umask=0o077,
-        pass_fds=writers,
-        start_new_session=True,
-        # Threads of NumPy's library would be in the way of a fork, and nothing here uses them.
-        env={key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"} | {"OPENBLAS_NUM_THREADS": "1"},
-    )
-    child.wait()  # it ends when it has forked
+    with _guard:
+        if not _ask(_forking_process(), what, writers):
+            _ask(_forking_process(), what, writers)
+
+
+_guard = threading.Lock()  # over what follows
+_there: "tuple[subprocess.Popen[bytes], socket.socket, tuple[object, ...]] | None" = None
+
+
+def _ask(process: socket.socket, what: dict[str, object], writers: list[int]) -> bool:
+    """Have machines started. Return False if it was not heard. Who was not started closes its pipe without an answer."""
+    global _there
+    heard = done = b""
+    with suppress(OSError):
+        socket.send_fds(process, [json.dumps(what).encode()], writers)
+        heard = process.recv(16)
+        done = process.recv(16) if heard else b""
+    if not done:
+        _end_process()
+    return bool(heard)
+
+
+@atexit.register
+def _end_process() -> None:
+    """End the process that forks, if there is one of this process."""
+    global _there
+    if _there is not None:
+        child, connection, (pid, *_) = _there
+        connection.close()
+        if pid == os.getpid():
+            child.wait()
+        _there = None
+
+
+def _forking_process() -> socket.socket:
+    """Return the connection to the process that forks, which is started where there is none for this environment."""
+    global _there
+    # Threads of NumPy's library would be in the way of a fork, and nothing here uses them.
+    environment = {key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"}
+    environment |= {"OPENBLAS_NUM_THREADS": "1"}
+    key = (os.getpid(), sys.executable, sorted(environment.items()))
+    if _there is not None and _there[2] == key and _there[0].poll() is None:
+        return _there[1]
+    _end_process()
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with there:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "onionskin.machine.fork", str(there.fileno())],
+            stdin=subprocess.DEVNULL,
+            cwd="/",
+            umask=0o077,
+            pass_fds=[there.fileno()],
+            start_new_session=True,
+            env=environment,
+        )
+    _there = (child, here, key)
+    return here
 
 
 def _failure(name: str, reader: int) -> Exception | None:
@@ -104,27 +157,53 @@ def _failure(name: str, reader: int) -> Exception | None:
     return error if isinstance(error, Exception) else StateError(str(error))
 
 
-def main(text: str) -> int:
-    """Be the process that forks: the argument is what `start_all` gives."""
-    what = json.loads(text)
-    wanted = what["machines"]
-    held = _prepare(what["store"], wanted[0][0], what["trust"])
-    if threading.active_count() > 1:
-        return 1  # each machine is said to have died, which is better than one that hangs
-    for name, writer, log in wanted:
-        if os.fork() == 0:
-            with suppress(OSError):
-                if held is not None:
-                    held.close()
-            os._exit(_supervise(what, name, writer, log, [other for _, other, _ in wanted if other != writer]))
-    return 0
-
-
-def _prepare(store: str, name: str, trust: bool) -> "RamFile | None":
-    """Load what all supervisors use, and make the RAM file. What fails here, fails in them too, and they say so."""
+def main(descriptor: int) -> int:
+    """Be the process that forks, as long as who started it asks for something."""
+    asked = socket.socket(fileno=descriptor)
+    asked.set_inheritable(False)
     for module in _OF_SERVERS:
         with suppress(ImportError):
             importlib.import_module(module)
+    signal.signal(signal.SIGCHLD, _reap)
+    poll = select.poll()
+    poll.register(asked, select.POLLIN)
+    while poll.poll(IDLE_SECONDS * 1000):
+        text, writers, _, _ = socket.recv_fds(asked, 1 << 20, STARTS_AT_ONCE)
+        if not text:
+            os._exit(0)  # who started it waits for its end
+        asked.send(_HEARD)
+        _start_machines(json.loads(text), writers, asked)
+        asked.send(_DONE)
+    return 0
+
+
+def _reap(*_: object) -> None:
+    """Take note of supervisors that have ended, so that they are gone."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def _start_machines(what: dict[str, Any], writers: list[int], asked: socket.socket) -> None:
+    """Fork the supervisors of machines."""
+    held = _prepare(what["store"], what["machines"][0][0], what["trust"])
+    if threading.active_count() == 1:  # else each is said to have died, which is better than one that hangs
+        for (name, log), writer in zip(what["machines"], writers, strict=True):
+            if os.fork() == 0:
+                with suppress(OSError):
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    asked.close()
+                    if held is not None:
+                        held.close()
+                os._exit(_supervise(what, name, writer, log, [other for other in writers if other != writer]))
+    for writer in writers:
+        os.close(writer)
+    if held is not None:
+        held.close()
+
+
+def _prepare(store: str, name: str, trust: bool) -> "RamFile | None":
+    """Make the RAM file. What fails here, fails in the supervisors too, and they say so."""
     try:
         from onionskin.machine import restore, supervisor  # noqa: F401 - loaded here for all
         from onionskin.machine.hypervisor import Configuration
@@ -146,7 +225,9 @@ def _prepare(store: str, name: str, trust: bool) -> "RamFile | None":
         return None
 
 
-def _supervise(what: dict[str, object], name: str, writer: int, log: str, others: list[int]) -> int:
+def _supervise(
+    what: dict[str, object], name: str, writer: int, log: str, others: list[int], *, pool: socket.socket | None = None
+) -> int:
     """Be the supervisor of a machine, until its end. Return the exit status of the process."""
     try:
         os.setsid()
@@ -156,7 +237,7 @@ def _supervise(what: dict[str, object], name: str, writer: int, log: str, others
         _write_to(log)
         disk_server.spawn = _spawner(writer)
         return daemon.be_supervisor(
-            str(what["store"]), name, writer, paused=bool(what["paused"]), trust=bool(what["trust"])
+            str(what["store"]), name, writer, paused=bool(what["paused"]), trust=bool(what["trust"]), pool=pool
         )
     except BaseException as error:
         with suppress(BaseException):
@@ -228,4 +309,4 @@ def _write_to(log: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(int(sys.argv[1])))

@@ -6,7 +6,7 @@ found by whatever is asked of it next, and has one again before anything else ha
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import wraps
@@ -14,19 +14,22 @@ from socket import socket
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from onionskin.base.sockets import connect_unix
-from onionskin.errors import StateError
-from onionskin.machine import daemon, disk_server, record
+from onionskin.errors import OnionskinError, StateError
+from onionskin.machine import daemon, disk_server, pool, record
 from onionskin.machine import fork as fork_process
 from onionskin.machine.capture import MachineSnapshot
 from onionskin.machine.control import MachineControl, NotAsked
 from onionskin.machine.hypervisor import Configuration
+from onionskin.machine.pool import MachinePool
 from onionskin.machine.record import Record
-from onionskin.operations import machines
+from onionskin.operations import machine_forks, machines
+from onionskin.operations.forks import check_wanted
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from onionskin.base.annotations import WipePolicy
+    from onionskin.operations.forks import Wanted
     from onionskin.operations.machine_tree import MachineSnapshotInfo
     from onionskin.operations.machines import MachineInfo
     from onionskin.store import Store
@@ -489,9 +492,10 @@ class Machine:
         ValueError
             The arguments do not say which machines to make.
         """
-        made = self._store.fork_machine(
-            self._name, snapshot, count=count, names=names, pattern=pattern, lifetime=lifetime, labels=labels, wipe=wipe
-        )
+        wanted = check_wanted(self._name, snapshot, names, count, pattern, None, lifetime, labels, wipe)
+        if start and not network and wipe is None and (warm := self._fork_from_pool(wanted)) is not None:
+            return warm
+        made = machine_forks.fork_machine(self._store._opened, wanted)
         forks = [Machine(self._store, name) for name in made]
         try:
             for fork in forks if network else ():
@@ -502,6 +506,101 @@ class Machine:
             self._remove(forks)
             raise
         return forks
+
+    def _fork_from_pool(self, wanted: "Wanted") -> "list[Machine] | None":
+        """Make forks of which a pool has the first ones ready. Return None, and leave nothing, where no pool can help."""
+        catalog = self._store._opened.catalog
+        taken = catalog.machine_snapshot_named(self._id, wanted.snapshot or "")
+        if taken is None:
+            return None
+        with pool.taken(self._directory, taken.id, wanted.count) as waiting:
+            if not waiting:
+                return None
+            made = machine_forks.fork_machine(self._store._opened, wanted, waiting)
+            forks = [Machine(self._store, name) for name in made]
+            try:
+                cold = [fork for fork in forks if fork._id not in waiting]
+                if not self._adopt([fork for fork in forks if fork._id in waiting]):
+                    self._remove(forks)
+                    return None
+                fork_process.start_all(self._store, [fork._name for fork in cold])
+            except BaseException:
+                self._remove(forks)
+                raise
+            return forks
+
+    def _adopt(self, forks: "list[Machine]") -> bool:
+        """Tell supervisors of machines that waited in a pool which forks they are. Return whether all guests run."""
+        with ExitStack() as stack:
+            try:
+                found = [MachineControl.find(fork._directory / record.CONTROL, fork.name) for fork in forks]
+                controls = [stack.enter_context(one) for one in found if one is not None]
+                if len(controls) < len(forks):
+                    return False
+                for control in controls:
+                    control.ask("adopt")
+                for control in controls:
+                    control.answer()
+            except (OSError, OnionskinError):
+                return False
+        return True
+
+    def pool(self, snapshot: str, *, warm: int = 4) -> MachinePool:
+        """Start a process that has forks of a snapshot ready, for `fork` to take. They are ready on return.
+
+        A fork that takes a machine has nothing to start, and the process makes another one. It goes on until `stop` of what
+        is returned, or the end of its context. As long as it does, the snapshot cannot be dropped.
+
+        Parameters
+        ----------
+        snapshot : str
+        warm : int
+            How many machines, 1 to 64. Each has the processes of a machine that runs, and stands still.
+
+        Returns
+        -------
+        MachinePool
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            There is none of that name.
+        StateError
+            There is a pool of that snapshot, or it cannot run here.
+        OSError
+            A file could not be read or written, or there is no space (ENOSPC).
+        ValueError
+            `warm` is out of range.
+        """
+        return pool.start(self._store, self._name, snapshot, warm)
+
+    def be_pool(self, snapshot: str, *, warm: int = 4) -> None:
+        """Replace this process by that of a pool, for a service manager. SIGTERM ends it. See `pool`.
+
+        Parameters
+        ----------
+        snapshot : str
+        warm : int
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            There is none of that name.
+        ValueError
+            `warm` is out of range.
+        """
+        pool.become(self._store, self._name, snapshot, warm)
+
+    def pools(self) -> list[MachinePool]:
+        """Return the pools of its snapshots that there are now.
+
+        Returns
+        -------
+        list of MachinePool
+            By the age of their snapshots.
+        """
+        rows = self._store._opened.catalog.snapshots_of_machine(self._id)
+        return [one for row in rows if (one := MachinePool(self._directory, row.name, row.id)).is_there]
 
     def _remove(self, forks: "list[Machine]") -> None:
         for fork in forks:

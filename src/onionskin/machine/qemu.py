@@ -90,6 +90,7 @@ class QemuHypervisor:
         disks: Sequence[str],
         state: Path | None,
         identity: Identity,
+        wait_for_disks: Callable[[], None] = lambda: None,
     ) -> "QemuProcess":
         """Start a machine that is stopped before its first instruction. See `Hypervisor.launch`."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -108,7 +109,7 @@ class QemuHypervisor:
                 disks=disks,
                 identity=identity,
             )
-            return _start(command, name, directory, ram, self._on_event, is_tracked=is_tracked)
+            return _start(command, name, directory, ram, self._on_event, wait_for_disks, is_tracked=is_tracked)
 
         process = _start_tracked(start, ram_file) or start(_copy(ram_file, directory), is_tracked=False)
         try:
@@ -468,7 +469,14 @@ class QemuProcess:
 
 
 def _start(
-    command: list[str], name: str, directory: Path, ram: Path, on_event: OnEvent | None, *, is_tracked: bool
+    command: list[str],
+    name: str,
+    directory: Path,
+    ram: Path,
+    on_event: OnEvent | None,
+    wait_for_disks: Callable[[], None],
+    *,
+    is_tracked: bool,
 ) -> QemuProcess:
     for socket in (qemu_command.QMP, qemu_command.CONSOLE, qemu_command.AGENT, qemu_command.PRELOAD):
         (directory / socket).unlink(missing_ok=True)
@@ -495,6 +503,7 @@ def _start(
     finally:
         os.close(log)
     try:
+        wait_for_disks()  # QEMU loads its libraries meanwhile, and answers nothing before it has its disks
         return QemuProcess(
             child.pid,
             start_ticks(child.pid),

@@ -12,7 +12,7 @@ import os
 import select
 import signal
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
@@ -131,6 +131,8 @@ class Record:
         Whether it is being put back in place: until that has ended, RAM and disks may not agree.
     is_frozen : bool
         Whether its file systems may be frozen.
+    labels : list of str
+        What its hypervisor calls its disks, where that is not their names.
     """
 
     supervisor: ProcessId | None
@@ -146,6 +148,7 @@ class Record:
     is_paused: bool = False
     is_reverting: bool = False
     is_frozen: bool = False
+    labels: list[str] = field(default_factory=list)
 
     def write(self, directory: Path) -> None:
         """Replace the record of a machine."""
@@ -171,8 +174,9 @@ class Record:
             for name in ("supervisor", "hypervisor", "server"):
                 if value[name] is not None:
                     value[name] = ProcessId.checked(value[name])
+            value.setdefault("labels", [])  # which a supervisor of an earlier onionskin did not write
             return cls(**{one.name: value[one.name] for one in fields(cls)})
-        except (TypeError, KeyError):
+        except (TypeError, KeyError, AttributeError):
             raise FormatError(
                 f"{path} cannot be read; if no QEMU of that machine runs (look with ps), remove it and start the machine"
             ) from None

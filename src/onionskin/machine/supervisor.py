@@ -16,6 +16,7 @@ by another, which finds the processes by the record; what was under way then is 
 import os
 import select
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onionskin.base.lazy import logger
+from onionskin.base.sockets import has_hung_up
 from onionskin.errors import OnionskinError, StateError
 from onionskin.machine import capture, disk_server, qemu, record, restore
 from onionskin.machine.agent import tell_identity
@@ -35,7 +37,7 @@ from onionskin.machine.monitor import MonitorError, MonitorTimeout
 from onionskin.machine.qemu import QemuHypervisor, QemuProcess
 from onionskin.machine.record import ProcessId, Record
 from onionskin.machine.running import Running
-from onionskin.operations import machine_tree, machines
+from onionskin.operations import machine_forks, machine_tree, machines
 
 if TYPE_CHECKING:
     from onionskin.catalog import MachineRow
@@ -63,9 +65,15 @@ class Supervisor:
         The machine.
     log : callable
         Takes a line.
+    pool : socket, optional
+        The other end is the pool's for which the machine waits, stopped before it goes on from its snapshot, until a fork
+        takes it. When the pool closes it before that, the machine ends, and nothing of it is left.
     """
 
-    def __init__(self, store: "Store", name: str, log: Callable[[str], None]) -> None:
+    def __init__(
+        self, store: "Store", name: str, log: Callable[[str], None], *, pool: socket.socket | None = None
+    ) -> None:
+        self._pool = pool
         self._store = store
         self._name = name
         self._log = log
@@ -116,7 +124,10 @@ class Supervisor:
         if found is not None and not is_there and found.server is not None:
             found.server.end(disk_server.END_SECONDS)
         serving = found.server if found and is_there and found.server and found.server.is_alive else None
-        self._server = DiskServer(self._store.path, disks, self._directory, trust=self._store._trust, found=serving)
+        labels = found.labels if found and is_there else disks if self._pool is not None else ()
+        self._server = DiskServer(
+            self._store.path, disks, self._directory, trust=self._store._trust, found=serving, labels=labels
+        )
         if found is not None and is_there:
             self._take_over(found, volume)
         else:
@@ -143,7 +154,7 @@ class Supervisor:
             if begins.ram is not None:
                 machines.refuse_written(store._opened, row)
                 prepared = stack.enter_context(restore.prepare(store, row, None, now))
-            self._server.start()
+            self._server.begin()
             self._process = hypervisor.launch(
                 configuration,
                 name=self._name,
@@ -152,6 +163,7 @@ class Supervisor:
                 disks=self._server.uris,
                 state=prepared.state.path if prepared else None,
                 identity=identity,
+                wait_for_disks=self._server.wait_ready,
             )
             self._ends.callback(self._process.quit, QUIT_SECONDS)
             mapped = prepared.saved.layer if prepared and self._process.ram() is not None else None
@@ -162,10 +174,11 @@ class Supervisor:
             if prepared is not None:
                 restore.settle(self.running, prepared.saved)
             self._note(self._record_of(configuration, now, identity, mapped, paused))
-            # From here on the guest may write: RAM that it began from is older than its disks.
-            machines.note_running(store._opened, machine)
+            if self._pool is None:
+                # From here on the guest may write: RAM that it began from is older than its disks.
+                machines.note_running(store._opened, machine)
         (self._directory / record.ENDED).unlink(missing_ok=True)
-        if not paused:
+        if self._pool is None and not paused:
             self._process.resume()
             if begins.ram is not None and begins.snapshot is None:
                 self._tell_fork(configuration, identity)
@@ -210,7 +223,8 @@ class Supervisor:
             str(self._process.ram_file),
             self._process.ram() is not None,
             None if mapped is None else mapped.hex(),
-            is_paused=paused,
+            is_paused=paused or self._pool is not None,
+            labels=self._server.labels,
         )
 
     def _take_over(self, found: Record, volume: "Volume") -> None:
@@ -267,11 +281,60 @@ class Supervisor:
             "snapshot": self.snapshot,
             "revert": self.revert,
             "tell": self.tell,
+            "adopt": self.adopt,
         }
+        verbs = {verb: self._unless_it_waits(verb, call) for verb, call in verbs.items()}
         self._control = ControlServer(
             self._directory / record.CONTROL, verbs, self._log, has_ended=lambda: self._process.wait(0) is not None
         )
         self._ends.callback(self._control.close)
+
+    # ---- while it waits in a pool ----
+
+    def _unless_it_waits(self, verb: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Refuse a verb as long as the machine waits in a pool; but it can be ended."""
+
+        def guarded(has_gone: Callable[[], None], **arguments: Any) -> Any:
+            if self._pool is not None and verb not in ("status", "adopt"):
+                if verb != "stop":
+                    raise StateError(
+                        f"machine {self._name!r} waits in a pool for a fork; use 'onionskin machine fork', which takes it"
+                    )
+                arguments["force"] = True
+            return call(has_gone, **arguments)
+
+        return guarded
+
+    def adopt(self, has_gone: Callable[[], None]) -> None:
+        """Be the fork that this machine is in the catalog now, and let its guest go on."""
+        with self.running.guard:
+            row = self.running.machine
+            if self._pool is None or not machine_forks.is_taken(row):
+                raise StateError(f"machine {self._name!r} does not wait in a pool for a fork that has taken it")
+            self._name = self.running.name = self._process.name = row.name
+            self._server.rename([one.name for one in machines.volumes_of(self._store._opened.catalog, row)[:-1]])
+            self._note_what_is(replace(self.record, is_paused=False))
+            self._pool = None  # from here on it is left alone, whatever becomes of the pool
+            self._process.resume()
+        self._log(f"a fork took it from the pool; it is machine {row.name!r}")
+        self._tell_fork(self.running.configuration, self.running.identity)
+
+    def _look_at_pool(self) -> None:
+        """End a machine whose pool has gone; but one that a fork took, which was killed before it could say so, goes on."""
+        with self.running.guard:
+            if self._pool is None or not has_hung_up(self._pool):
+                return
+            if machine_forks.is_taken(self.running.machine):
+                self.adopt(lambda: None)
+                return
+            self._is_forced = True
+            self._process.quit(0)
+
+    def _drop(self) -> None:
+        """Leave nothing of a machine that waited in vain."""
+        machine = machines.find(self._store._opened.catalog, self._name)
+        if not machine_forks.is_taken(machine):
+            self._store._delete_machines([machine.name], recursive=False, agreed={machine.name: machine.id})
 
     # ---- while it runs ----
 
@@ -281,6 +344,7 @@ class Supervisor:
             while (status := self._process.wait(0)) is None:
                 self._wait_for_news()
                 if self._process.wait(0) is None:
+                    self._look_at_pool()
                     self._look_at_server()
                     self._look_at_guest()
             self._report(status)
@@ -291,6 +355,8 @@ class Supervisor:
     def _wait_for_news(self) -> None:
         poll = select.poll()
         poll.register(self._wake_reader, select.POLLIN)
+        if (pool := self._pool) is not None:
+            poll.register(pool, 0)  # its end is always told
         with ExitStack() as stack:
             for process in (self.record.hypervisor, self._server.process):
                 if process is not None and (descriptor := _open_process(process)) is not None:
@@ -370,6 +436,9 @@ class Supervisor:
             self._ended.set()
             if hasattr(self, "_control"):
                 self._control.join(QUIT_SECONDS)  # what waits for the end is answered
+            if self._pool is not None:
+                with suppress(OSError, OnionskinError):  # `expire` drops it later
+                    self._drop()
             self._store.close()
 
     # ---- verbs: each is given a function that raises once its caller has gone ----
@@ -496,6 +565,8 @@ class Supervisor:
 
         def work() -> None:
             try:
+                if self._pool is not None:
+                    raise StateError("it waits in a pool, and its guest never ran")
                 self._ask_to_shut_down(lambda: None, STOP_SECONDS)
             except (OSError, OnionskinError) as error:
                 self._log(str(error))
@@ -560,12 +631,13 @@ def supervise(
     paused: bool = False,
     log: Callable[[str], None],
     ready: Callable[[], None],
+    pool: socket.socket | None = None,
 ) -> int:
     """Run a machine in this process, until it ends. `ready` is called once its guest runs. The store is closed.
 
-    SIGTERM, SIGINT and SIGHUP have the guest shut down.
+    SIGTERM, SIGINT and SIGHUP have the guest shut down. With `pool`, the machine waits in a pool at first: see `Supervisor`.
     """
-    supervisor = Supervisor(store, name, log)
+    supervisor = Supervisor(store, name, log, pool=pool)
     supervisor.begin(paused=paused)
     before = {}
     try:

@@ -58,12 +58,12 @@ class ExportTable:
         """
         with self.guard:
             served, views = list(self.served.values()), list(self.views.values())
-        names = {one: one.volume.name for one in served}
+        names = {one: one.volume.name for one in served if not one.is_fixed}
         meanings = {view: view.meaning() for view in views}
         with self.guard:
             wanted = {
                 one.name: names[one]
-                for one in served
+                for one in names
                 if self.served.get(one.name) is one and not (one.operations or one.switching)
             }
             self._relabel(wanted)

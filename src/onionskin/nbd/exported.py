@@ -72,7 +72,9 @@ class View(Exported):
         """Return the name by which clients ask for it now, or None if its name is gone or means another snapshot."""
         volume = self.opened.store.catalog.volume_with_id(self.opened.row.id)
         row = self.snapshot_row(self.row.name)
-        return f"{volume.name}@{row.name}" if volume and row and is_same(row, self.row) else None
+        if volume is None or row is None or not is_same(row, self.row):
+            return None
+        return f"{self.served.name if self.served and self.served.is_fixed else volume.name}@{row.name}"
 
     def context_key(self, since: str) -> tuple[object, ...] | None:
         """Return the same as for a volume, but None if the view's own name is gone."""
@@ -127,6 +129,8 @@ class ServedVolume(Exported):
         The guard of the table of exports.
     log : callable
         Takes a line.
+    is_fixed : bool
+        Whether the label stays, whatever the volume is called.
     """
 
     def __init__(
@@ -138,8 +142,10 @@ class ServedVolume(Exported):
         *,
         guard: AbstractContextManager[object],
         log: Callable[[str], None],
+        is_fixed: bool = False,
     ) -> None:
         super().__init__(volume)
+        self.is_fixed = is_fixed
         self._serving = serving
         self._nbd = nbd
         self._guard = guard
@@ -245,10 +251,15 @@ class ServedVolume(Exported):
             with self._guard:
                 self.switching -= 1
 
+    @property
+    def called(self) -> str:
+        """The name of the volume, as the label has it or, where that is fixed, the catalog."""
+        return self.volume.name if self.is_fixed else self.name
+
     def info(self) -> dict[str, Any]:
         """Describe the volume, and say where it is served."""
         return {
-            "name": self.name,
+            "name": self.called,
             "size_bytes": self.volume.size_bytes,
             "block_size": self.volume.block_size,
             "pid": os.getpid(),
@@ -259,7 +270,7 @@ class ServedVolume(Exported):
     def stats(self) -> dict[str, Any]:
         """Return counters and connections."""
         return {
-            "volume": self.name,
+            "volume": self.called,
             "uptime_seconds": round(time.monotonic() - self._serving.started, 3),
             "memory_bytes": self.volume._path.memory_bytes,
             "poisoned": self.volume._path.poisoned,

@@ -135,9 +135,9 @@ class Exports:
             raise failures[0]
         self._whole_stores.append(store)
 
-    def add_volume(self, path: "AnyPath", name: str) -> None:
-        """Serve a volume, and its snapshots."""
-        self._serve(self._store(path), name, is_new=True)
+    def add_volume(self, path: "AnyPath", name: str, label: str | None = None) -> None:
+        """Serve a volume, and its snapshots: under its name, or under a label that stays when it is renamed."""
+        self._serve(self._store(path), name, label=label, is_new=True)
 
     def add_snapshot(self, path: "AnyPath", name: str, snapshot: str) -> None:
         """Serve one snapshot, without holding its volume."""
@@ -160,21 +160,25 @@ class Exports:
             self._stores[key] = Store(path, create=False, **more)
         return self._stores[key]
 
-    def _serve(self, store: Store, name: str, *, is_new: bool = False) -> ServedVolume:
+    def _serve(self, store: Store, name: str, *, label: str | None = None, is_new: bool = False) -> ServedVolume:
         """Open a volume and export it. If another thread exported it meanwhile, return that one (not if `is_new`)."""
-        with self.table.being_made(name):
+        called = name if label is None else label
+        with self.table.being_made(called):
             with self.table.guard:
-                there = self.table.served.get(name)
+                there = self.table.served.get(called)
                 if there is not None and is_new:
-                    raise ValueError(f"two volumes are named {name!r}; serve one of them from a server of its own")
+                    raise ValueError(f"two volumes are named {called!r}; serve one of them from a server of its own")
                 if there is not None:
                     return there
             served = ServedVolume(
-                self, self._nbd, open_to_serve(store, name), name, guard=self.table.guard, log=self._log
+                *(self, self._nbd, open_to_serve(store, name), called),
+                guard=self.table.guard,
+                log=self._log,
+                is_fixed=label is not None,
             )
             with self.table.guard:
                 if not self._stopping.is_set():
-                    self.table.served[name] = served
+                    self.table.served[called] = served
                     return served
             served.close()
             raise StateError("the server is stopping")
@@ -257,7 +261,7 @@ class Exports:
                 view.last_used = time.monotonic()
         try:
             if served:
-                return served.volume.name == name
+                return served.is_fixed or served.volume.name == name
             return view is None or view.meaning() == name
         except (OnionskinError, OSError) as error:
             self._log(f"export {name!r}: {error}")
@@ -281,7 +285,7 @@ class Exports:
             served = self.table.served.get(volume_name)
         if view:  # follow_names has just updated its label
             return self._is_still_export(name)
-        if served and served.volume.name != volume_name:
+        if served and not served.is_fixed and served.volume.name != volume_name:
             raise StateError(f"volume {volume_name!r} is being renamed; ask again when the operation on it has ended")
         if served is None:
             for store in self._whole_stores:

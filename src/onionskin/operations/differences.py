@@ -223,7 +223,10 @@ def _split(within: Ranges, runs: "Array", block_size: int) -> "Array":
     """Cut ranges of bytes at the borders of runs of blocks, so that each piece has one state (0: the base's)."""
     starts, ends = within
     run_starts, run_ends = _bytes_of(runs, block_size)
-    cuts = numpy.unique(numpy.concatenate((starts, ends, run_starts, run_ends)))
+    cuts = numpy.sort(numpy.concatenate((starts, ends, run_starts, run_ends)))
+    is_new = numpy.ones(len(cuts), bool)
+    is_new[1:] = cuts[1:] != cuts[:-1]
+    cuts = cuts[is_new]  # as `numpy.unique`, which would load numpy.ma: longer than most diffs take
     if len(cuts) < 2:
         return numpy.empty(0, dtype=dtypes.EXTENT)
     left, right = cuts[:-1], cuts[1:]

@@ -2,6 +2,9 @@
 
 What must hold: all machines of a call are there, with all that is theirs, or none: one transaction writes all rows. The
 volumes of a fork go with it. Its lifetime and its labels are those of its RAM volume, which tells where it comes from, too.
+
+Some of the machines of a call may be there already: a pool made them beforehand, and their processes wait (`make_waiting`).
+They get their names, labels and lifetime in that transaction, and count from then on as machines that ran.
 """
 
 import json
@@ -26,9 +29,37 @@ from onionskin.operations.forks import Wanted
 from onionskin.storage.chain import insert_heads
 from onionskin.storage.open_store import OpenStore
 
+POOL_LABEL = "pool"
+WAITING_SECONDS = 300  # from then on `expire` drops one that waits, if it is off
 
-def fork_machine(store: OpenStore, wanted: Wanted) -> list[str]:
-    """Make forks of a snapshot of a machine. Returns their names. `wanted` names the machine as it does a volume."""
+
+def make_waiting(store: OpenStore, machine: str, snapshot: str, count: int) -> dict[str, bytes]:
+    """Make forks that a pool will hold. Returns their ids by their names. They are dropped by `expire` if they are left."""
+    wanted = forks.check_wanted(
+        *(
+            machine,
+            snapshot,
+            [f"{machines.WAITING_PREFIX}{new_id().hex()[-12:]}" for _ in range(count)],
+            None,
+            None,
+            None,
+        ),
+        *(WAITING_SECONDS, {POOL_LABEL: f"{machine}@{snapshot}"}, None),
+    )
+    return {name: machines.find(store.catalog, name).id for name in fork_machine(store, wanted)}
+
+
+def is_taken(machine: MachineRow) -> bool:
+    """Whether a fork has taken a machine that waited in a pool."""
+    return machine.resumes == machines.BOOTS
+
+
+def fork_machine(store: OpenStore, wanted: Wanted, waiting: Sequence[bytes] = ()) -> list[str]:
+    """Make forks of a snapshot of a machine. Returns their names. `wanted` names the machine as it does a volume.
+
+    The first of them are those machines of `waiting` that a pool holds, as long as they are forks of the snapshot as it is:
+    their processes are to be told.
+    """
     store.catalog.refuse_read_only()
     if wanted.snapshot is None:
         raise ValueError(
@@ -36,10 +67,10 @@ def fork_machine(store: OpenStore, wanted: Wanted) -> list[str]:
         )
     for name in wanted.names or ():
         machines.check_machine_name(name)
-    return store.change(lambda: _fork(store, wanted))
+    return store.change(lambda: _fork(store, wanted, waiting))
 
 
-def _fork(store: OpenStore, wanted: Wanted) -> list[str]:
+def _fork(store: OpenStore, wanted: Wanted, waiting: Sequence[bytes]) -> list[str]:
     """Write the rows. Inside the transaction, which may run twice."""
     catalog = store.catalog
     if wanted.key is not None and (made := forks.made_under(store, wanted.key, _digest(wanted))) is not None:
@@ -48,6 +79,59 @@ def _fork(store: OpenStore, wanted: Wanted) -> list[str]:
     taken = machines.find_snapshot(catalog, machine, wanted.snapshot or "")
     disks = catalog.disks_of_machine(machine.id)
     names = _free_names(store, wanted, disks)
+    usable = _usable(store, waiting, machine, taken)[: len(names)]
+    for one, name in zip(usable, names, strict=False):
+        _take(store, wanted, one, name)
+    if new := names[len(usable) :]:
+        _make(store, replace(wanted, count=len(new)), machine, taken, disks, new)
+    if wanted.key is not None:
+        forks.note_call(store, wanted.key, _digest(wanted), names)
+    return names
+
+
+def _usable(
+    store: OpenStore, waiting: Sequence[bytes], machine: MachineRow, taken: MachineSnapshotRow
+) -> list[MachineRow]:
+    """Return those of the machines that wait in a pool which are as a fork that is made now."""
+    catalog = store.catalog
+    source = catalog.snapshot_of_layer(taken.ram) if taken.ram else None
+    found = []
+    for id in waiting if source else ():
+        row = catalog.machine_with_id(id)
+        origin = catalog.lineage_of(row.ram) if row else None
+        if row is None or origin is None or source is None:
+            continue
+        is_same = (origin.parent, origin.guid) == (machine.ram, source.guid)
+        is_waiting = POOL_LABEL in catalog.labels_of(row.ram) and row.stands_on is None and not is_taken(row)
+        if is_same and is_waiting and (row.configuration, row.recorded) == (taken.configuration, taken.recorded):
+            found.append(row)
+    return found
+
+
+def _take(store: OpenStore, wanted: Wanted, machine: MachineRow, name: str) -> None:
+    """Make a machine that waited in a pool the fork of this name. From then on its guest may run."""
+    catalog, now_ns = store.catalog, time.time_ns()
+    names = {disk.volume: machines.disk_name(name, disk.name) for disk in catalog.disks_of_machine(machine.id)}
+    for volume, called in names.items() | {(machine.ram, machines.ram_name(name))}:
+        catalog.update(VolumeRow, volume, name=called, created_ns=now_ns)
+        lineage.rename(catalog, volume, called)
+    expires_ns = None if wanted.lifetime_ns is None else now_ns + wanted.lifetime_ns
+    catalog.update(VolumeRow, machine.ram, expires_ns=expires_ns)
+    catalog.delete(LabelRow, "volume = ?", machine.ram)
+    catalog.insert_all(LabelRow(machine.ram, key, value) for key, value in wanted.labels.items())
+    catalog.update_machine(machine.id, name=name, created_ns=now_ns, resumes=machines.BOOTS, state_bytes=0, recorded="")
+
+
+def _make(
+    store: OpenStore,
+    wanted: Wanted,
+    machine: MachineRow,
+    taken: MachineSnapshotRow,
+    disks: Sequence[MachineDiskRow],
+    names: Sequence[str],
+) -> None:
+    """Write the rows of machines of these names."""
+    catalog = store.catalog
     of_disks = [_fork_disk(store, wanted, names, disk, taken) for disk in disks]
     now_ns = time.time_ns()
     rams = (
@@ -75,9 +159,6 @@ def _fork(store: OpenStore, wanted: Wanted) -> list[str]:
         for disk, volumes in zip(disks, of_disks, strict=True)
         for row, volume in zip(rows, volumes, strict=True)
     )
-    if wanted.key is not None:
-        forks.note_call(store, wanted.key, _digest(wanted), names)
-    return names
 
 
 def _digest(wanted: Wanted) -> bytes:

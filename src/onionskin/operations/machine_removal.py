@@ -135,6 +135,11 @@ def _refuse_forked(catalog: Catalog, rows: Sequence[MachineRow], going: Sequence
         if not forks:
             raise
         names = some_of(sorted(row.name for row in rows))
+        if all(fork.startswith(machines.WAITING_PREFIX) for fork in forks):
+            raise StateError(
+                f"a pool has forks of {names} ready: {some_of(forks)}; end it first, with 'onionskin machine pool --stop'; "
+                "nothing was removed"
+            ) from None
         raise StateError(f"machines were forked from {names}: {some_of(forks)}; delete those first ({error})") from None
 
 

@@ -344,6 +344,11 @@ def refuse_awaited(
     names = {row.layer: row for row in catalog.snapshots_of_layers(row.ram for row in going if row.ram is not None)}
     guids = {row.guid for row in names.values()}
     forks = sorted(one.name for one in catalog.machines_awaiting(machine.ram) if one.guid in guids)
+    if forks and all(one.startswith(machines.WAITING_PREFIX) for one in forks):
+        raise StateError(
+            f"a pool of machine {machine.name!r} has forks ready of a snapshot that would go: {some_of(forks)}; end it "
+            "first, with 'onionskin machine pool --stop'; nothing was dropped"
+        )
     if forks:
         raise StateError(
             f"machines were forked from {machine.name!r} that have not run yet: {some_of(forks)}; start them first, or "

@@ -40,6 +40,7 @@ from onionskin.storage.open_store import OpenStore
 
 BOOTS, REVERTING, RESUMES = 0, 1, 2  # `MachineRow.resumes`: what the next start begins as
 RAM_SUFFIX = ".ram"
+WAITING_PREFIX = "warm-"  # of the names of machines that wait in a pool
 _RAM_BLOCK_SIZE = 4096
 
 
