@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.gap import Gap
 from support.guests import QEMUS, Console, build_tick_disk, configuration
 from support.linux_guest import LinuxGuest, build_linux_guest, wait_counts
 from support.servers import Serve
@@ -73,6 +74,11 @@ def launch(qemu: list[str], directory: Path, disks: list[str]) -> Iterator[Calla
             return process
 
         yield start
+
+
+@pytest.fixture
+def gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gap:
+    return Gap(tmp_path / "gap", monkeypatch)
 
 
 @pytest.fixture(scope="session")
