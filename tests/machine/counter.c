@@ -3,7 +3,10 @@
  *
  *     counter MEBIBYTES PAGES_PER_SECOND TICK_MILLISECONDS FILE [SECOND_DISK]
  *
- * It looks at its own memory too: "memory is wrong" is a page that does not hold what was written there. */
+ * It looks at its own memory too: "memory is wrong" is a page that does not hold what was written there. Behind the answers
+ * of both disks it writes the count to a page that begins with a mark (STAMP): so of one instant, the file is never behind
+ * the disk, the disk never behind the stamp, and the stamp at most one behind the file. What it says goes to the screen too.
+ * Once somebody types on its console, it waits no more between ticks, and says every 16th. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdint.h>
@@ -12,6 +15,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/random.h>
+#include <termios.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -70,6 +74,41 @@ static int append(int file, uint64_t count)
     return pwrite(file, line, 15, (off_t)(count - 1) * 15) != 15 || fdatasync(file);
 }
 
+/* Returns a page that is nowhere else in memory: the mark is made here. */
+static volatile uint64_t *make_stamp(void)
+{
+    static const char mark[16] = "STAMP OF COUNTER";
+    char *page = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    for (int i = 0; i < 16; i++)
+        page[i] = (char)~mark[i];
+    return (volatile uint64_t *)page + 2;
+}
+
+static int open_keys(void)
+{
+    struct termios how;
+    int keys = open("/dev/ttyS0", O_RDONLY | O_NONBLOCK | O_NOCTTY);
+    if (keys >= 0 && !tcgetattr(keys, &how)) {
+        how.c_lflag &= ~(tcflag_t)(ICANON | ECHO);
+        tcsetattr(keys, TCSANOW, &how);
+    }
+    return keys;
+}
+
+/* The text screen of VGA itself: a kernel that was started without a boot loader does not know that there is one. */
+static volatile uint16_t *open_screen(void)
+{
+    int memory_of_machine = open("/dev/mem", O_RDWR);
+    void *screen = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, memory_of_machine, 0xb8000);
+    return screen == MAP_FAILED ? NULL : screen;
+}
+
+static void show(volatile uint16_t *screen, uint64_t count)
+{
+    for (int digit = 9; screen && digit >= 0; digit--, count /= 10)
+        screen[80 + digit] = (uint16_t)(0x700 | ('0' + count % 10));
+}
+
 int main(int arguments, char **values)
 {
     if (arguments < 5)
@@ -85,17 +124,29 @@ int main(int arguments, char **values)
     int disk = arguments > 5 ? open(values[5], O_RDWR) : -1;
     if (getrandom(&secret, sizeof secret, GRND_NONBLOCK) != sizeof secret)
         secret = 0;
+    volatile uint64_t *stamp = make_stamp();
+    int keys = open_keys(), is_fast = 0;
+    volatile uint16_t *screen = open_screen();
     for (double due = seconds();;) {
         uint32_t random = 0;
+        char key;
+        is_fast |= read(keys, &key, 1) == 1;
         count++;
         if (dirty(count, rate * tick / 1000))
             printf("memory is wrong\n");
         if (append(file, count) || (disk >= 0 && write_sector(disk, count)))
             printf("a disk failed\n");
+        *stamp = count;
+        if (is_fast && count % 16)
+            continue;
+        show(screen, count);
         if (getrandom(&random, sizeof random, GRND_NONBLOCK) != sizeof random)
             random = 0;
         printf("tick %lu secret %016lx random %08x\n", count, secret, random);
         fflush(stdout);
+        tcdrain(STDOUT_FILENO); /* so that what is said is never behind what is done */
+        if (is_fast)
+            continue;
         due += (double)tick / 1000;
         double now = seconds();
         if (due > now)

@@ -1,5 +1,6 @@
 """Forks of a machine that are started at once: each has its supervisor and its server, and they share what can be shared."""
 
+import hashlib
 import os
 import re
 import signal
@@ -8,9 +9,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
-from support.guests import SECONDS_MAX, Console, configuration
+from support.guests import Console, configuration, until
 
 import onionskin
 from onionskin.errors import StateError
@@ -48,14 +50,6 @@ def lab(store: onionskin.Store, qemu: list[str]) -> Machine:
     return machine
 
 
-def until(what: Callable[[], bool]) -> None:
-    """Wait until something holds that another process does."""
-    deadline = time.monotonic() + SECONDS_MAX
-    while not what():
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.02)
-
-
 def record_of(machine: Machine) -> Record:
     found = Record.read(machine._directory)
     assert found is not None and found.hypervisor and found.server and found.supervisor
@@ -70,6 +64,67 @@ def test_forks_map_one_file_and_share_its_pages(lab: Machine) -> None:
     records = [record_of(fork) for fork in forks]
     assert len({record.ram_file for record in records}) == 1
     assert len({record.generation for record in records}) == 4
+
+
+@pytest.fixture
+def vms_in_memory(tick_disk: Path) -> Iterator[Path]:
+    """A store on tmpfs, where whoever looks at a hole through a mapping makes a page of it."""
+    with TemporaryDirectory(dir="/dev/shm") as directory:
+        with onionskin.Store(Path(directory) / "vms") as store:
+            store.create("web", base=tick_disk).close()
+            store.create("data", size="1M").close()
+        yield Path(directory) / "vms"
+
+
+class TestInMemory:
+    """Stores on tmpfs."""
+
+    @pytest.fixture
+    def vms(self, vms_in_memory: Path) -> Path:
+        return vms_in_memory
+
+    def test_eight_forks_and_their_snapshots_leave_the_ram_file_as_it_is(self, lab: Machine) -> None:
+        check_ram_file_stays(lab)
+
+    def test_a_snapshot_makes_no_page_of_the_empty_file_over_which_a_machine_boots(self, lab: Machine) -> None:
+        lab.start()
+        with Console(lab._directory / "console") as console:
+            console.wait_ticks()
+            check_snapshots_allocate_nothing([lab], Path(record_of(lab).ram_file))
+
+
+def test_eight_forks_and_their_snapshots_leave_the_ram_file_as_it_is(lab: Machine) -> None:
+    check_ram_file_stays(lab)
+
+
+def check_ram_file_stays(lab: Machine) -> None:
+    forks = lab.fork("ready", count=8)
+    (file,) = {Path(record_of(fork).ram_file) for fork in forks}
+    before = hashlib.sha256(file.read_bytes()).digest()
+    for fork in forks:
+        with Console(fork._directory / "console") as console:
+            console.wait_ticks()
+    check_snapshots_allocate_nothing(forks, file)
+    for fork in forks:
+        with Console(fork._directory / "console") as console:
+            console.wait_ticks(1)
+            fork.snapshot("live")
+            fork.revert("still")
+            console.wait_ticks(1)
+    assert {record_of(fork).ram_file for fork in forks} == {str(file)}
+    assert hashlib.sha256(file.read_bytes()).digest() == before
+
+
+def check_snapshots_allocate_nothing(machines: list[Machine], file: Path) -> None:
+    """Guests that run may make pages of the holes of a file on tmpfs: so all stand still meanwhile."""
+    for machine in machines:
+        machine.pause()
+    before = file.stat().st_blocks
+    for machine in machines:
+        machine.snapshot("still")
+    assert file.stat().st_blocks == before
+    for machine in machines:
+        machine.resume()
 
 
 def test_a_fork_whose_server_dies_has_another_one(lab: Machine) -> None:

@@ -14,22 +14,26 @@ from pathlib import Path
 
 import pytest
 from support.guests import Console, configuration
+from support.rounds import rounds
 
 import onionskin
 from onionskin.errors import OnionskinError
 from onionskin.machine.machine import Machine
 from onionskin.machine.record import Record
 
-ROUNDS = 4  # fewer than the restarts of a server of disks within a minute
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+ROUNDS = rounds(4, 30)
+RESTARTS = 4  # fewer than those of a server of disks within a minute
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture
-def lab(vms: Path) -> Iterator[Machine]:
+def lab(vms: Path, qemu: list[str]) -> Iterator[Machine]:
     """A machine that runs, with a snapshot `ready`."""
     with onionskin.Store(vms) as store:
-        one = configuration(["qemu-system-x86_64"])
-        machine = store.create_machine("lab", disks=["web", "data"], memory="16M", program=one.program)
+        one = configuration(qemu)
+        machine = store.create_machine(
+            "lab", disks=["web", "data"], memory="16M", program=one.program, qemu_args=one.qemu_args
+        )
         machine.start()
         try:
             with Console(machine._directory / "console") as screen:
@@ -61,10 +65,14 @@ def killed_in(work: Callable[[], object], machine: Machine, victim: str, seconds
     return bool(done)
 
 
-def delays(seed: int, most: float) -> list[float]:
-    """From at once to after the end, most of them early."""
+def delays(machine: Machine, seed: int, most: float, count: int = ROUNDS) -> Iterator[float]:
+    """From at once to after the end, most of them early. The machine has another supervisor now and then."""
     draw = random.Random(seed)
-    return [draw.random() ** 2 * most for _ in range(ROUNDS)]
+    for number in range(count):
+        if number and not number % RESTARTS:
+            machine.stop(force=True)
+            machine.revert("ready")
+        yield draw.random() ** 2 * most
 
 
 def check_right(machine: Machine) -> None:
@@ -82,7 +90,7 @@ def check_right(machine: Machine) -> None:
 
 @pytest.mark.parametrize("victim", ["supervisor", "server", "hypervisor"])
 def test_a_kill_in_a_snapshot_leaves_all_of_it_or_nothing(lab: Machine, victim: str) -> None:
-    for number, delay in enumerate(delays(1, 0.6)):
+    for number, delay in enumerate(delays(lab, 1, 0.6)):
         name = f"s{number}"
         ended = killed_in(lambda name=name: lab.snapshot(name), lab, victim, delay)
         check_right(lab)
@@ -96,16 +104,17 @@ def test_a_kill_in_a_snapshot_leaves_all_of_it_or_nothing(lab: Machine, victim: 
 
 @pytest.mark.parametrize("victim", ["supervisor", "server", "hypervisor"])
 def test_a_kill_in_a_revert_leaves_a_machine_that_can_be_put_back_again(lab: Machine, victim: str) -> None:
-    for delay in delays(2, 0.5):
+    for delay in delays(lab, 2, 0.5):
         killed_in(lambda: lab.revert("ready"), lab, victim, delay)
         check_right(lab)
 
 
 @pytest.mark.parametrize("victim", ["supervisor", "server", "hypervisor"])
 def test_a_kill_of_the_origin_in_a_fork_leaves_whole_forks(lab: Machine, victim: str) -> None:
-    for delay in delays(3, 1.5)[:2]:
+    for delay in delays(lab, 3, 1.5, rounds(2, 30)):
         made: list[Machine] = []
         killed_in(lambda made=made: made.extend(lab.fork("ready", count=2)), lab, victim, delay)
+        assert {info.name for info in lab._store.machines()} == {"lab", *(fork.name for fork in made)}
         for fork in made:
             with Console(fork._directory / "console") as screen:
                 screen.wait_ticks(3)

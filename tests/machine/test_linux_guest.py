@@ -9,43 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.guests import Console, configuration
-from support.linux_guest import build_linux_guest, counts, wait_counts
+from support.guests import Console
+from support.linux_guest import counts, wait_counts
 
 import onionskin
 from onionskin.errors import StateError
 from onionskin.machine.machine import Machine
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """A machine that was booted, and is off: its snapshot `up` is of the running guest."""
-    directory = tmp_path_factory.mktemp("linux")
-    guest = build_linux_guest(directory)
-    one = configuration(["qemu-system-x86_64"], 256)
-    with onionskin.Store(directory / "vms") as store:
-        store.create("root", size="64M").close()
-        store.create("data", size="8M").close()
-        machine = store.create_machine(
-            "linux",
-            disks=["root", "data"],
-            memory="256M",
-            kernel=guest.kernel,
-            initrd=guest.initramfs,
-            append="console=ttyS0 quiet panic=-1 counter=64,2000,20",
-            program=one.program,
-        )
-        machine.start(paused=True)
-        try:
-            with Console(machine._directory / "console", seconds=240) as screen:
-                machine.resume()
-                wait_counts(screen, 20)
-                machine.snapshot("up")
-        finally:
-            machine.stop(force=True)
-        yield machine
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.lab import MEMORY, LabMachine
+from support.rounds import rounds
 
 import onionskin
 from onionskin.errors import StateError
@@ -59,42 +60,24 @@ def keep_references(lab: LabMachine) -> list[np.ndarray]:
     return kept
 
 
-def check_live_snapshots(lab: LabMachine, rounds: int) -> None:
+def test_each_live_snapshot_has_every_page(lab: LabMachine) -> None:
     kept = keep_references(lab)
-    for number in range(rounds):
+    for number in range(rounds(20, 100)):
         taken = capture.snapshot(lab.running, f"s{number}")
         assert taken.mode == "live" and taken.pause_seconds > 0
         assert pages_that_differ(ram_of(lab, f"s{number}"), kept[number]) == []
         lab.console.wait_ticks(1)
 
 
-def test_a_live_snapshot_has_every_page(lab: LabMachine) -> None:
-    check_live_snapshots(lab, 3)
-
-
-def test_a_hundred_live_snapshots_have_every_page(lab: LabMachine) -> None:
-    check_live_snapshots(lab, 100)
-
-
-def check_reverts(lab: LabMachine, rounds: int) -> None:
+def test_each_revert_goes_on_at_the_next_tick(lab: LabMachine) -> None:
     capture.snapshot(lab.running, "ready")
     at = int(ram_of(lab, "ready")[9 * PAGE_BYTES :].view(np.uint32)[0])
-    for _ in range(rounds):
+    for _ in range(rounds(20, 100)):
         since = len(lab.console.ticks) - 1
         lab.console.wait_ticks(3)
         restore.revert(lab.running, "ready")
-        assert lab.console.wait_back(since) in (
-            at,
-            at + 1,
-        )  # the guest looks at memory and disk itself, and says "wrong"
-
-
-def test_a_revert_goes_on_at_the_next_tick(lab: LabMachine) -> None:
-    check_reverts(lab, 3)
-
-
-def test_a_hundred_reverts_go_on_at_the_next_tick(lab: LabMachine) -> None:
-    check_reverts(lab, 100)
+        # The guest looks at memory and disk itself, and says "wrong".
+        assert lab.console.wait_back(since) in (at, at + 1)
 
 
 def test_a_machine_starts_from_a_snapshot_as_often_as_one_likes(lab: LabMachine) -> None:

@@ -3,28 +3,19 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from support.guests import Console, configuration
+from support.guests import SECONDS_MAX, Console, configuration, until
 
 import onionskin
 from onionskin.errors import SnapshotExistsError, SnapshotNotFoundError, StateError
 from onionskin.machine.machine import Machine
 from onionskin.machine.record import Record
 
-SECONDS_MAX = 120  # of a busy machine
 pytestmark = pytest.mark.slow  # each starts several processes
-
-
-def until(what: Callable[[], bool]) -> None:
-    """Wait until something holds that another process does."""
-    deadline = time.monotonic() + SECONDS_MAX
-    while not what():
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.02)
 
 
 @pytest.fixture

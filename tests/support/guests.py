@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +29,14 @@ def configuration(qemu: list[str], memory: int = 16, **how: object) -> Configura
     """A machine of `memory` MiB on one of QEMUS."""
     given = tuple(how.pop("qemu_args", ()))  # type: ignore[call-overload]
     return Configuration(memory * MIB, program=qemu[0], qemu_args=(*qemu[1:], *given), **how)  # type: ignore[arg-type]
+
+
+def until(what: Callable[[], bool]) -> None:
+    """Wait until something holds that another process does."""
+    deadline = time.monotonic() + SECONDS_MAX
+    while not what():
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.02)
 
 
 def build_tick_disk(directory: Path) -> Path:
@@ -74,6 +83,10 @@ class Console:
                 self._news.notify_all()
             if not part:
                 return
+
+    def type(self, text: str) -> None:
+        """Send keys to the guest."""
+        self._socket.sendall(text.encode())
 
     @property
     def text(self) -> str:

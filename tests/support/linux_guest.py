@@ -38,12 +38,24 @@ exec counter $counts /mnt/count $second > /dev/ttyS0
 """
 
 
+_LZ4 = bytes.fromhex("02214c18")  # how a kernel begins that was packed with it
+
+
 @dataclass(frozen=True)
 class LinuxGuest:
-    """What QEMU boots."""
+    """What QEMU boots.
+
+    Attributes
+    ----------
+    kernel, initramfs : Path
+        As Debian packs them.
+    elf : Path
+        The kernel unpacked. QEMU takes it for a ROM, which each reset copies over RAM.
+    """
 
     kernel: Path
     initramfs: Path
+    elf: Path
 
 
 def _run(*command: object, cwd: Path | None = None) -> str:
@@ -103,7 +115,20 @@ def build_linux_guest(directory: Path) -> LinuxGuest:
     shutil.copy(kernel, kept)
     for made in (root, directory / "kernel"):
         shutil.rmtree(made)
-    return LinuxGuest(kept, initramfs)
+    return LinuxGuest(kept, initramfs, _unpacked(kept))
+
+
+def _unpacked(kernel: Path) -> Path:
+    """Unpack a kernel into a file beside it."""
+    _need("lz4", "lz4")
+    packed = kernel.read_bytes()
+    assert _LZ4 in packed, f"{kernel} is not packed with lz4"
+    # Other parts of the kernel are behind what was packed, so lz4 fails at the end of it.
+    ended = subprocess.run(["lz4", "-dc"], input=packed[packed.index(_LZ4) :], capture_output=True)
+    assert ended.stdout.startswith(b"\x7fELF"), ended.stderr
+    elf = kernel.with_name("vmlinux")
+    elf.write_bytes(ended.stdout)
+    return elf
 
 
 def _copy_program(program: str, root: Path, to: str) -> None:

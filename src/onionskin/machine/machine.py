@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from onionskin.base.sockets import connect_unix
 from onionskin.errors import OnionskinError, StateError
-from onionskin.machine import daemon, disk_server, pool, record
+from onionskin.machine import daemon, disk_server, orphans, pool, record
 from onionskin.machine import fork as fork_process
 from onionskin.machine.capture import MachineSnapshot
 from onionskin.machine.control import MachineControl, NotAsked
@@ -708,9 +708,16 @@ class Machine:
         return True
 
     def _end_leftovers(self, found: Record | None) -> None:
-        """End the server of the disks of a machine whose other processes were killed."""
+        """End what is left of a machine that is off: its processes were killed, or its supervisor was."""
         if found is not None and found.server is not None and found.server.is_alive:
             found.server.end(disk_server.END_SECONDS)
+        if not orphans.are_there(self._directory):
+            return
+        try:
+            with self._store._open_ram(self._row):
+                orphans.end(self._directory)
+        except OnionskinError:  # somebody has it now, whose they are; or it is damaged, which who needs it is told
+            return
 
 
 __all__ = ["Machine", "MachineSnapshot"]

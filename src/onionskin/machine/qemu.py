@@ -30,6 +30,7 @@ from onionskin.machine import qemu_command
 from onionskin.machine.agent import GuestAgent
 from onionskin.machine.hypervisor import Configuration, Identity, Recorded
 from onionskin.machine.monitor import JOB_PREFIX, Monitor, MonitorError, MonitorTimeout
+from onionskin.machine.orphans import copy_of_ram
 from onionskin.machine.preload import Preload, library
 from onionskin.machine.ram import GuestRam
 from onionskin.storage.locks import start_ticks
@@ -43,7 +44,8 @@ KILL_SECONDS = 10.0
 STATE_TAG = "s"
 STATE_CLUSTER_BYTES = 16384  # as fast as QEMU's 65536, and half a MiB less
 _STATE_NODE, _FILE_NODE = "state-", "file-of-state-"
-_SHARED_MEMORY = Path("/dev/shm")
+# In the environment: what is written to RAM is found by comparing, as where the kernel or a sandbox forbids to note it.
+NO_TRACKING = "ONIONSKIN_NO_TRACKING"
 
 OnEvent = Callable[[str, dict[str, Any]], None]
 
@@ -111,7 +113,7 @@ class QemuHypervisor:
             )
             return _start(command, name, directory, ram, self._on_event, wait_for_disks, is_tracked=is_tracked)
 
-        process = _start_tracked(start, ram_file) or start(_copy(ram_file, directory), is_tracked=False)
+        process = _start_tracked(start, ram_file) or _start_compared(start, ram_file, directory)
         try:
             process.monitor.execute(
                 "migrate-set-capabilities", {"capabilities": [{"capability": "x-ignore-shared", "state": True}]}
@@ -126,6 +128,8 @@ class QemuHypervisor:
 
 def _start_tracked(start: "Callable[..., QemuProcess]", ram_file: Path) -> "QemuProcess | None":
     """Start a machine whose writes are noted, or return None where they cannot be."""
+    if os.environ.get(NO_TRACKING, "") not in ("", "0"):
+        return None
     try:
         library()
     except StateError:
@@ -140,6 +144,16 @@ def _start_tracked(start: "Callable[..., QemuProcess]", ram_file: Path) -> "Qemu
         process.quit(0)
         raise
     return process
+
+
+def _start_compared(start: "Callable[..., QemuProcess]", ram_file: Path, directory: Path) -> "QemuProcess":
+    """Start a machine that writes to a copy of its RAM file, which goes with it."""
+    copied = _copy(ram_file, directory)
+    try:
+        return start(copied, is_tracked=False)
+    except BaseException:
+        copied.unlink(missing_ok=True)
+        raise
 
 
 class QemuProcess:
@@ -182,6 +196,7 @@ class QemuProcess:
         self.ram_file = ram_file
         self.guest_ram: GuestRam | None = None
         self._child = child
+        self._is_tracked = is_tracked
         self._preload: Preload | None = None
         self._tracker: PageTracker | None = None
         self._nodes = 0
@@ -426,7 +441,7 @@ class QemuProcess:
             self._preload.close()
         if self._tracker is not None:
             self._tracker.close()
-        if self.ram_file.parent == _SHARED_MEMORY and self._status is not None:
+        if not self._is_tracked and self._status is not None:
             self.ram_file.unlink(missing_ok=True)
 
     def _kill(self) -> None:
@@ -549,7 +564,7 @@ def _empty_ram(directory: Path, length: int) -> Path:
 
 def _copy(ram_file: Path, directory: Path) -> Path:
     """Copy a RAM file to memory, for a machine that writes to it. Of a disk, the kernel would write it back all the time."""
-    path = _SHARED_MEMORY / f"onionskin-{directory.name}-{os.getpid()}.ram"
+    path = copy_of_ram(directory, os.getpid())
     source = os.open(ram_file, os.O_RDONLY | os.O_CLOEXEC)
     try:
         target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

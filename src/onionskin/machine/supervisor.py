@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from onionskin.base.lazy import logger
 from onionskin.base.sockets import has_hung_up
 from onionskin.errors import OnionskinError, StateError
-from onionskin.machine import capture, disk_server, qemu, record, restore
+from onionskin.machine import capture, disk_server, orphans, qemu, record, restore
 from onionskin.machine.agent import tell_identity
 from onionskin.machine.control import ControlServer
 from onionskin.machine.disk_server import DiskServer
@@ -131,6 +131,7 @@ class Supervisor:
         if found is not None and is_there:
             self._take_over(found, volume)
         else:
+            orphans.end(self._directory)
             self._ends.callback(self._server.end)
             self._start(row.id, volume, paused)
         self._ends.callback(self.running.close)

@@ -1,0 +1,68 @@
+"""What a killed supervisor left that no record names: processes that it had just started, and a copy of RAM in memory.
+
+A process is recorded when it is ready, so one that was started a moment before the supervisor was killed is found by the
+socket in the machine's directory on which it listens. It has never run the guest.
+
+What must hold: only who has the machine (its RAM volume, open for writing) ends anything here, since the processes of a
+machine that somebody starts just now are not recorded either.
+"""
+
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from onionskin.base.sockets import connect_unix
+from onionskin.errors import StateError
+from onionskin.machine.record import DISKS, ProcessId
+
+# The hypervisor first: while it ends it may write to its disks.
+SOCKETS = ("qmp", DISKS)
+END_SECONDS = 10.0
+_CONNECT_SECONDS = 1.0
+_CREDENTIALS = struct.Struct("3i")
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+def copy_of_ram(directory: Path, pid: int) -> Path:
+    """Return where a process keeps the RAM of a machine that writes to it, in memory."""
+    return _SHARED_MEMORY / f"{_prefix(directory)}{pid}.ram"
+
+
+def are_there(directory: Path) -> bool:
+    """Whether there is anything that `end` would end, if nobody has the machine."""
+    return any(True for _ in _copies(directory)) or any(_listener(directory / one) for one in SOCKETS)
+
+
+def end(directory: Path) -> None:
+    """End the processes that listen in the directory of a machine, and drop copies of its RAM.
+
+    The caller has the machine, and has started nothing yet.
+    """
+    for one in SOCKETS:
+        if (process := _listener(directory / one)) is not None:
+            process.end(END_SECONDS)
+    for path in _copies(directory):
+        with suppress(OSError):  # another user's
+            path.unlink()
+
+
+def _copies(directory: Path) -> Iterator[Path]:
+    return _SHARED_MEMORY.glob(f"{_prefix(directory)}*.ram") if directory.is_dir() else iter(())
+
+
+def _prefix(directory: Path) -> str:
+    """Return how the names of its copies begin. A copy of a store has machines of the same id in other directories."""
+    return f"onionskin-{directory.name}.{directory.stat().st_ino:x}."
+
+
+def _listener(path: Path) -> ProcessId | None:
+    """Return the process that listens on a socket, or None where none does."""
+    try:
+        with connect_unix(path, seconds=_CONNECT_SECONDS) as connection:
+            found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    except (OSError, StateError):
+        return None
+    pid = _CREDENTIALS.unpack(found)[0]
+    return ProcessId.of(pid) if pid > 0 else None

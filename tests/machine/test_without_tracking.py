@@ -1,0 +1,156 @@
+"""Machines where writes to RAM cannot be noted: RAM is a file of each machine's own, which is compared with the store.
+
+Once because the environment says so (ONIONSKIN_NO_TRACKING), once because a sandbox refuses a userfaultfd.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.guests import Console, configuration, until
+from support.servers import onionskin as command
+
+import onionskin
+from onionskin.errors import StateError
+from onionskin.machine.machine import Machine
+from onionskin.machine.record import Record
+
+pytestmark = pytest.mark.slow  # each starts several processes
+SUPPORT = Path(__file__).parent.parent / "support"
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONIONSKIN_NO_TRACKING", "1")
+
+
+@pytest.fixture
+def sandboxed(qemu: list[str], tmp_path: Path) -> list[str]:
+    """A QEMU that is started in a sandbox."""
+    filtering, program = tmp_path / "forbid_faults", tmp_path / "qemu"
+    subprocess.run(["cc", "-static", "-o", filtering, SUPPORT / "forbid_faults.c"], check=True)
+    found = shutil.which(qemu[0])
+    program.write_text(f"#!{filtering} {found}\n")
+    program.chmod(0o755)
+    return [str(program), *qemu[1:]]
+
+
+def make(vms: Path, qemu: list[str]) -> Iterator[Machine]:
+    with onionskin.Store(vms) as store:
+        one = configuration(qemu)
+        yield store.create_machine(
+            "lab", disks=["web", "data"], memory="16M", program=one.program, qemu_args=one.qemu_args
+        )
+        machines = [store.open_machine(info.name) for info in store.machines()]
+        for machine in machines:
+            machine.stop(force=True)
+        assert [copies(machine) for machine in machines] == [[] for _ in machines]
+
+
+@pytest.fixture
+def lab(vms: Path, qemu: list[str], environment: None) -> Iterator[Machine]:
+    yield from make(vms, qemu)
+
+
+@pytest.fixture
+def sandboxed_lab(vms: Path, sandboxed: list[str]) -> Iterator[Machine]:
+    yield from make(vms, sandboxed)
+
+
+def copies(machine: Machine) -> list[Path]:
+    """The RAM of a machine that is in memory."""
+    return list(Path("/dev/shm").glob(f"onionskin-{machine._directory.name}.*"))
+
+
+def console_of(machine: Machine) -> Console:
+    return Console(machine._directory / "console")
+
+
+def record_of(machine: Machine) -> Record:
+    found = Record.read(machine._directory)
+    assert found is not None and found.supervisor and found.hypervisor
+    return found
+
+
+def check_life(lab: Machine) -> None:
+    """Snapshots, reverts in place and from off, and forks are what they are with tracking, and the mode is pause."""
+    lab.start()
+    assert lab.status()["is_tracked"] is False
+    with console_of(lab) as screen:
+        first = screen.wait_ticks(5)
+        taken = lab.snapshot("ready")
+        assert taken.mode == "pause" and taken.pause_seconds > 0
+        last = screen.wait_ticks(5)
+        assert lab.snapshot("again").bytes_stored < taken.bytes_stored
+        lab.revert("ready")
+        assert first <= screen.wait_back(0) <= last
+        screen.wait_ticks(3)
+        forks = lab.fork("ready", count=2)
+        for fork in forks:
+            with console_of(fork) as other:
+                other.wait_ticks()
+                assert first <= other.ticks[0] <= last + 1
+            assert fork.status()["is_tracked"] is False
+        screen.wait_ticks(3)
+        for fork in forks:
+            fork.stop(force=True)
+    lab.stop(force=True)
+    lab.revert("again")
+    with console_of(lab) as screen:
+        screen.wait_ticks(3)
+        assert screen.ticks[0] > first
+
+
+def test_a_machine_lives_without_tracking(lab: Machine) -> None:
+    check_life(lab)
+
+
+def test_a_machine_lives_in_a_sandbox_without_userfaultfd(sandboxed_lab: Machine) -> None:
+    check_life(sandboxed_lab)
+
+
+def test_a_live_snapshot_without_tracking_is_refused_and_status_says_why(lab: Machine) -> None:
+    lab.start()
+    with pytest.raises(StateError, match="no live snapshot of it can be taken; use mode 'pause'"):
+        lab.snapshot("ready", mode="live")
+    assert lab.snapshots == []
+    assert "cannot be tracked here: mode pause alone" in command("machine", "status", f"{lab._store.path}/lab").stdout
+    assert lab.state == "running"
+
+
+def test_a_machine_without_tracking_is_taken_over(lab: Machine) -> None:
+    lab.start()
+    with console_of(lab) as screen:
+        screen.wait_ticks()
+        lab.snapshot("before")
+        record = record_of(lab)
+        os.kill(record.supervisor.pid, signal.SIGKILL)
+        until(lambda: not record.supervisor.is_alive)
+        screen.wait_ticks()
+        assert lab.snapshot("after").mode == "pause"
+        lab.revert("before")
+        screen.wait_ticks(3)
+
+
+def test_ram_in_memory_goes_with_the_machine_also_where_all_of_it_was_killed(lab: Machine) -> None:
+    lab.start()
+    record = record_of(lab)
+    assert copies(lab) == [Path(record.ram_file)]
+    for process in (record.supervisor, record.hypervisor):
+        os.kill(process.pid, signal.SIGKILL)
+    until(lambda: not record.supervisor.is_alive and not record.hypervisor.is_alive)
+    until(lambda: lab.state != "running")
+    assert copies(lab) == []
+
+
+def test_what_keeps_a_machine_without_tracking_from_starting_leaves_no_copy(
+    vms: Path, qemu: list[str], environment: None
+) -> None:
+    for lab in make(vms, [*qemu, "-device", "no-such-device"]):
+        with pytest.raises(StateError, match="no-such-device"):
+            lab.start()
+        assert copies(lab) == []

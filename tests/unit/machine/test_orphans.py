@@ -1,0 +1,49 @@
+"""What a killed supervisor left that no record names, and what ends it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from onionskin.machine import orphans
+
+LISTEN = """
+import signal, socket, sys
+one = socket.socket(socket.AF_UNIX)
+one.bind(sys.argv[1])
+one.listen()
+print(flush=True)
+signal.pause()
+"""
+
+
+def test_a_directory_without_processes_has_nothing_to_end(tmp_path: Path) -> None:
+    assert not orphans.are_there(tmp_path)
+    (tmp_path / "qmp").touch()
+    orphans.end(tmp_path)
+    assert not orphans.are_there(tmp_path)
+
+
+def test_what_listens_in_the_directory_is_found_and_ended(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", LISTEN, tmp_path / "qmp"], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert orphans.are_there(tmp_path)
+        orphans.end(tmp_path)
+        assert process.wait() != 0
+    assert not orphans.are_there(tmp_path)  # the socket is there, and nobody listens
+
+
+def test_copies_of_the_ram_of_this_machine_alone_are_dropped(tmp_path: Path) -> None:
+    one, other = tmp_path / "vms/machine-of-test", tmp_path / "copy-of-vms/machine-of-test"
+    for directory in (one, other):
+        directory.mkdir(parents=True)
+    copies = [orphans.copy_of_ram(directory, 1) for directory in (one, other)]
+    for copy in copies:
+        copy.touch()
+    try:
+        assert orphans.are_there(one)
+        orphans.end(one)
+        assert [copy.exists() for copy in copies] == [False, True]
+    finally:
+        for copy in copies:
+            copy.unlink(missing_ok=True)
