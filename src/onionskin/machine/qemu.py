@@ -17,13 +17,14 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from onionskin.base.files import data_ranges
+from onionskin.base.sockets import connect_unix
 from onionskin.errors import StateError
 from onionskin.kernels._ram import PageTracker
 from onionskin.machine import qemu_command
@@ -39,6 +40,7 @@ _ENDING_SECONDS = 5.0
 STOP_SECONDS = 10.0
 STATE_SECONDS = 60.0
 PROBE_SECONDS = 30.0
+CONSOLE_SECONDS = 10.0
 KILL_SECONDS = 10.0
 STATE_TAG = "s"
 STATE_CLUSTER_BYTES = 16384  # as fast as QEMU's 65536, and half a MiB less
@@ -310,6 +312,24 @@ class QemuProcess:
 
     def load_state(self, path: Path) -> None:
         """Load the state of the devices, while it is stopped and its RAM is as it was then. QEMU writes to that file."""
+        with self._console_read():
+            self._load_state(path)
+
+    @contextmanager
+    def _console_read(self) -> Iterator[None]:
+        """Have the console connected for the time of the block.
+
+        A serial port whose last byte nobody has taken yet waits for whoever is connected. Where nobody is when its state is
+        loaded, QEMU lets it wait for ever, and the guest with it.
+        """
+        consoles = [one for one in self.monitor.execute("query-chardev") if one["label"] == qemu_command.CONSOLE]
+        if not any(one["filename"].startswith("disconnected:") for one in consoles):
+            yield  # another one would wait behind that
+            return
+        with connect_unix(self.directory / qemu_command.CONSOLE, seconds=CONSOLE_SECONDS):
+            yield
+
+    def _load_state(self, path: Path) -> None:
         try:
             node = self._add_node(path, is_new=False)
             try:
