@@ -118,7 +118,7 @@ class Record:
     configuration, recorded : str
         JSON of what it was started with.
     generation, mac_seed : str
-        Of its identity.
+        Of its identity, as the process was started with it.
     ram_file : str
         What its RAM is mapped over.
     is_tracked : bool
@@ -131,6 +131,8 @@ class Record:
         Whether it is being put back in place: until that has ended, RAM and disks may not agree.
     is_frozen : bool
         Whether its file systems may be frozen.
+    told : str
+        The VM generation id that the guest was told behind a revert; empty: that of its identity.
     """
 
     supervisor: ProcessId | None
@@ -146,6 +148,7 @@ class Record:
     is_paused: bool = False
     is_reverting: bool = False
     is_frozen: bool = False
+    told: str = ""
 
     def write(self, directory: Path) -> None:
         """Replace the record of a machine."""
@@ -171,7 +174,7 @@ class Record:
             for name in ("supervisor", "hypervisor", "server"):
                 if value[name] is not None:
                     value[name] = ProcessId.checked(value[name])
-            return cls(**{one.name: value[one.name] for one in fields(cls)})
+            return cls(**{one.name: value[one.name] for one in fields(cls) if one.name in value})
         except (TypeError, KeyError):
             raise FormatError(
                 f"{path} cannot be read; if no QEMU of that machine runs (look with ps), remove it and start the machine"
