@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from onionskin.catalog.tree import Snapshot
     from onionskin.control.client import LiveVolume, connect
     from onionskin.control.client import flush_served as flush_served
+    from onionskin.control.groups import agrees_to_revert as agrees_to_revert
     from onionskin.control.groups import find_served_heads as find_served_heads
     from onionskin.control.groups import fork_served as fork_served
     from onionskin.control.groups import revert_machine_served as revert_machine_served
@@ -71,7 +72,7 @@ _HOME = {
     "drop_leftovers": "onionskin.machine.leftovers",
     "flush_served": "onionskin.control.client",
     **dict.fromkeys(
-        ("find_served_heads", "fork_served", "revert_machine_served", "revert_served", "tidy_served"),
+        ("agrees_to_revert", "find_served_heads", "fork_served", "revert_machine_served", "revert_served", "tidy_served"),
         "onionskin.control.groups",
     ),
     "refuse_arguments": "onionskin.machine.qemu_command",

@@ -1847,9 +1847,52 @@ class Store:
         """Put a machine that is off back to a snapshot, from whose RAM the next start goes on, if it has any."""
         from onionskin.operations import machine_tree, machines
 
-        machine = machines.find(self._opened.catalog, name)
-        with self._open_ram(machine):
+        catalog = self._opened.catalog
+        machine = machines.find(catalog, name)
+        with self._open_ram(machine), ExitStack() as stack:
+            machines.find_snapshot(catalog, machine, snapshot)
+            for disk in machines.disks_of(catalog, machine).values():
+                self._hold_to_put_back(disk, stack)  # so that what is in the way is found before anything is noted
             machine_tree.revert(self._opened, name, snapshot, self._put_back, ram=True)
+
+    def _hold_to_put_back(self, volume: str, stack: ExitStack) -> None:
+        """Hold a disk that is to be put back, unless it is open here; one that is served has to be one that may change.
+
+        Raises
+        ------
+        StateError
+            Somebody else has it, or its server does not allow that it changes.
+        """
+        import onionskin
+
+        if self._open_here(volume) is None and not onionskin.agrees_to_revert(self, volume):
+            stack.enter_context(self._open_to_write(volume, for_machine=True))
+
+    def _put_machine_back_to_beginning(self, name: str) -> None:
+        """Put a fork that is off back to the snapshot that it was made from, from whose RAM the next start goes on."""
+        from onionskin.operations import machine_tree, machines
+
+        catalog = self._opened.catalog
+        machine = machines.find(catalog, name)
+        disks = machines.disks_of(catalog, machine)
+        with machines.kept_off(self._opened, machine):
+            machine_tree.beginning_of_fork(catalog, machine)
+            for disk in disks.values():  # what a process that died left unflushed belongs to the head that goes
+                self._open_to_write(disk, for_machine=True).close()
+            with locked_to_remove(self._opened.layout, disks):
+                machine_tree.put_back_to_beginning(self._opened, name, held=disks)
+        self._tidy(list(disks.values()))
+        self._drop_leftovers()
+
+    def _forget_ram_of_machine(self, name: str) -> None:
+        """Have the next start of a machine that is off boot from its disks. A revert that did not end is ended first."""
+        from onionskin.operations import machines
+
+        begins = machines.beginning(self._opened, name)
+        if begins.is_reverting and begins.snapshot is not None:
+            self._revert_machine(name, begins.snapshot.name)
+        with machines.kept_off(self._opened, machines.find(self._opened.catalog, name)):
+            machines.forget_ram(self._opened, name)
 
     def _open_ram(self, machine: MachineRow) -> "Volume":
         """Open the RAM volume of a machine for writing, which keeps others from starting it."""

@@ -9,6 +9,7 @@ from click.testing import Result
 from support.machines import snapshot_live
 
 import onionskin as library
+from onionskin.machine.hypervisor import Recorded
 
 Run = Callable[..., Result]
 
@@ -69,7 +70,10 @@ def test_what_is_given_behind_two_dashes_goes_to_the_hypervisor(run: Run, vms: s
         (["status", "lab"], 2, "names no store"),
         (["revert", "{vms}/lab@no"], 3, "has no snapshot 'no'"),
         (["revert", "{vms}/lab"], 2, "names no snapshot"),
+        (["revert", "{vms}/lab@no", "--beginning"], 2, "leave out the snapshot"),
+        (["revert", "{vms}/lab", "--beginning"], 5, "'lab' is no fork"),
         (["merge", "{vms}/lab@a", "{vms}/other@b"], 2, "of several machines"),
+        (["merge", "{vms}/lab@a", "--dry-run"], 3, "has no snapshot 'a'"),
         (["delete", "{vms}/lab", "/other/lab"], 2, "not of one store"),
         (["console", "{vms}/lab"], 5, "is off"),
         (["pause", "{vms}/lab"], 5, "is off"),
@@ -186,3 +190,37 @@ def test_the_word_alone_lists_its_verbs(run: Run) -> None:
     assert alone.exit_code == 2 and all(
         f"\n  {verb} " in alone.stdout for verb in ("create", "start", "fork", "delete")
     )
+
+
+def test_a_dry_run_of_a_merge_says_what_goes_and_changes_nothing(run: Run, vms: str) -> None:
+    for name in ("a", "b"):
+        live(vms, name, name.encode())
+    value = as_json(run, "merge", f"{vms}/lab@a", "--dry-run")
+    assert value == {"dry_run": True, "machines": [], "volumes": [], "snapshots": ["lab@a"], "bytes_freed": 8192}
+    told = run("machine", "merge", f"{vms}/lab@a", f"{vms}/lab@b", "--dry-run")
+    assert told.exit_code == 0 and "merge would drop the snapshots lab@a, lab@b and" in told.stdout, told.stderr
+    assert [one["name"] for one in as_json(run, "snapshots", f"{vms}/lab")] == ["a", "b"]  # type: ignore[attr-defined]
+    with library.Store(vms) as store:
+        store._revert_machine("lab", "b")
+    refused = run("machine", "merge", f"{vms}/lab@b", "--dry-run")
+    assert refused.exit_code == 5 and "about to go on from a snapshot" in refused.stderr
+
+
+def test_a_fork_under_a_key_is_made_once(run: Run, vms: str) -> None:
+    live(vms, "a", b"a")
+    for _ in range(2):
+        value = as_json(run, "fork", f"{vms}/lab@a", "-n", "2", "--key", "task 7", "--no-start")
+        assert value == {"source": f"{vms}/lab@a", "forks": ["lab-1", "lab-2"], "warnings": []}
+    told = run("machine", "revert", f"{vms}/lab-1", "--beginning", "--dry-run")
+    assert told.exit_code == 0 and "0 B of data" in told.stdout
+
+
+def test_a_kernel_that_does_not_notice_a_fork_is_warned_of(run: Run, vms: str) -> None:
+    recorded = Recorded("qemu", "7.2", "pc", "tcg", "max", 1 << 20, 1, guest_kernel="6.1.0-53-cloud-amd64")
+    with library.Store(vms) as store:
+        snapshot_live(store, "lab", "a", {}, recorded=recorded.to_json())
+    made = run("machine", "fork", f"{vms}/lab@a", "--no-start")
+    assert made.exit_code == 0 and made.stdout == f"{vms}/lab-1\n"
+    assert "warning: forks of lab@a: its guest booted Linux 6.1.0-53-cloud-amd64" in made.stderr
+    (said,) = as_json(run, "fork", f"{vms}/lab@a", "--no-start")["warnings"]  # type: ignore[index]
+    assert "the same random numbers" in said

@@ -6,13 +6,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from support.guests import Console, configuration, until
+from support.guests import SECONDS_MAX, Console, configuration, until
 
 import onionskin
 from onionskin.errors import StateError

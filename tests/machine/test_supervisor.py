@@ -1,7 +1,11 @@
 """Machines with their supervisors: processes that stay, are asked, and are killed."""
 
+import array
+import fcntl
 import os
 import signal
+import socket
+import termios
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -170,6 +174,74 @@ def test_a_fork_goes_on_beside_its_origin(lab: Machine, store: onionskin.Store) 
             for fork in forks:
                 fork.stop(force=True)
     store.delete_machines(*(fork.name for fork in forks))
+
+
+def test_a_guest_whose_console_nobody_read_at_the_snapshot_goes_on_in_a_fork(lab: Machine) -> None:
+    lab.start()
+    with lab.console() as unread:
+        before = -1
+        while (there := bytes_in(unread)) > before:  # until the guest stands still, as no more of what it says is taken
+            before = there
+            time.sleep(0.5)
+        lab.snapshot("unread")
+    lab.stop(force=True)
+    (fork,) = lab.fork("unread", count=1)
+    try:
+        with console(fork) as screen:
+            screen.wait_ticks()
+    finally:
+        fork.stop(force=True)
+        fork.delete()
+
+
+def bytes_in(connection: socket.socket) -> int:
+    """Return how many bytes wait to be read."""
+    room = array.array("i", [0])
+    fcntl.ioctl(connection, termios.FIONREAD, room)
+    return room[0]
+
+
+def test_a_machine_that_would_go_on_from_ram_boots_afresh(lab: Machine, store: onionskin.Store) -> None:
+    lab.start()
+    with console(lab) as screen:
+        screen.wait_ticks(20)
+    lab.snapshot("ready")
+    lab.stop(force=True)
+    (fork,) = lab.fork("ready", start=False)
+    fork.start(fresh=True)
+    try:
+        with console(fork) as screen:
+            screen.wait_ticks(1)
+            assert found(fork).mapped is None and screen.ticks[0] < 20
+        fork.stop(force=True)
+        fork.revert_to_beginning()
+        with console(fork) as screen:
+            screen.wait_ticks(1)
+            assert found(fork).mapped is not None and screen.ticks[0] >= 20
+        with pytest.raises(StateError, match="runs; stop it first"):
+            fork.revert_to_beginning()
+    finally:
+        fork.stop(force=True)
+
+
+def test_a_guest_is_told_another_generation_id_by_each_revert_also_behind_a_killed_supervisor(lab: Machine) -> None:
+    lab.start()
+    with console(lab) as screen:
+        screen.wait_ticks()
+        lab.snapshot("ready")
+        told = [lab.status()["generation"]]
+        for _ in range(2):
+            lab.revert("ready")
+            told.append(lab.status()["generation"])
+        record = found(lab)
+        assert record.supervisor is not None and record.generation == told[0] and record.told == told[2]
+        os.kill(record.supervisor.pid, signal.SIGKILL)
+        until(lambda: not record.supervisor.is_alive)
+        assert lab.status()["generation"] == told[2]
+        lab.revert("ready")
+        told.append(lab.status()["generation"])
+        screen.wait_ticks()
+    assert len(set(told)) == 4
 
 
 # ---- kills ----

@@ -154,6 +154,19 @@ def test_a_server_that_has_not_all_disks_puts_none_back(store: onionskin.Store) 
         assert disk_of(server, "web").read(0, 4) == bytes(4)
 
 
+def test_a_server_that_does_not_let_its_disk_change_is_found_before_the_revert_is_noted(store: onionskin.Store) -> None:
+    snapshot(store, "ready")
+    snapshot(store, "later")
+    server = Server(limits=Limits(), allow_revert=False, log=lambda line: None)
+    try:
+        server.exports.add_volume(store.path, "data")
+        with pytest.raises(StateError, match="serve with --allow-revert; nothing was changed"):
+            store._revert_machine("lab", "ready")
+    finally:
+        server.close()
+    assert (store.machine_info("lab").begins, store.machine_info("lab").stands_on) == ("boots", "later")
+
+
 def test_a_server_puts_back_a_disk_only_for_its_own_machine(store: onionskin.Store, server: Server) -> None:
     snapshot(store, "ready")
     make_machine(store, "second", [])

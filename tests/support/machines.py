@@ -15,7 +15,14 @@ def make_machine(store: onionskin.Store, name: str, disks: Sequence[str], wipe: 
     machines.create(store._opened, name, disks, configuration=CONFIGURATION, memory_bytes=MEMORY, wipe=wipe)
 
 
-def snapshot_live(store: onionskin.Store, name: str, snapshot: str | None, written: Mapping[str, bytes]) -> None:
+def snapshot_live(
+    store: onionskin.Store,
+    name: str,
+    snapshot: str | None,
+    written: Mapping[str, bytes],
+    *,
+    recorded: str = '{"version":"7.2"}',
+) -> None:
     """Take a snapshot as of a machine that runs: `written` goes to the beginning of its volumes before it."""
     about = store.machine_info(name)
     with store._open_to_write(about.ram, for_machine=True) as ram:
@@ -32,7 +39,7 @@ def snapshot_live(store: onionskin.Store, name: str, snapshot: str | None, writt
                 snapshot,
                 mode="live",
                 configuration=CONFIGURATION,
-                recorded='{"version":"7.2"}',
+                recorded=recorded,
                 ram=ram._opened.to_write(),
                 state_bytes=BLOCK,
             )

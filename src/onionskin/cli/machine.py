@@ -4,6 +4,7 @@ What must hold: these verbs only read the command line and print. What runs is a
 store alone knows of `Store`.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +17,7 @@ from onionskin.base.sizes import format_size
 from onionskin.cli import losses, output
 from onionskin.cli.arguments import (
     MACHINE,
+    MACHINE_OR_SNAPSHOT,
     MACHINE_SNAPSHOT,
     NEW_MACHINE,
     NEW_MACHINE_SNAPSHOT_OR_NONE,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from onionskin.operations.losses import Loss
     from onionskin.operations.machine_tree import MachineSnapshotInfo
     from onionskin.operations.machines import MachineInfo
+    from onionskin.store import Store
 
 FILE = click.Path(path_type=Path, readable=False)
 _LEAVE = b"\x1d"  # Ctrl-]
@@ -186,9 +189,11 @@ def _value(about: "MachineInfo") -> dict[str, Any]:
 @click.argument("name", type=MACHINE, metavar="STORE/MACHINE")
 @click.option("--paused", is_flag=True, help="Leave it standing still, until resume.")
 @click.option("--foreground", is_flag=True, help="Run it in this process until it ends, for a service manager.")
+@click.option("--fresh", is_flag=True, help="Boot from the disks as they are, also where it would go on from its RAM.")
+@yes_option
 @trust_option
 @json_option
-def start(name: Name, paused: bool, foreground: bool, as_json: bool) -> None:
+def start(name: Name, paused: bool, foreground: bool, fresh: bool, yes: bool, as_json: bool) -> None:
     """Start a machine.
 
     It boots from its disks; or it goes on from its RAM, if it was put back to a snapshot or is a fork that never ran. A
@@ -196,14 +201,25 @@ def start(name: Name, paused: bool, foreground: bool, as_json: bool) -> None:
     """
     with name.open_store() as store:
         opened = store.open_machine(name.volume)
+        if fresh:
+            _agree_to_boot(store, name, yes=yes)
         if foreground:
-            status = opened.run(paused=paused)
+            status = opened.run(paused=paused, fresh=fresh)
             if status:
                 click.get_current_context().exit(1)
             return
-        opened.start(paused=paused)
+        opened.start(paused=paused, fresh=fresh)
         state = opened.state
     output.tell(as_json, {"name": name.volume, "state": state}, lambda: f"{name} is {state}")
+
+
+def _agree_to_boot(store: "Store", name: Name, *, yes: bool) -> None:
+    """Ask before RAM is given up that no snapshot has."""
+    from onionskin.operations import machines
+
+    if machines.has_unnamed_ram(store._opened, name.volume):
+        what = f"the RAM that {name.volume} would go on from, which no snapshot has"
+        output.confirm_loss(f"start --fresh drops {what}. Drop it?", f"start --fresh would drop {what}", yes=yes)
 
 
 @_verb()
@@ -291,6 +307,7 @@ def status(name: Name, as_json: bool) -> None:
         ("made", output.when(about.created)),
         ("expires", output.when(about.expires)),
         ("labels", ", ".join(f"{key}={text}" for key, text in about.labels.items())),
+        ("guest's kernel", now.get("recorded", {}).get("guest_kernel", "")),
         ("changed RAM", _tracking(now)),
     ]
     output.show(as_json, value, lambda: output.fields([(what, text) for what, text in pairs if text]))
@@ -476,12 +493,13 @@ def snapshot(name: Name, note: str, mode: str | None, freeze: bool, as_json: boo
 
 
 @_verb()
-@click.argument("name", type=MACHINE_SNAPSHOT, metavar="STORE/MACHINE@SNAPSHOT")
+@click.argument("name", type=MACHINE_OR_SNAPSHOT, metavar="STORE/MACHINE@SNAPSHOT")
+@click.option("--beginning", is_flag=True, help="Of a fork that is off: to the snapshot that it was made from.")
 @yes_option
 @dry_run_option
 @trust_option
 @json_option
-def revert(name: Name, yes: bool, dry_run: bool, as_json: bool) -> None:
+def revert(name: Name, beginning: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
     """Put a machine back to a snapshot, disks, RAM and all, and let it run.
 
     One that runs goes on from there in the same process; one that is off is started. What was done since the last snapshot
@@ -489,6 +507,11 @@ def revert(name: Name, yes: bool, dry_run: bool, as_json: bool) -> None:
     """
     from onionskin.operations import machine_usage
 
+    if beginning:
+        _revert_to_beginning(name, yes=yes, dry_run=dry_run, as_json=as_json)
+        return
+    if name.snapshot is None:
+        raise click.UsageError(f"'{name}' names no snapshot: write {name}@SNAPSHOT, or --beginning for a fork")
     with name.open_store() as store:
         loss = machine_usage.loss_of_revert(store._opened, name.volume, name.required_snapshot)
         runs = store.machine_info(name.volume).state != "off"
@@ -502,6 +525,22 @@ def revert(name: Name, yes: bool, dry_run: bool, as_json: bool) -> None:
         {"machine": name.volume, "snapshot": name.snapshot},
         lambda: f"{name.store}/{name.volume} goes on from {name.snapshot}",
     )
+
+
+def _revert_to_beginning(name: Name, *, yes: bool, dry_run: bool, as_json: bool) -> None:
+    from onionskin.operations import machine_usage
+
+    if name.snapshot is not None:
+        raise click.UsageError("--beginning is of a fork itself: leave out the snapshot")
+    with name.open_store() as store:
+        loss = machine_usage.loss_of_beginning(store._opened, name.volume)
+        if dry_run:
+            _tell_dry_run(as_json, "revert", (), loss)
+            return
+        _agree("revert", (), loss, yes=yes)
+        store.open_machine(name.volume).revert_to_beginning()
+    value = {"machine": name.volume, "snapshot": None}
+    output.tell(as_json, value, lambda: f"{name} goes on from what it was forked from")
 
 
 @_verb()
@@ -532,12 +571,18 @@ def discard(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, 
 
 @_verb()
 @click.argument("names", type=MACHINE_SNAPSHOT, nargs=-1, required=True, metavar="STORE/MACHINE@SNAPSHOT...")
+@dry_run_option
 @trust_option
 @json_option
-def merge(names: tuple[Name, ...], as_json: bool) -> None:
+def merge(names: tuple[Name, ...], dry_run: bool, as_json: bool) -> None:
     """Drop snapshots of a machine and keep all data that was written."""
+    from onionskin.operations import machine_usage
+
     name, chosen = _of_one(names)
     with name.open_store() as store:
+        if dry_run:
+            _tell_dry_run(as_json, "merge", (), machine_usage.loss_of_merge(store._opened, name.volume, chosen))
+            return
         gone = store.open_machine(name.volume).merge(chosen)
     value = {"machine": name.volume, "merged": gone}
     output.tell(as_json, value, lambda: f"merged {', '.join(f'{name.volume}@{one}' for one in gone)}")
@@ -564,6 +609,9 @@ def _of_one(names: tuple[Name, ...]) -> tuple[Name, list[str]]:
     "--lifetime", metavar="TIME", help="From then on 'onionskin expire' drops those that are off: 15m, 2h, 7d."
 )
 @label_option("Mark them, as task=42; for several labels, give it again.")
+@click.option(
+    "--key", help="The same call again under this key, within a day, makes nothing, and prints the same names."
+)
 @click.option("--wipe", type=WIPE, help="What happens to freed blocks; by default as where they come from.")
 @click.option("--network", is_flag=True, help="Let them reach what the machine reaches; by default they reach nothing.")
 @click.option("--no-start", is_flag=True, help="Leave them off; the first start goes on from the snapshot.")
@@ -573,6 +621,7 @@ def fork(
     name: Name,
     names: tuple[str, ...],
     labels: tuple[tuple[str, str], ...],
+    key: str | None,
     no_start: bool,
     as_json: bool,
     **how: Any,
@@ -582,12 +631,15 @@ def fork(
     Nothing is copied. They have the addresses and the clock of the machine that they come from; docs/machines.md says what
     changes by itself.
     """
-    with name.open_store() as store:
-        made = store.open_machine(name.volume).fork(
-            name.required_snapshot, names=names or None, labels=dict(labels) or None, start=not no_start, **how
-        )
+    how |= {"names": names or None, "labels": dict(labels) or None, "idempotency_key": key, "start": not no_start}
+    with name.open_store() as store, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", RuntimeWarning)
+        made = store.open_machine(name.volume).fork(name.required_snapshot, **how)
         called = [one.name for one in made]
-    value = {"source": str(name), "forks": called}
+    said = [str(one.message) for one in warned if one.category is RuntimeWarning]
+    value = {"source": str(name), "forks": called, "warnings": said}
+    for one in said:
+        output.echo(f"onionskin: warning: {one}", err=True)
     output.show(as_json, value, lambda: "\n".join(f"{name.store}/{one}" for one in called))
 
 

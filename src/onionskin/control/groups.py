@@ -647,6 +647,26 @@ def revert_machine_served(
             return False  # it is of an older version, which puts back one by one
 
 
+def agrees_to_revert(store: "Store", name: str) -> bool:
+    """Whether a server holds a volume, which lets its disk change; False if no server holds it.
+
+    Raises
+    ------
+    StateError
+        A server holds it that does not let its disk change.
+    """
+    live = find(store, name)
+    if live is None:
+        return False
+    with live:
+        if not live.info()["allow_revert"]:
+            raise StateError(
+                f"volume {name!r} is served by process {live._pid}, and its disk would change under the clients; stop them "
+                "and the server first, or serve with --allow-revert; nothing was changed"
+            )
+    return True
+
+
 def tidy_served(store: "Store", name: str) -> bool:
     """Have the server that holds a volume fold layers that lost their names; False if no server holds it."""
     live = find(store, name)

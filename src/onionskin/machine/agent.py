@@ -178,6 +178,16 @@ def tell_identity(
     return failed
 
 
+def kernel_of(agent: GuestAgent) -> str:
+    """Return the release of the guest's kernel, as its agent says it; empty where that is no Linux, or it does not say."""
+    try:
+        found = agent.call("guest-get-osinfo")
+    except StateError:
+        return ""
+    release = found.get("kernel-release") if isinstance(found, dict) else None
+    return release if isinstance(release, str) else ""
+
+
 def _set_mac(agent: GuestAgent, mac: str) -> None:
     found = agent.call("guest-network-get-interfaces")
     cards = [one["name"] for one in found if one.get("hardware-address", "00:00:00:00:00:00") != "00:00:00:00:00:00"]

@@ -130,6 +130,9 @@ class Recorded:
         As configured.
     devices : tuple of str
         The devices in order, without what may differ (the medium behind a disk, addresses, identity).
+    guest_kernel : str
+        The release of the Linux that the guest booted, such as "6.12.95-cloud-amd64"; empty where a disk's boot loader chose
+        it. It may differ.
     """
 
     hypervisor: str
@@ -140,6 +143,7 @@ class Recorded:
     memory_bytes: int
     cpus: int
     devices: tuple[str, ...] = ()
+    guest_kernel: str = ""
 
     def to_json(self) -> str:
         """Return it as text, for `from_json`."""

@@ -5,6 +5,7 @@ found by whatever is asked of it next, and has one again before anything else ha
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -14,21 +15,23 @@ from socket import socket
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from onionskin.base.sockets import connect_unix
-from onionskin.errors import OnionskinError, StateError
+from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.machine import daemon, disk_server, orphans, pool, record
 from onionskin.machine import fork as fork_process
 from onionskin.machine.capture import MachineSnapshot
 from onionskin.machine.control import MachineControl, NotAsked
-from onionskin.machine.hypervisor import Configuration
+from onionskin.machine.entropy import doubt_about
+from onionskin.machine.hypervisor import Configuration, Recorded, compare
 from onionskin.machine.pool import MachinePool
 from onionskin.machine.record import Record
-from onionskin.operations import machine_forks, machines
+from onionskin.operations import machine_forks, machine_tree, machines
 from onionskin.operations.forks import check_wanted
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from onionskin.base.annotations import WipePolicy
+    from onionskin.catalog import MachineSnapshotRow
     from onionskin.operations.forks import Wanted
     from onionskin.operations.machine_tree import MachineSnapshotInfo
     from onionskin.operations.machines import MachineInfo
@@ -160,7 +163,7 @@ class Machine:
 
     # ---- running ----
 
-    def start(self, *, paused: bool = False) -> None:
+    def start(self, *, paused: bool = False, fresh: bool = False) -> None:
         """Start it. Its guest runs on return, unless it is `paused`; a process stays that supervises it.
 
         It boots from its disks; or it goes on from RAM, if it was put back to a snapshot or is a fork that never ran.
@@ -169,6 +172,8 @@ class Machine:
         ----------
         paused : bool
             Have it stand still from the begin, until `resume`.
+        fresh : bool
+            Boot in any case, from the disks as they are. RAM that it would go on from is given up, as if the power had gone.
 
         Raises
         ------
@@ -180,9 +185,11 @@ class Machine:
         with self._supervisor() as control:
             if control is not None:
                 raise StateError(f"machine {self._name!r} runs already, in process {control.pid}")
+        if fresh:
+            self._store._forget_ram_of_machine(self._name)
         self._start(paused=paused)
 
-    def run(self, *, paused: bool = False) -> int:
+    def run(self, *, paused: bool = False, fresh: bool = False) -> int:
         """Run it in this process, for a service manager, until it ends.
 
         Only the main thread can call it. SIGTERM, SIGINT and SIGHUP have the guest shut down. On return, all of it has
@@ -192,6 +199,8 @@ class Machine:
         ----------
         paused : bool
             Have it stand still from the begin, until `resume`.
+        fresh : bool
+            As for `start`.
 
         Returns
         -------
@@ -210,6 +219,8 @@ class Machine:
         with self._supervisor() as control:
             if control is not None:
                 raise StateError(f"machine {self._name!r} runs already, in process {control.pid}")
+        if fresh:
+            self._store._forget_ram_of_machine(self._name)
         return daemon.run_in_foreground(self._store.path, self._name, paused=paused, trust=self._store._trust)
 
     @_asked_again
@@ -336,7 +347,8 @@ class Machine:
     def revert(self, name: str) -> None:
         """Put it back to a snapshot. One that runs goes on from there, in the same process; one that is off is started.
 
-        One that is paused stays so. What was written after its last snapshot is gone. Durable on return.
+        One that is paused stays so. What was written after its last snapshot is gone. Its VM generation id is another one
+        then. Durable on return.
 
         Parameters
         ----------
@@ -348,9 +360,9 @@ class Machine:
         SnapshotNotFoundError
             There is none of that name.
         StateError
-            The snapshot cannot run here, and the difference is named: a machine that runs was not touched, and one that
-            is off was put back, but not started. Or it failed half-way: a machine that runs stands still until it is
-            reverted again or stopped, as `status` says. Or a disk of it is in use.
+            The snapshot cannot run here, and the difference is named; or a disk of it is in use: nothing was touched. Or it
+            failed half-way: a machine that runs stands still until it is reverted again or stopped, as `status` says; of one
+            that is off, another revert or the next start puts all back.
         OSError
             A file could not be read or written. Revert it again, or stop it.
         """
@@ -358,8 +370,39 @@ class Machine:
             if control is not None:
                 control.call("revert", name=name)
                 return
+        self._refuse_unlike(machines.find_snapshot(self._store._opened.catalog, self._row, name))
         self._store._revert_machine(self._name, name)
         self._start()
+
+    def revert_to_beginning(self) -> None:
+        """Put a fork that is off back to the snapshot that it was made from, and let it go on from there.
+
+        What was written to its disks since is gone, and its own snapshots stay. Durable on return.
+
+        Raises
+        ------
+        StateError
+            It runs, it is no fork, that snapshot is gone or cannot run here, or a disk of it is in use. Nothing was touched.
+        OSError
+            A file could not be read or written.
+        """
+        with self._supervisor() as control:
+            if control is not None:
+                raise StateError(f"machine {self._name!r} runs; stop it first, with 'onionskin machine stop --force'")
+        self._refuse_unlike(machine_tree.beginning_of_fork(self._store._opened.catalog, self._row)[1])
+        self._store._put_machine_back_to_beginning(self._name)
+        self._start()
+
+    def _refuse_unlike(self, snapshot: "MachineSnapshotRow") -> None:
+        """Raise StateError where the RAM of a snapshot cannot be loaded here, before anything is put back."""
+        if snapshot.ram is None:
+            return
+        from onionskin.machine.qemu import QemuHypervisor
+
+        row = self._row
+        disks = self._store._opened.catalog.disks_of_machine(row.id)
+        now = QemuHypervisor().check(Configuration.from_json(row.configuration), len(disks))
+        compare(Recorded.from_json(snapshot.recorded), now)
 
     def merge(self, names: "str | Sequence[str]") -> list[str]:
         """Drop snapshots of it, and keep all data: what was written after each joins what was written before it.
@@ -455,6 +498,7 @@ class Machine:
         count: int | None = None,
         names: "Sequence[str] | None" = None,
         pattern: str | None = None,
+        idempotency_key: str | None = None,
         lifetime: "str | float | timedelta | None" = None,
         labels: "Mapping[str, str] | None" = None,
         wipe: "WipePolicy | None" = None,
@@ -463,11 +507,16 @@ class Machine:
     ) -> "list[Machine]":
         """Make machines that go on from a snapshot of it, and start them. All run on return, or none is left.
 
+        It warns (RuntimeWarning) where the guest's kernel is one by which forks draw the same random numbers.
+
         Parameters
         ----------
         snapshot : str
         count, names, pattern, lifetime, labels, wipe
             As for `Store.fork_machine`.
+        idempotency_key : str, optional
+            As for `Store.fork_machine`. The same call again starts those that were made and have not run yet. With a key,
+            machines that could not be started stay.
         network : bool
             Let them reach what the machine reaches. By default the network of a fork reaches nothing: it has the addresses
             of the machine that it was made from.
@@ -492,20 +541,41 @@ class Machine:
         ValueError
             The arguments do not say which machines to make.
         """
-        wanted = check_wanted(self._name, snapshot, names, count, pattern, None, lifetime, labels, wipe)
-        if start and not network and wipe is None and (warm := self._fork_from_pool(wanted)) is not None:
-            return warm
-        made = machine_forks.fork_machine(self._store._opened, wanted)
-        forks = [Machine(self._store, name) for name in made]
+        forks = None
+        if start and not network and wipe is None and idempotency_key is None:  # what waits in a pool has none of these
+            forks = self._fork_from_pool(
+                check_wanted(self._name, snapshot, names, count, pattern, None, lifetime, labels, None)
+            )
+        if forks is None:
+            made = self._store.fork_machine(
+                self._name,
+                snapshot,
+                count=count,
+                names=names,
+                pattern=pattern,
+                idempotency_key=idempotency_key,
+                lifetime=lifetime,
+                labels=labels,
+                wipe=wipe,
+            )
+            forks = [Machine(self._store, name) for name in made]
+            self._begin_forks(forks, network=network, start=start, may_have_run=idempotency_key is not None)
+        if doubt := self._doubt_about(snapshot):
+            warnings.warn(f"forks of {self._name}@{snapshot}: {doubt}", RuntimeWarning, stacklevel=2)
+        return forks
+
+    def _begin_forks(self, forks: "list[Machine]", *, network: bool, start: bool, may_have_run: bool) -> None:
+        """Start forks that were made. `may_have_run`: the same call may have made and started them before."""
+        new = [fork for fork in forks if fork._never_ran] if may_have_run else forks
         try:
-            for fork in forks if network else ():
+            for fork in new if network else ():
                 fork._configure(lambda one: replace(one, is_isolated=False))
             if start:
-                fork_process.start_all(self._store, [fork._name for fork in forks])
+                self._start_forks(new)
         except BaseException:
-            self._remove(forks)
+            if not may_have_run:
+                self._remove(forks)
             raise
-        return forks
 
     def _fork_from_pool(self, wanted: "Wanted") -> "list[Machine] | None":
         """Make forks of which a pool has the first ones ready. Return None, and leave nothing, where no pool can help."""
@@ -601,6 +671,32 @@ class Machine:
         """
         rows = self._store._opened.catalog.snapshots_of_machine(self._id)
         return [one for row in rows if (one := MachinePool(self._directory, row.name, row.id)).is_there]
+
+    def _start_forks(self, forks: "list[Machine]") -> None:
+        try:
+            if forks:
+                fork_process.start_all(self._store, [fork._name for fork in forks])
+        except StateError:
+            # The same call in another process may have been faster.
+            if not all(machines.is_running(self._store._opened, fork._row) for fork in forks):
+                raise
+
+    @property
+    def _never_ran(self) -> bool:
+        """Whether it is a fork that is off, and has not been started."""
+        row = self._row
+        is_new = row.stands_on is None and row.resumes == machines.RESUMES
+        return is_new and not machines.is_running(self._store._opened, row)
+
+    def _doubt_about(self, snapshot: str) -> str:
+        """Say what is to be expected of the random numbers of forks of a snapshot; nothing where all is well."""
+        row = self._store._opened.catalog.machine_snapshot_named(self._id, snapshot)
+        if row is None or row.ram is None:
+            return ""
+        try:
+            return doubt_about(Recorded.from_json(row.recorded).guest_kernel)
+        except FormatError:  # the forks are made; their start says what is wrong
+            return ""
 
     def _remove(self, forks: "list[Machine]") -> None:
         for fork in forks:

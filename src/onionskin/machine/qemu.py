@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from onionskin.base.files import data_ranges
+from onionskin.base.sockets import connect_unix
 from onionskin.errors import StateError
 from onionskin.kernels._ram import PageTracker
 from onionskin.machine import qemu_command
@@ -40,6 +41,7 @@ _ENDING_SECONDS = 5.0
 STOP_SECONDS = 10.0
 STATE_SECONDS = 60.0
 PROBE_SECONDS = 30.0
+CONSOLE_SECONDS = 10.0
 KILL_SECONDS = 10.0
 STATE_TAG = "s"
 STATE_CLUSTER_BYTES = 16384  # as fast as QEMU's 65536, and half a MiB less
@@ -337,13 +339,27 @@ class QemuProcess:
             node = self._add_node(path, is_new=False)
 
         def load() -> None:
-            with self._explained():
+            with self._explained(), self._console_read():
                 self._run_on_state("snapshot-load", node)
 
         try:
             yield load
         finally:
             self._remove_node(node)
+
+    @contextmanager
+    def _console_read(self) -> Iterator[None]:
+        """Have the console connected for the time of the block.
+
+        A serial port whose last byte nobody has taken yet waits for whoever is connected. Where nobody is when its state is
+        loaded, QEMU lets it wait for ever, and the guest with it.
+        """
+        consoles = [one for one in self.monitor.execute("query-chardev") if one["label"] == qemu_command.CONSOLE]
+        if not any(one["filename"].startswith("disconnected:") for one in consoles):
+            yield  # another one would wait behind that
+            return
+        with connect_unix(self.directory / qemu_command.CONSOLE, seconds=CONSOLE_SECONDS):
+            yield
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

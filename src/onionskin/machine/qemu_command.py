@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from onionskin.base.linux_kernel import release_of_file
 from onionskin.errors import StateError
 from onionskin.machine.hypervisor import Configuration, Identity, Recorded
 
@@ -107,6 +108,7 @@ def recorded(configuration: Configuration, disks: int, version: str, machine_typ
         configuration.memory_bytes,
         configuration.cpus,
         devices(configuration, disks),
+        release_of_file(configuration.kernel) if configuration.kernel else "",
     )
 
 

@@ -221,6 +221,10 @@ class UnsavedRam(ABC):
         """Write runs of RAM as a snapshot has them to the machine, which is stopped, and forget that they were written."""
 
     @abstractmethod
+    def write_page(self, number: int, page: NDArray[np.uint8]) -> None:
+        """Change a page of the machine, which is stopped. It counts as written by the machine."""
+
+    @abstractmethod
     def read_pages(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return pages of the machine as they are now."""
 
@@ -350,6 +354,12 @@ class GuestRam(UnsavedRam):
         self._tracker.written(protect=True)
         self.forget_saved()
 
+    def write_page(self, number: int, page: NDArray[np.uint8]) -> None:
+        """Change a page of the machine, which is stopped. It counts as written by the machine."""
+        run = np.array([(number * PAGE_BYTES, (number + 1) * PAGE_BYTES)], RUN_DTYPE)
+        self.add_unsaved(run)
+        self._tracker.write(run, page)
+
     def read_pages(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return pages of the machine as they are now."""
         chosen = np.zeros(len(self._unsaved), np.bool_)
@@ -428,6 +438,10 @@ class ComparedRam(UnsavedRam):
             piece = numbers[at : at + PIECE_PAGES]
             self._shared_pages[piece] = volume.read_blocks(piece)
         self.forget_saved()
+
+    def write_page(self, number: int, page: NDArray[np.uint8]) -> None:
+        """Change a page of the machine, which is stopped."""
+        self._shared_pages[number] = page
 
     def read_pages(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return pages of the machine as they are now."""

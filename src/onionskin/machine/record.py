@@ -118,7 +118,7 @@ class Record:
     configuration, recorded : str
         JSON of what it was started with.
     generation, mac_seed : str
-        Of its identity.
+        Of its identity, as the process was started with it.
     ram_file : str
         What its RAM is mapped over.
     is_tracked : bool
@@ -133,6 +133,8 @@ class Record:
         Whether its file systems may be frozen.
     labels : list of str
         What its hypervisor calls its disks, where that is not their names.
+    told : str
+        The VM generation id that the guest was told behind a revert; empty: that of its identity.
     """
 
     supervisor: ProcessId | None
@@ -149,6 +151,7 @@ class Record:
     is_reverting: bool = False
     is_frozen: bool = False
     labels: list[str] = field(default_factory=list)
+    told: str = ""
 
     def write(self, directory: Path) -> None:
         """Replace the record of a machine."""
@@ -174,8 +177,7 @@ class Record:
             for name in ("supervisor", "hypervisor", "server"):
                 if value[name] is not None:
                     value[name] = ProcessId.checked(value[name])
-            value.setdefault("labels", [])  # which a supervisor of an earlier onionskin did not write
-            return cls(**{one.name: value[one.name] for one in fields(cls)})
+            return cls(**{one.name: value[one.name] for one in fields(cls) if one.name in value})
         except (TypeError, KeyError, AttributeError):
             raise FormatError(
                 f"{path} cannot be read; if no QEMU of that machine runs (look with ps), remove it and start the machine"

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from onionskin.store import Store
 
 _GENERATION_BYTES = 16
+_GENERATION_OFFSET = 40  # in its page, of which nothing else is set: QEMU's docs/specs/vmgenid
+# The firmware puts that page near the end of RAM, or of that part of a larger one which is below 4 GiB.
+_ENDS_OF_RAM = (0x80000000, 0xB0000000, 0xC0000000, 0xE0000000)
+_FIRMWARE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,9 +237,33 @@ def revert(running: Running, snapshot: str) -> None:
                 _put_back(running, saved, view)
                 load_state()  # this reads no disk
                 _settle(running, view)
+                renew_generation(running)
                 disks.result()
             going_back.put_ram_back(running.ram_volume._opened.to_write())  # the guest may write from here on
+            running.recorded = replace(running.recorded, guest_kernel=saved.recorded.guest_kernel)
             running.is_broken = False
+
+
+def renew_generation(running: Running) -> None:
+    """Give a guest another VM generation id, after the state of its devices was loaded: it has gone back in time.
+
+    QEMU has the id from its command line alone. As it loads a state, it writes that id to the page of RAM in which the guest
+    looks, and tells the guest to look. So what is there by the time at which the guest goes on is what it finds. A machine
+    without such a page, as its firmware has not run yet, gets none.
+    """
+    ram = running.guest_ram
+    wanted = uuid.UUID(running.identity.generation).bytes_le.ljust(PAGE_BYTES - _GENERATION_OFFSET, b"\0")
+    for end in sorted({ram.length, *(end for end in _ENDS_OF_RAM if end < ram.length)}):
+        first = max(end - _FIRMWARE_BYTES, 0) // PAGE_BYTES
+        numbers = np.arange(first, end // PAGE_BYTES, dtype=np.int64)
+        for number, page in zip(numbers.tolist(), ram.read_pages(numbers), strict=True):
+            if page[_GENERATION_OFFSET:].tobytes() != wanted:
+                continue
+            new = uuid.uuid4()
+            page[_GENERATION_OFFSET : _GENERATION_OFFSET + _GENERATION_BYTES] = np.frombuffer(new.bytes_le, np.uint8)
+            ram.write_page(number, page)
+            running.generation = str(new)
+            return
 
 
 def _changed_between(running: Running, saved: Saved) -> NDArray[np.void]:

@@ -58,6 +58,8 @@ class Running:
         What the machine is made of, and what it runs on.
     identity : Identity
         What this process was started with.
+    generation : str
+        The VM generation id that the guest was told at last. The process writes its own whenever a state is loaded.
     directory : Path
         For the files of this machine while it runs.
     mapped : bytes or None
@@ -88,6 +90,7 @@ class Running:
     is_broken: bool = False
     goes_on: bool = False
     has_server: bool = False
+    generation: str = ""
     guard: threading.RLock = field(default_factory=threading.RLock)
 
     @classmethod
@@ -113,6 +116,7 @@ class Running:
             store, name, process, ram_volume, configuration, recorded, identity, directory, mapped, guest_ram,
             RamFiles(store._opened),
         )  # fmt: skip
+        running.generation = identity.generation
         running.guest_ram.add_unsaved(differing_pages(running))
         return running
 

@@ -29,9 +29,10 @@ from onionskin.base.lazy import logger
 from onionskin.base.sockets import has_hung_up
 from onionskin.errors import OnionskinError, StateError
 from onionskin.machine import capture, disk_server, orphans, qemu, record, restore
-from onionskin.machine.agent import tell_identity
+from onionskin.machine.agent import kernel_of, tell_identity
 from onionskin.machine.control import ControlServer
 from onionskin.machine.disk_server import DiskServer
+from onionskin.machine.entropy import doubt_about
 from onionskin.machine.hypervisor import Configuration, Identity, Recorded
 from onionskin.machine.monitor import MonitorError, MonitorTimeout
 from onionskin.machine.qemu import QemuHypervisor, QemuProcess
@@ -155,6 +156,7 @@ class Supervisor:
             if begins.ram is not None:
                 machines.refuse_written(store._opened, row)
                 prepared = stack.enter_context(restore.prepare(store, row, None, now))
+                now = replace(now, guest_kernel=prepared.saved.recorded.guest_kernel)  # that is in its RAM
             self._server.begin()
             self._process = hypervisor.launch(
                 configuration,
@@ -192,6 +194,8 @@ class Supervisor:
                 with self._process.agent() as agent:
                     mac = identity.mac(0) if configuration.network != "none" else None
                     self._untold = tell_identity(agent, hostname=self._name, mac=mac, clock_ns=time.time_ns())
+                    if doubt := doubt_about(self.running.recorded.guest_kernel or kernel_of(agent)):
+                        self._untold.append(f"its random numbers: {doubt}")
             except (OSError, OnionskinError) as error:
                 self._untold = [
                     f"its clock, its host name and its addresses are those of the machine it was made from: {error}"
@@ -247,6 +251,7 @@ class Supervisor:
             *(Identity(found.generation, found.mac_seed), self._directory),
             mapped=None if found.mapped is None else bytes.fromhex(found.mapped),
         )
+        self.running.generation = found.told or found.generation
         self._is_recorded = True
         self._ends.callback(self._server.end)
         self._ends.callback(self._process.quit, QUIT_SECONDS)
@@ -462,7 +467,7 @@ class Supervisor:
             "seconds": time.monotonic() - self._started,
             "is_paused": one.is_paused,
             "is_tracked": self.running.guest_ram.is_tracked,
-            "generation": one.generation,
+            "generation": self.running.generation,
             "directory": str(self._directory),
             "console": str(self._directory / "console"),
             "unsaved_pages": self.running.guest_ram.unsaved_pages,
@@ -593,7 +598,8 @@ class Supervisor:
             try:
                 restore.revert(self.running, name)
             finally:
-                self._note_what_is(replace(self.record, is_reverting=self.running.is_broken))
+                now, told = self.running.recorded.to_json(), self.running.generation
+                self._note_what_is(replace(self.record, is_reverting=self.running.is_broken, recorded=now, told=told))
 
     def tell(self, has_gone: Callable[[], None], hostname: str | None, clock: bool) -> list[str]:
         """Tell the guest, through its agent, who and when it is. Return what could not be done."""

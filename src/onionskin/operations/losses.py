@@ -109,7 +109,7 @@ def of_discard(store: OpenStore, name: str, snapshots: Sequence[str], *, recursi
     return _measured(store, find, unflushed_of=name)
 
 
-def of_merge(store: OpenStore, name: str, snapshots: Sequence[str]) -> Loss:
+def of_merge(store: OpenStore, name: str, snapshots: Sequence[str], *, for_machine: bool = False) -> Loss:
     """Say what goes with the names of snapshots alone: what nothing reads then, and what was written again after them.
 
     What is hidden by several that stand on a layer, as clones do, is not counted: of it goes what policy `zero` looks for.
@@ -120,7 +120,7 @@ def of_merge(store: OpenStore, name: str, snapshots: Sequence[str]) -> Loss:
         row = catalog.volume(name)
         rows = [find_snapshot(catalog, row, one) for one in snapshots]
         dropped = {one.layer for one in rows}
-        holds.refuse_held(catalog, dropped)
+        holds.refuse_held(catalog, dropped, for_machine=for_machine)
         in_order = sorted(rows, key=lambda one: one.number)
         going = _going(catalog, [], [f"{name}@{one.name}" for one in in_order], dropped)
         gone = {layer.id for layer in going.layers}

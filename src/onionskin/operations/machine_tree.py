@@ -234,6 +234,52 @@ def _at_once(calls: Sequence[Callable[[], None]]) -> None:
         one.result()
 
 
+def put_back_to_beginning(store: OpenStore, name: str, *, held: Collection[bytes]) -> None:
+    """Put a fork back to what it was made from: its disks and its RAM, so that the next start goes on from there again.
+
+    The machine is off and kept off, and the caller keeps these of its disks closed. Its own snapshots stay.
+    """
+    catalog = store.catalog
+
+    def change() -> None:
+        machine = machines.find(catalog, name)
+        layers, taken = beginning_of_fork(catalog, machine)
+        volumes = machines.volumes_of(catalog, machine)
+        if not {volume.id for volume in volumes} - {machine.ram} <= set(held):
+            raise StateError(f"the disks of machine {name!r} changed meanwhile; nothing was changed; try again")
+        for volume in volumes:
+            layer = layers.get(volume.id)
+            _put_head(store, volume, None if layer is None else catalog.layer(layer))
+        resumes = machines.BOOTS if taken.ram is None else machines.RESUMES
+        catalog.update_machine(
+            machine.id, stands_on=None, resumes=resumes, state_bytes=taken.state_bytes, recorded=taken.recorded
+        )
+
+    store.change(change)
+
+
+def beginning_of_fork(catalog: Catalog, machine: MachineRow) -> tuple[dict[bytes, bytes], MachineSnapshotRow]:
+    """Return the layers that the volumes of a fork began as, and the snapshot of a machine that binds them.
+
+    Raises
+    ------
+    StateError
+        It is no fork, or that snapshot is gone.
+    """
+    origin = catalog.lineage_of(machine.ram)
+    if origin is None or origin.parent is None:
+        raise StateError(f"machine {machine.name!r} is no fork, so it has no beginning; revert it to a snapshot of it")
+    found = {volume.id: catalog.layer_of_origin(volume.id) for volume in machines.volumes_of(catalog, machine)}
+    layers = {volume: layer for volume, layer in found.items() if layer is not None}
+    taken = list(catalog.machine_snapshots_of_layers(layers.values()).values())
+    is_whole = found.keys() - {machine.ram} <= layers.keys() and len({row.id for row in taken}) == 1
+    if not is_whole or (taken[0].ram is None) != (machine.ram not in layers):
+        raise StateError(
+            f"the snapshot that machine {machine.name!r} was forked from is gone; revert it to a snapshot of its own"
+        )
+    return layers, taken[0]
+
+
 # ---- dropping ----
 
 
@@ -243,7 +289,7 @@ def merge(store: OpenStore, name: str, snapshots: Sequence[str]) -> Dropped:
     def change() -> Dropped:
         catalog = store.catalog
         machine = machines.find(catalog, name)
-        going = _chosen(catalog, machine, snapshots)
+        going = chosen(catalog, machine, snapshots)
         refuse_awaited(catalog, machine, going)
         layers = catalog.layers_of_machine_snapshots(row.id for row in going)
         holds.refuse_held(catalog, layers, for_machine=True)
@@ -293,7 +339,8 @@ def discard(
     return store.change(change)
 
 
-def _chosen(catalog: Catalog, machine: MachineRow, names: Sequence[str]) -> list[MachineSnapshotRow]:
+def chosen(catalog: Catalog, machine: MachineRow, names: Sequence[str]) -> list[MachineSnapshotRow]:
+    """Return snapshots of a machine, each once, in the order of taking."""
     rows = {row.id: row for row in (machines.find_snapshot(catalog, machine, name) for name in names)}
     return sorted(rows.values(), key=lambda row: row.number)
 
@@ -308,13 +355,13 @@ def going_with(
     StateError
         There are some after them that are not named, and `recursive` is not given.
     """
-    chosen = {row.id for row in _chosen(catalog, machine, names)}
+    wanted = {row.id for row in chosen(catalog, machine, names)}
     taken = catalog.snapshots_of_machine(machine.id)
-    going = set(chosen)
+    going = set(wanted)
     for row in taken:  # in the order of taking, so a parent is before what was taken after it
         if row.parent in going:
             going.add(row.id)
-    after = [row.name for row in taken if row.id in going - chosen]
+    after = [row.name for row in taken if row.id in going - wanted]
     if after and not recursive:
         raise StateError(
             f"snapshots of machine {machine.name!r} were taken after {some_of(sorted(names))}: {some_of(after)}; pass "

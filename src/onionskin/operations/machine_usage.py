@@ -81,6 +81,42 @@ def loss_of_revert(store: OpenStore, name: str, snapshot: str) -> Loss:
     return losses.of_names(store, find)
 
 
+def loss_of_beginning(store: OpenStore, name: str) -> Loss:
+    """Return what is dropped of the disks of a fork that is put back to what it was made from."""
+    catalog = store.catalog
+
+    def find() -> tuple[list[VolumeRow], list[str], Collection[bytes], Collection[bytes]]:
+        machine = machines.find(catalog, name)
+        layers, _ = machine_tree.beginning_of_fork(catalog, machine)
+        disks = catalog.volumes_with_ids(disk.volume for disk in catalog.disks_of_machine(machine.id))
+        return [], [], [disk.head for disk in disks], list(layers.values())
+
+    return losses.of_names(store, find)
+
+
+def loss_of_merge(store: OpenStore, name: str, snapshots: Sequence[str]) -> Loss:
+    """Return what goes with the names of snapshots of a machine alone: what nothing reads then."""
+    catalog = store.catalog
+    with catalog.reading():
+        machine = machines.find(catalog, name)
+        going = machine_tree.chosen(catalog, machine, snapshots)
+        machine_tree.refuse_awaited(catalog, machine, going)
+        named = catalog.snapshots_of_layers(catalog.layers_of_machine_snapshots(row.id for row in going))
+        volumes = machines.volumes_of(catalog, machine)
+    parts = [
+        losses.of_merge(store, volume.name, [row.name for row in named if row.volume == volume.id], for_machine=True)
+        for volume in volumes
+        if any(row.volume == volume.id for row in named)
+    ]
+    counts = [part.bytes_freed for part in parts]
+    return Loss(
+        (),
+        tuple(f"{machine.name}@{row.name}" for row in going),
+        None if None in counts else sum(count or 0 for count in counts),
+        any(part.is_lost for part in parts),
+    )
+
+
 def loss_of_discard(store: OpenStore, name: str, snapshots: Sequence[str], *, recursive: bool) -> Loss:
     """Return what a discard of snapshots of a machine would drop, with all that was written after them."""
     catalog = store.catalog

@@ -427,6 +427,30 @@ def refuse_other_revert(catalog: Catalog, machine: bytes, snapshot: bytes) -> Ma
     return found
 
 
+def forget_ram(store: OpenStore, name: str) -> None:
+    """Have the next start of a machine that is kept off boot from its disks, and not go on from RAM."""
+
+    def change() -> None:
+        machine = find(store.catalog, name)
+        if machine.resumes == REVERTING:
+            raise StateError(f"machine {name!r} is being put back; start it, which ends that, or revert it")
+        store.catalog.update_machine(machine.id, resumes=BOOTS, state_bytes=0, recorded="")
+
+    store.change(change)
+
+
+def has_unnamed_ram(store: OpenStore, name: str) -> bool:
+    """Whether a machine is about to go on from RAM that no snapshot has."""
+    catalog = store.catalog
+    with catalog.reading():
+        machine = find(catalog, name)
+        volume = catalog.volume_with_id(machine.ram)
+        if machine.resumes != RESUMES or machine.stands_on is not None or volume is None:
+            return False
+        below = catalog.layer(volume.head).parent
+        return below is None or catalog.snapshot_of_layer(below) is None
+
+
 def note_running(store: OpenStore, machine: bytes) -> None:
     """Note that the guest may write from now on: RAM that the machine began with is not loaded again.
 

@@ -4,12 +4,13 @@ import uuid
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.stand_in import LENGTH, PAGES, RECORDED, StandIn, attach
 
 import onionskin
 from onionskin.errors import SnapshotNotFoundError, StateError
-from onionskin.kernels._ram import PAGE_BYTES
+from onionskin.kernels._ram import PAGE_BYTES, RUN_DTYPE
 from onionskin.machine import capture, restore
 from onionskin.machine.ram import GuestRam
 from onionskin.machine.running import Running
@@ -183,10 +184,6 @@ def test_the_generation_id_that_the_hypervisor_wrote_stays(
         load(path)
         data = bytearray(ram[4 * PAGE_BYTES : 5 * PAGE_BYTES])
         data[40:56] = generation
-        import numpy as np
-
-        from onionskin.kernels._ram import RUN_DTYPE
-
         process.tracker.write(np.array([(4 * PAGE_BYTES, 5 * PAGE_BYTES)], RUN_DTYPE), np.frombuffer(data, np.uint8))
 
     process.load_state = load_and_tell  # type: ignore[method-assign]
@@ -194,6 +191,38 @@ def test_the_generation_id_that_the_hypervisor_wrote_stays(
     found = process.whole()
     assert found[4 * PAGE_BYTES + 40 :][:16] == generation
     assert capture.snapshot(running, "b").bytes_stored == PAGE_BYTES  # the page is not lost for the next one
+
+
+@pytest.mark.parametrize("page", [PAGES - 1, PAGES - 200])
+def test_a_guest_that_goes_back_finds_another_generation_id_each_time(
+    running: Running, process: StandIn, page: int
+) -> None:
+    """The hypervisor writes the id that it was started with, as it loads the devices."""
+    start = page * PAGE_BYTES
+    own = bytes(40) + uuid.UUID(running.identity.generation).bytes_le
+    whole = np.frombuffer(own.ljust(PAGE_BYTES, b"\0"), np.uint8)
+    load, run = process.load_state, np.array([(start, start + PAGE_BYTES)], RUN_DTYPE)
+    process.tracker.write(run, whole)
+    ram = snapshot(running, process, "a", {4: 3})
+
+    def load_and_tell(path: Path) -> None:
+        load(path)
+        process.tracker.write(run, whole)
+
+    process.load_state = load_and_tell  # type: ignore[method-assign]
+    told = {running.generation}
+    for _ in range(2):
+        restore.revert(running, "a")
+        found = process.whole()
+        assert found[start + 40 :][:16] == uuid.UUID(running.generation).bytes_le
+        assert found[:start] == ram[:start] and not any(found[start + 56 : start + PAGE_BYTES])
+        told.add(running.generation)
+    assert len(told) == 3
+    assert capture.snapshot(running, "b").bytes_stored == PAGE_BYTES
+    restore.revert(running, "a")
+    told.add(running.generation)
+    restore.revert(running, "b")
+    assert running.generation not in told
 
 
 def test_without_tracking_what_differs_is_written_back(store: onionskin.Store, empty: Path, tmp_path: Path) -> None:

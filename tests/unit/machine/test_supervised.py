@@ -4,18 +4,23 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.machines import snapshot_live
 
 import onionskin
 from onionskin.control import frames
 from onionskin.errors import StateError
 from onionskin.machine import qemu_command
 from onionskin.machine.control import VERSION, ControlServer, MachineControl
-from onionskin.machine.hypervisor import Configuration
+from onionskin.machine.hypervisor import Configuration, Recorded
+from onionskin.machine.qemu import QemuHypervisor
 from onionskin.machine.supervisor import Supervisor
+from onionskin.operations import machines
 
 
 @pytest.fixture
@@ -74,13 +79,72 @@ def test_a_machine_is_not_made_with_an_argument_that_no_start_would_take(store: 
     assert store.machines() == []
 
 
-def test_a_revert_that_a_user_of_a_disk_is_in_the_way_of_says_what_the_next_start_does(store: onionskin.Store) -> None:
+def test_a_revert_that_a_user_of_a_disk_is_in_the_way_of_is_not_noted(store: onionskin.Store) -> None:
     lab = store.create_machine("lab", disks=["web"], memory="1M")
     lab.snapshot("off")
+    lab.snapshot("later")
     with onionskin.Store(store.path) as other, other.open("web"):
-        with pytest.raises(StateError, match="its next start puts all of them back to 'off'"):
+        with pytest.raises(StateError, match="'web' is open"):
             lab.revert("off")
-        assert lab.info().begins == "reverting"
+        assert (lab.info().begins, lab.info().stands_on) == ("boots", "later")
+
+
+def test_a_revert_to_what_cannot_run_here_is_refused_before_anything_is_put_back(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = store.create_machine("lab", disks=["web"], memory="1M")
+    was = Recorded("qemu", "7.2.22", "pc-i440fx-7.2", "tcg", "max", 1 << 20, 1)
+    snapshot_live(store, "lab", "ready", {}, recorded=was.to_json())
+    with store.open("web") as web:
+        web.write(0, b"later")
+    (fork,) = lab.fork("ready", start=False)
+    machines.note_running(store._opened, fork._id)
+    monkeypatch.setattr(QemuHypervisor, "check", lambda *_: replace(was, cpu_model="qemu64"))
+    for revert in (lambda: lab.revert("ready"), fork.revert_to_beginning):
+        with pytest.raises(StateError, match="its CPU model was max, and would be qemu64"):
+            revert()
+    assert lab.info().begins == fork.info().begins == "boots"
+    with store.open("web", mode="r") as web:
+        assert web.read(0, 5) == b"later"
+
+
+def test_the_same_call_to_fork_again_makes_nothing_and_starts_what_never_ran(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = store.create_machine("lab", disks=["web"], memory="1M")
+    snapshot_live(store, "lab", "ready", {})
+    started: list[list[str]] = []
+
+    def start(_: object, names: list[str]) -> None:
+        started.append(names)
+        if len(started) == 1:
+            raise OSError(28, "no room")
+        machines.note_running(store._opened, store.open_machine(names[0])._id)
+
+    monkeypatch.setattr("onionskin.machine.fork.start_all", start)
+    with pytest.raises(OSError, match="no room"):
+        lab.fork("ready", count=2, idempotency_key="task 7")
+    for _ in range(3):
+        assert [fork.name for fork in lab.fork("ready", count=2, idempotency_key="task 7")] == ["lab-1", "lab-2"]
+    assert started == [["lab-1", "lab-2"], ["lab-1", "lab-2"], ["lab-2"]]
+    with pytest.raises(StateError, match="was used for another fork"):
+        lab.fork("ready", count=3, idempotency_key="task 7")
+    assert len(store.machines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("kernel", "warns"),
+    [("", False), ("6.1.0-53-cloud-amd64", True), ("6.12.95+deb12-cloud-amd64", False), ("5.10.0", True)],
+)
+def test_forks_of_a_kernel_that_may_not_notice_are_warned_of(store: onionskin.Store, kernel: str, warns: bool) -> None:
+    lab = store.create_machine("lab", disks=["web"], memory="1M")
+    was = Recorded("qemu", "7.2.22", "pc-i440fx-7.2", "tcg", "max", 1 << 20, 1, guest_kernel=kernel)
+    snapshot_live(store, "lab", "ready", {}, recorded=was.to_json())
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        lab.fork("ready", start=False)
+    said = [str(one.message) for one in warned if one.category is RuntimeWarning]
+    assert len(said) == warns and all(f"Linux {kernel}" in line for line in said)
 
 
 def test_a_supervisor_that_ends_before_it_is_asked_is_not_an_error(

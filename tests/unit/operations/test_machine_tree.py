@@ -1,8 +1,11 @@
 """Snapshots of machines: reverting to one, dropping some, forks, and what the next start begins with."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.machines import make_machine, read_head, snapshot_live
@@ -83,10 +86,29 @@ def test_a_revert_to_a_snapshot_without_ram_boots(store: onionskin.Store) -> Non
     )
 
 
-def test_a_revert_that_fails_at_the_second_disk_is_noted_and_ended_by_another_one(store: onionskin.Store) -> None:
+def test_a_revert_that_a_user_of_a_disk_is_in_the_way_of_changes_nothing(store: onionskin.Store) -> None:
     three(store)
     with store.open("data", mode="r"), pytest.raises(StateError, match="'data' is open for reading"):
         store._revert_machine("lab", "a")
+    assert store.machine_info("lab").begins == "boots" and store.machine_info("lab").stands_on == "c"
+    assert read_head(store, "web") == b"cccc"
+
+
+def test_a_revert_that_fails_at_the_second_disk_is_noted_and_ended_by_another_one(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three(store)
+    put_back = store._put_back
+
+    def fail_at_data(volume: str, *how: Any) -> None:
+        if volume == "data":
+            raise StateError("volume 'data' fails")
+        put_back(volume, *how)
+
+    monkeypatch.setattr(store, "_put_back", fail_at_data)
+    with pytest.raises(StateError, match="its next start puts all of them back to 'a'"):
+        store._revert_machine("lab", "a")
+    monkeypatch.undo()
     assert begins(store).is_reverting and store.machine_info("lab").begins == "reverting"
     with pytest.raises(StateError, match="put back"):
         store._snapshot_machine_off("lab", "cold")
@@ -301,3 +323,102 @@ def test_what_a_fork_that_never_ran_begins_with_is_not_dropped(store: onionskin.
     machines.note_running(store._opened, machines.find(store._opened.catalog, "lab-1").id)
     store._merge_machine_snapshots("lab", "c")
     assert read_head(store, "lab-1.web") == b"cccc"
+
+
+# ---- the beginning of a fork ----
+
+
+def forked(store: onionskin.Store) -> str:
+    """Fork machine lab as its snapshot b, and write to the fork's disk and RAM, which ran."""
+    (name,) = store.fork_machine("lab@b")
+    snapshot_live(store, name, "own", {f"{name}.web": b"fork", f"{name}.ram": b"fork"})
+    return name
+
+
+def test_a_fork_is_put_back_to_what_it_was_made_from_and_keeps_its_snapshots(store: onionskin.Store) -> None:
+    three(store)
+    name = forked(store)
+    with store.open(f"{name}.data") as data:
+        data.write(0, b"late")
+    store._put_machine_back_to_beginning(name)
+    assert read_head(store, f"{name}.web") == b"bbbb" and read_head(store, f"{name}.ram") == b"bbbb"
+    assert read_head(store, f"{name}.data") == bytes(4)
+    found = begins(store, name)
+    assert (found.ram, found.state_bytes, found.recorded) == ((f"{name}.ram", None), 4096, '{"version":"7.2"}')
+    assert found.key == store.snapshots("lab.ram")[1].guid and names(store, name) == ["own"]
+    machines.refuse_written(store._opened, found.machine)
+    store._revert_machine(name, "own")
+    assert read_head(store, f"{name}.web") == b"fork"
+    assert store.check() == []
+
+
+def test_a_fork_of_a_machine_that_was_off_is_put_back_to_its_disks_and_boots(store: onionskin.Store) -> None:
+    store._snapshot_machine_off("lab", "cold")
+    (name,) = store.fork_machine("lab@cold")
+    snapshot_live(store, name, "own", {f"{name}.web": b"fork", f"{name}.ram": b"fork"})
+    store._put_machine_back_to_beginning(name)
+    assert read_head(store, f"{name}.web") == bytes(4) and read_head(store, f"{name}.ram") == bytes(4)
+    assert begins(store, name).ram is None and store.machine_info(name).begins == "boots"
+
+
+def test_what_is_no_fork_or_whose_beginning_is_gone_is_not_put_back_to_it(store: onionskin.Store) -> None:
+    three(store)
+    name = forked(store)
+    with pytest.raises(StateError, match="'lab' is no fork"):
+        store._put_machine_back_to_beginning("lab")
+    store._merge_machine_snapshots("lab", "b")
+    with pytest.raises(StateError, match="was forked from is gone"):
+        store._put_machine_back_to_beginning(name)
+    assert read_head(store, f"{name}.web") == b"fork"
+
+
+def test_a_fork_whose_disk_is_in_use_is_not_put_back(store: onionskin.Store) -> None:
+    three(store)
+    name = forked(store)
+    with store.open(f"{name}.data", mode="r"), pytest.raises(StateError, match="is open for reading"):
+        store._put_machine_back_to_beginning(name)
+    with store._open_to_write(f"{name}.ram", for_machine=True), pytest.raises(StateError, match="runs"):
+        store._put_machine_back_to_beginning(name)
+    assert store.machine_info(name).stands_on == "own" and read_head(store, f"{name}.web") == b"fork"
+
+
+def test_what_a_killed_fork_left_unflushed_is_dropped_with_its_head(store: onionskin.Store) -> None:
+    three(store)
+    name = forked(store)
+    program = (
+        "import os, sys, onionskin\n"
+        "store = onionskin.Store(sys.argv[1])\n"
+        "disk = store.open(sys.argv[2])\n"
+        "disk.write(0, b'lost')\n"
+        "os._exit(0)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, store.path, f"{name}.web"], check=True)
+    store._put_machine_back_to_beginning(name)
+    assert read_head(store, f"{name}.web") == b"bbbb"
+    machines.refuse_written(store._opened, begins(store, name).machine)
+
+
+# ---- a fresh start ----
+
+
+def test_ram_is_forgotten_and_the_next_start_boots(store: onionskin.Store) -> None:
+    three(store)
+    store._revert_machine("lab", "b")
+    (name,) = store.fork_machine("lab@b")
+    for machine in ("lab", name):
+        assert store.machine_info(machine).begins == "resumes"
+        assert not machines.has_unnamed_ram(store._opened, machine)  # a snapshot has it
+        store._forget_ram_of_machine(machine)
+        assert store.machine_info(machine).begins == "boots" and begins(store, machine).ram is None
+    assert read_head(store, "web") == read_head(store, f"{name}.web") == b"bbbb"
+
+
+def test_ram_is_not_forgotten_before_a_revert_has_ended(store: onionskin.Store) -> None:
+    three(store)
+    machine = machines.find(store._opened.catalog, "lab")
+    target = machines.find_snapshot(store._opened.catalog, machine, "a")
+    machines.note_reverting(store._opened, machine.id, target.id)
+    store._forget_ram_of_machine("lab")
+    assert read_head(store, "web") == b"aaaa" and store.machine_info("lab").begins == "boots"
+    with store._open_to_write("lab.ram", for_machine=True), pytest.raises(StateError, match="runs"):
+        store._forget_ram_of_machine("lab")
