@@ -8,7 +8,9 @@ repr, patterns, copies and pickles, and the functions of `dataclasses`.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform, overload
+from typing import Any, ClassVar, TypeVar, dataclass_transform, overload
+
+from onionskin.base.named_tuples import NamedTuple
 
 __all__ = ["as_dict", "field", "record"]
 

@@ -8,11 +8,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import onionskin  # its classes are loaded by name at their use: they bring NumPy, and no --help should wait for that
+from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.paths import FilePath
 from onionskin.base.sizes import parse_size
 from onionskin.errors import OnionskinError, VolumeNotFoundError

@@ -9,12 +9,13 @@ module only works on tables.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
 from onionskin.base.files import data_ranges
 from onionskin.base.limits import VOLUME_BYTES_MAX
+from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.states import DATA, HOLE
 from onionskin.catalog import BaseRow
 from onionskin.catalog.tree import find_snapshot

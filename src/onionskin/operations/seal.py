@@ -18,8 +18,9 @@ still holds.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.records import record
 from onionskin.base.side_by_side import SideBySide, side_by_side
 from onionskin.catalog import CommitUnknownError, LayerRow, SegmentRow, VolumeRow, new_id
