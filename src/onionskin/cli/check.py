@@ -1,18 +1,17 @@
 """The verbs around a store: check, demo, completion."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from click.shell_completion import get_completion_class
 
 from onionskin.base.paths import FilePath
-from onionskin.cli import completion as shells
 from onionskin.cli import exit_status, output
-from onionskin.cli.arguments import SIZE, STORE, open_store, trust_option
+from onionskin.cli.arguments import FILE, SIZE, STORE, open_store, trust_option
 from onionskin.cli.output import json_option
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from onionskin.measure.demo import Result, Step
 
 
@@ -34,9 +33,9 @@ def check(store: FilePath, repair: bool, as_json: bool) -> None:
 
 @click.command()
 @click.option("--size", type=SIZE, default="256M", show_default=True, help="Size of the disk.")
-@click.option("--keep", type=click.Path(path_type=Path), help="Work in this new directory and leave everything in it.")
+@click.option("--keep", type=FILE, help="Work in this new directory and leave everything in it.")
 @json_option
-def demo(size: int, keep: Path | None, as_json: bool) -> None:
+def demo(size: int, keep: "Path | None", as_json: bool) -> None:
     """Show and prove the main job on a real disk image.
 
     It builds two ext4 systems from files of this machine, without root. It snapshots the first, overwrites the disk
@@ -73,7 +72,7 @@ def _draw_result(result: "Result") -> str:
 
 
 @click.command()
-@click.argument("shell", type=click.Choice(shells.SHELLS))
+@click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
 @click.pass_context
 @json_option
 def completion(ctx: click.Context, shell: str, as_json: bool) -> None:
@@ -82,6 +81,10 @@ def completion(ctx: click.Context, shell: str, as_json: bool) -> None:
     \b
     eval "$(onionskin completion bash)"
     """
+    from click.shell_completion import get_completion_class
+
+    from onionskin.cli import completion as scripts  # noqa: F401  it tells click of its bash
+
     complete = get_completion_class(shell)
     if complete is None:
         raise AssertionError(f"{shell} is offered and not registered")

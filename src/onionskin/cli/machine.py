@@ -5,7 +5,6 @@ store alone knows of `Store`.
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -15,6 +14,7 @@ from onionskin.base.paths import FilePath
 from onionskin.base.sizes import format_size
 from onionskin.cli import losses, output
 from onionskin.cli.arguments import (
+    FILE,
     MACHINE,
     MACHINE_SNAPSHOT,
     NEW_MACHINE,
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from onionskin.operations.machine_tree import MachineSnapshotInfo
     from onionskin.operations.machines import MachineInfo
 
-FILE = click.Path(path_type=Path, readable=False)
 _LEAVE = b"\x1d"  # Ctrl-]
 
 # What other programs call it: virsh, qm, VBoxManage, limactl, multipass, prlctl.
