@@ -645,12 +645,12 @@ class Volume:
         StateError
             The head is only read, and a writer that died left something unflushed, which is in no map yet.
         """
-        from onionskin.operations import differences, losses
+        from onionskin.operations import differences, unflushed
 
         if b is None and self.writable:
             self.flush()
         elif b is None and self._opened.snapshot_name is None:
-            losses.refuse_unflushed(self._opened.store, self._opened.row.id, self._name_now())
+            unflushed.refuse_unflushed(self._opened.store, self._opened.row.id, self._name_now())
         return differences.diff(self._opened.store, self._name_now(), a, b, id=self._opened.row.id)
 
     def usage(self) -> "list[Usage]":
@@ -666,13 +666,13 @@ class Volume:
         StateError
             The head is only read, and a writer that died left something unflushed, which is in no map yet.
         """
-        from onionskin.operations import losses
+        from onionskin.operations import unflushed
         from onionskin.operations import usage as usages
 
         if self.writable:
             self.flush()
         elif self._opened.snapshot_name is None:
-            losses.refuse_unflushed(self._opened.store, self._opened.row.id, self._name_now())
+            unflushed.refuse_unflushed(self._opened.store, self._opened.row.id, self._name_now())
         return usages.usage(self._opened.store, self._name_now(), id=self._opened.row.id)
 
     def layering(self) -> "Layering":
@@ -694,7 +694,7 @@ class Volume:
         ChainError
             The base is not the file that it was.
         """
-        from onionskin.operations import losses
+        from onionskin.operations import unflushed
         from onionskin.operations.layering import read_layering
 
         opened = self._opened
@@ -703,7 +703,7 @@ class Volume:
         if self.writable:
             self.flush()
         elif opened.snapshot_name is None:
-            losses.refuse_unflushed(opened.store, opened.row.id, self._name_now())
+            unflushed.refuse_unflushed(opened.store, opened.row.id, self._name_now())
         return read_layering(opened.store, lambda: opened.head_now)
 
     def _name_now(self) -> str:

@@ -25,6 +25,17 @@ def test_verbs_complete() -> None:
     assert completed("onionskin sna") == ["snapshot", "snapshots"]
 
 
+def test_help_completes_verbs_and_those_of_machines() -> None:
+    assert completed("onionskin help sna") == ["snapshot", "snapshots"]
+    assert completed("onionskin help machine sta") == ["start", "status"]
+    assert completed("onionskin help list ") == []
+
+
+def test_what_can_be_set_completes(vms: Path) -> None:
+    assert completed(f"onionskin set {vms}/web w") == ["wipe=release", "wipe=zero"]
+    assert completed(f"onionskin set {vms} b") == ["block-size="]
+
+
 def test_volumes_complete(run: Run, vms: Path) -> None:
     run("create", f"{vms}/db", "--size", "1M")
     assert sorted(completed(f"onionskin info {vms}/")) == [f"{vms}/db", f"{vms}/web"]

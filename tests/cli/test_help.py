@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import Result
 
@@ -24,6 +25,19 @@ def test_help_of_a_verb_is_the_same_by_every_way(run: Run, verb: str) -> None:
     assert run(verb, "-h").stdout == shown.stdout
     asked = run("help", verb)
     assert (asked.exit_code, asked.stdout) == (0, shown.stdout)
+
+
+def test_help_of_a_verb_of_machines_is_the_same_by_every_way(run: Run) -> None:
+    machine = onionskin.commands["machine"]
+    assert isinstance(machine, click.Group)
+    for verb in machine.commands:
+        shown = run("machine", verb, "--help")
+        assert run("machine", verb, "-h").stdout == run("help", "machine", verb).stdout == shown.stdout
+
+
+def test_help_says_what_is_no_verb_of_a_verb(run: Run) -> None:
+    assert "onionskin list has no verbs of its own" in run("help", "list", "all").stderr
+    assert "No such command 'begin'" in run("help", "machine", "begin").stderr
 
 
 def test_help_lists_each_verb_once_under_what_it_is_for(run: Run) -> None:

@@ -8,11 +8,14 @@ repr, patterns, copies and pickles, and the functions of `dataclasses`.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform, overload
+from typing import Any, ClassVar, TypeVar, dataclass_transform, overload
 
-__all__ = ["as_dict", "field", "record"]
+from onionskin.base.named_tuples import NamedTuple
+
+__all__ = ["as_dict", "field", "record", "replaced"]
 
 Kind = TypeVar("Kind", bound=type)
+One = TypeVar("One")
 
 
 class _Field(NamedTuple):
@@ -28,6 +31,11 @@ def field(*, default_factory: "Callable[[], Any]", hash: bool = True) -> Any:
 def as_dict(of: Any) -> dict[str, Any]:
     """Return the fields of a record by their names; their values are not copied."""
     return dict(zip(of.__match_args__, of._values(), strict=True))
+
+
+def replaced(of: One, **changes: Any) -> One:
+    """Return a record that differs in these fields, as `dataclasses.replace` does."""
+    return of.__replace__(**changes)  # type: ignore[attr-defined,no-any-return]
 
 
 class _AsDataclass:
@@ -152,6 +160,8 @@ def record(kind: Any = None, /, *, frozen: bool = True) -> Any:
 
 
 def _made(kind: Any, base: type) -> Any:
+    if hasattr(kind, "__post_init__"):
+        raise TypeError(f"{kind.__qualname__} has a __post_init__, which records do not call: make it a dataclass")
     names = tuple(kind.__annotations__)
     body = {name: value for name, value in kind.__dict__.items() if name not in ("__dict__", "__weakref__")}
     given = {name: body.pop(name) for name in names if name in body}

@@ -3,8 +3,7 @@
 The row of the store has it. A volume keeps what it was made with, whatever the defaults become.
 """
 
-from typing import NamedTuple
-
+from onionskin.base.named_tuples import NamedTuple
 from onionskin.catalog.connection import Connection
 from onionskin.catalog.schema import STORE_VALUES
 from onionskin.catalog.sqlite_errors import damaged

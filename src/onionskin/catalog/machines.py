@@ -1,8 +1,9 @@
 """What is asked of the catalog about machines, their disks, and the snapshots that bind disks and RAM together."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
+from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.naming import is_text
 from onionskin.catalog.connection import Connection
 from onionskin.catalog.rows import (

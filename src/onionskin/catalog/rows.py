@@ -1,7 +1,9 @@
 """The rows of the catalog's tables, as Python sees them: named tuples, which cost a start less than dataclasses."""
 
 import os
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
+
+from onionskin.base.named_tuples import NamedTuple
 
 _COUNTED_BYTES, _RANDOM_BYTES = 7, 9  # of the ids that are drawn together
 _COUNTED_MAX = (1 << 8 * _COUNTED_BYTES) - 1

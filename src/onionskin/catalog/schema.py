@@ -7,7 +7,7 @@ damaged page or a hostile file may hold anything.)
 
 import sqlite3
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from onionskin.base.limits import (
     BLOCK_SIZES,
@@ -17,6 +17,7 @@ from onionskin.base.limits import (
     VOLUME_BYTES_MAX,
     WIPE_POLICIES,
 )
+from onionskin.base.named_tuples import NamedTuple
 from onionskin.catalog.rows import (
     STAGED_PREFIX,
     BaseRow,

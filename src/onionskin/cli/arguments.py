@@ -7,17 +7,19 @@ repairs anything. It reads the catalog of a directory that is a store, and print
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import onionskin  # its classes are loaded by name at their use: they bring NumPy, and no --help should wait for that
+from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.paths import FilePath
 from onionskin.base.sizes import parse_size
 from onionskin.errors import OnionskinError, VolumeNotFoundError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from click.shell_completion import CompletionItem
 
     from onionskin.control.client import LiveVolume
@@ -230,6 +232,27 @@ class StoreType(click.ParamType):  # type: ignore[type-arg]
         return [CompletionItem(incomplete, type="dir")]
 
 
+class FileType(click.ParamType):  # type: ignore[type-arg]
+    """A path of any file, as `pathlib.Path`.
+
+    `click.Path` looks for translations, and `pathlib` takes longer to import than a short verb to run: few verbs need either.
+    """
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> "Path":
+        """Make a path of it."""
+        from pathlib import Path
+
+        return Path(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+        """Let the shell offer files."""
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type="file")]
+
+
 class SizeType(click.ParamType):  # type: ignore[type-arg]
     """A number of bytes, as 4096, 512K, 20G or 1TiB."""
 
@@ -308,6 +331,7 @@ VOLUME_SNAPSHOT_OR_STORE = VolumeOrStoreType("optional")
 VOLUME_OR_STORE = VolumeOrStoreType("none")
 NEW_SNAPSHOT_OR_NONE = NameType("optional", fresh=True)
 SIZE = SizeType()
+FILE = FileType()
 block_size_option = click.option(
     "--block-size",
     type=SIZE,
@@ -344,6 +368,8 @@ def matching(store: "Store", names: Sequence[Name]) -> list[str]:
 
     A name that no volume has is a pattern, as a shell's, if it has one of its characters.
     """
+    from fnmatch import fnmatchcase
+
     there = list(store)
     called: list[str] = []
     for name in names:

@@ -1,42 +1,56 @@
 """The verb that measures: bench."""
 
 import errno
-import json
 import os
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from onionskin.cli import output
-from onionskin.cli.arguments import SIZE
+from onionskin.cli.arguments import FILE, SIZE, FileType
 from onionskin.cli.output import json_option
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from onionskin.measure.headline import Comparison
 
 
+class NewFileType(FileType):
+    """A file that is written at the end: that it can be one is asked at the beginning."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> "Path":
+        """Make a path of it, or fail as a usage error."""
+        path = super().convert(value, param, ctx)
+        if path.is_dir():
+            self.fail(f"{path} is a directory: name a file", param, ctx)
+        return path
+
+
+NEW_FILE = NewFileType()
+
+
 @click.command()
-@click.argument("directory", type=click.Path(path_type=Path), default=".")
+@click.argument("directory", type=FILE, default=".")
 @click.option("--size", type=SIZE, default="512M", show_default=True, help="Size of the disk that is measured.")
 @click.option(
     "--rounds", type=click.IntRange(2, 1000), default=7, show_default=True, help="How often each row is measured."
 )
-@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write a page of HTML with charts.")
-@click.option("--chart", type=click.Path(path_type=Path, dir_okay=False), help="Write the chart alone, as SVG.")
-@click.option(
-    "--save", type=click.Path(path_type=Path, dir_okay=False), help="Write JSON that pytest-benchmark compares."
-)
+@click.option("--report", type=NEW_FILE, help="Write a page of HTML with charts.")
+@click.option("--chart", type=NEW_FILE, help="Write the chart alone, as SVG.")
+@click.option("--save", type=NEW_FILE, help="Write JSON that pytest-benchmark compares.")
 @click.option("--markdown", is_flag=True, help="Print the table in Markdown.")
 @json_option
 def bench(
-    directory: Path,
+    directory: "Path",
     size: int,
     rounds: int,
-    report: Path | None,
-    chart: Path | None,
-    save: Path | None,
+    report: "Path | None",
+    chart: "Path | None",
+    save: "Path | None",
     markdown: bool,
     as_json: bool,
 ) -> None:
@@ -56,7 +70,7 @@ def bench(
     machine, now = describe_machine(directory), datetime.now(UTC)
     document = as_benchmarks(comparisons, machine, now)
     if save:
-        save.write_text(json.dumps(document, indent=1))
+        save.write_text(output.as_json_text(document))
     if chart:
         chart.write_text(draw_chart(comparisons), encoding="utf-8")
     if report:

@@ -1,6 +1,5 @@
 """The verbs for ranges of bytes: read, write, trim, zero."""
 
-import base64
 import os
 import stat
 import sys
@@ -42,6 +41,8 @@ def read(name: Name, offset: int, length: int, as_json: bool) -> None:
     with name.open_volume_or_view() as volume:
         _check_range(volume, name, offset, length)
         if as_json:
+            import base64
+
             data = base64.b64encode(volume.read(offset, length)).decode()
             output.show(True, {"offset": offset, "length": length, "base64": data}, str)
             return

@@ -1,19 +1,17 @@
 """The verbs around a store: check, demo, completion."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.shell_completion import get_completion_class
 
 from onionskin.base.paths import FilePath
-from onionskin.cli import completion as shells
 from onionskin.cli import exit_status, output
-from onionskin.cli.arguments import SIZE, STORE, open_store, trust_option
+from onionskin.cli.arguments import FILE, SIZE, STORE, open_store, trust_option
 from onionskin.cli.output import json_option
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from onionskin.measure.demo import Result, Step
     from onionskin.measure.machine_demo import Result as MachineResult
@@ -40,12 +38,12 @@ def check(store: FilePath, repair: bool, as_json: bool) -> None:
 @click.option("--size", type=SIZE, help="Size of the disk; by default 256M, and 32M with --machine.")
 @click.option(
     "--packages",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=FILE,
     help="With --machine: where the package of Debian's kernel is; by default it is looked for on this machine.",
 )
-@click.option("--keep", type=click.Path(path_type=Path), help="Work in this new directory and leave everything in it.")
+@click.option("--keep", type=FILE, help="Work in this new directory and leave everything in it.")
 @json_option
-def demo(machine: bool, size: int | None, packages: Path | None, keep: Path | None, as_json: bool) -> None:
+def demo(machine: bool, size: int | None, packages: "Path | None", keep: "Path | None", as_json: bool) -> None:
     """Show and prove the main job on a real disk image.
 
     It builds two ext4 systems from files of this machine, without root. It snapshots the first, overwrites the disk
@@ -84,7 +82,7 @@ def _values(steps: "Sequence[Step]") -> list[dict[str, Any]]:
 
 
 def _demonstrate_machine(
-    size: int | None, keep: Path | None, packages: Path | None, report: "Callable[[Step], None]", as_json: bool
+    size: int | None, keep: "Path | None", packages: "Path | None", report: "Callable[[Step], None]", as_json: bool
 ) -> None:
     from onionskin.measure.machine_demo import demonstrate
 
@@ -145,7 +143,7 @@ def _draw_result(result: "Result") -> str:
 
 
 @click.command()
-@click.argument("shell", type=click.Choice(shells.SHELLS))
+@click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
 @click.pass_context
 @json_option
 def completion(ctx: click.Context, shell: str, as_json: bool) -> None:
@@ -154,6 +152,10 @@ def completion(ctx: click.Context, shell: str, as_json: bool) -> None:
     \b
     eval "$(onionskin completion bash)"
     """
+    from click.shell_completion import get_completion_class
+
+    from onionskin.cli import completion as scripts  # noqa: F401  it tells click of its bash
+
     complete = get_completion_class(shell)
     if complete is None:
         raise AssertionError(f"{shell} is offered and not registered")

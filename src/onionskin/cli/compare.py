@@ -4,21 +4,22 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.shell_completion import CompletionItem
 
 from onionskin.cli import exit_status, output
 from onionskin.cli.arguments import VOLUME_OR_SNAPSHOT, Name, open_to_read, trust_option
 from onionskin.cli.output import json_option
 from onionskin.errors import FormatError, OnionskinError
-from onionskin.exchange.comparison import RawFile, first_difference
 from onionskin.exchange.image_formats import READ, format_of
-from onionskin.images import reading, refuse_changed
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from click.shell_completion import CompletionItem
+
+    from onionskin.exchange.comparison import RawFile
     from onionskin.exchange.qemu_img import Image
     from onionskin.volume import Volume
 
@@ -30,10 +31,12 @@ class SideType(click.ParamType):  # type: ignore[type-arg]
 
     name = "STORE/VOLUME[@SNAPSHOT]|FILE"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Name | Path:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> "Name | Path":
         """Take a file that is there for one, and everything else for a name."""
-        if isinstance(value, Name | Path):
-            return value
+        if not isinstance(value, str):
+            return value  # type: ignore[no-any-return]
+        from pathlib import Path
+
         path = Path(value)
         try:
             if path.is_file() or path.is_block_device():
@@ -44,8 +47,10 @@ class SideType(click.ParamType):  # type: ignore[type-arg]
             self.fail(f"{value} does not exist as a file, and a volume is named STORE/VOLUME", param, ctx)
         return VOLUME_OR_SNAPSHOT.convert(value, param, ctx)
 
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
         """Offer names in a store, else files."""
+        from click.shell_completion import CompletionItem
+
         found = VOLUME_OR_SNAPSHOT.shell_complete(ctx, param, incomplete)
         return [one for one in found if one.type == "plain"] or [CompletionItem(incomplete, type="file")]
 
@@ -80,7 +85,7 @@ class OpenVolume:
 @click.option("--strict", is_flag=True, help="Disks of different sizes differ, also where the rest is zero.")
 @trust_option
 @json_option
-def compare(a: Name | Path, b: Name | Path, image_format: str | None, strict: bool, as_json: bool) -> None:
+def compare(a: "Name | Path", b: "Name | Path", image_format: str | None, strict: bool, as_json: bool) -> None:
     """Tell whether two disks read the same.
 
     A and B are volumes, snapshots or image files. Exit status 0 means that they read the same, and 1 that they differ;
@@ -97,9 +102,11 @@ def compare(a: Name | Path, b: Name | Path, image_format: str | None, strict: bo
 
 
 def _compared(
-    disks: list[Name | Path], image_format: str | None, *, strict: bool, as_json: bool
+    disks: "list[Name | Path]", image_format: str | None, *, strict: bool, as_json: bool
 ) -> tuple[int | None, list[int]]:
     """Return where two disks first differ, or None, and their sizes; once it is known that neither changed meanwhile."""
+    from onionskin.exchange.comparison import RawFile, first_difference
+
     with ExitStack() as stack:
         sides = [stack.enter_context(_opened(disk, image_format)) for disk in disks]
         sizes = [side.size_bytes for side in sides]
@@ -124,7 +131,10 @@ def _errors_are_no_difference() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _opened(side: Name | Path, image_format: str | None) -> "Iterator[RawFile | OpenVolume | Image]":
+def _opened(side: "Name | Path", image_format: str | None) -> "Iterator[RawFile | OpenVolume | Image]":
+    from onionskin.exchange.comparison import RawFile
+    from onionskin.images import reading, refuse_changed
+
     if isinstance(side, Name):
         with side.open_store() as store, open_to_read(store, side) as volume, reading(volume):
             yield OpenVolume(volume)
@@ -153,6 +163,7 @@ def _opened(side: Name | Path, image_format: str | None) -> "Iterator[RawFile | 
 def _by_qemu_img(sides: "list[RawFile | OpenVolume | Image]", progress: Any) -> int | None:
     """Let qemu-img compare; it reads our volumes over NBD. It tells the sector that differs."""
     from onionskin.exchange import qemu_img
+    from onionskin.exchange.comparison import RawFile
     from onionskin.nbd.for_program import served_to_program
 
     with ExitStack() as stack:

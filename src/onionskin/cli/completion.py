@@ -8,8 +8,6 @@ import os
 
 from click.shell_completion import BashComplete, add_completion_class, split_arg_string
 
-SHELLS = ("bash", "zsh", "fish")
-
 _SCRIPT = """\
 %(complete_func)s() {
     local IFS=$'\\n' line type value typed kept=""

@@ -58,7 +58,7 @@ def diff(a: Name, b: Name, as_lines: bool, as_json: bool) -> None:
 
 
 def _diff(store: "Store", a: Name, b: Name) -> list[tuple[int, int, int]]:
-    from onionskin.operations.losses import refuse_unflushed
+    from onionskin.operations.unflushed import refuse_unflushed
 
     start = f"{a.volume}@{a.required_snapshot}"
     if b.snapshot is not None:
@@ -96,7 +96,7 @@ def usage(name: Name, forks: bool, as_json: bool) -> None:
         return
     if name.snapshot is not None:
         raise click.UsageError(f"usage shows all snapshots of a volume: give {name.store}/{name.volume}, or --forks")
-    from onionskin.operations.losses import refuse_left_unflushed
+    from onionskin.operations.unflushed import refuse_left_unflushed
 
     with name.open_store() as store:
         served = live(store, name.volume)  # its server knows the changes that are not durable yet

@@ -88,7 +88,7 @@ def _open_to_drop(
 
     For a dry run the volume is not opened, and None: it is found that it could be.
     """
-    from onionskin.operations.losses import refuse_open
+    from onionskin.operations.unflushed import refuse_open
 
     with name.open_store() as store:
         served = losses.flushed(store, name.volume)

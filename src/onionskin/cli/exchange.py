@@ -6,13 +6,13 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
 
 import click
 
 from onionskin.cli import output
 from onionskin.cli.arguments import (
+    FILE,
     NEW_VOLUME,
     SNAPSHOT,
     VOLUME,
@@ -27,15 +27,15 @@ from onionskin.cli.arguments import (
 from onionskin.cli.chosen import same_store
 from onionskin.cli.output import json_option
 from onionskin.cli.values import snapshot_value, volume_value
-from onionskin.exchange.image_formats import KNOWN, SUFFIXES
-from onionskin.images import FORMATS, export_image, export_to_device, import_image, reading, refuse_device
+from onionskin.exchange.image_formats import KNOWN, READ, SUFFIXES
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from onionskin.delta import Readable
     from onionskin.store import Store
 
-FILE = click.Path(path_type=Path, readable=False)
-FORMAT = click.Choice(FORMATS)
+FORMAT = click.Choice(READ)
 _CHUNK_BYTES = 1 << 20
 _STDIN = {"-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"}
 _STDOUT = {"-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"}
@@ -51,7 +51,7 @@ _GOALS = {"stdout": "stdout", "stream": "a pipe", "device": "a block device"}
 @trust_option
 @json_option
 def import_(
-    image: Path,
+    image: "Path",
     name: Name,
     image_format: str | None,
     block_size: int | None,
@@ -66,6 +66,8 @@ def import_(
     "-" reads stdin. An image that is compressed with gzip, xz, zstd, bzip2 or lz4 is unpacked by the system's program;
     --format raw takes its bytes as they are.
     """
+    from onionskin.images import import_image
+
     notes: list[str] = []
     # An image that cannot be read shall not leave an empty store behind, and a pipe is opened once.
     with _image_to_read(image) as source, open_store(name.store, create=True) as store:
@@ -86,7 +88,7 @@ def import_(
 
 
 @contextlib.contextmanager
-def _image_to_read(image: Path) -> "Iterator[Path | IO[bytes]]":
+def _image_to_read(image: "Path") -> "Iterator[Path | IO[bytes]]":
     """Give the path of a file that can be read, or else stdin or a pipe, open."""
     if str(image) in _STDIN:
         if sys.stdin.isatty():
@@ -107,7 +109,7 @@ def _image_to_read(image: Path) -> "Iterator[Path | IO[bytes]]":
 @click.option("--yes", is_flag=True, help="Write over what a block device holds without asking.")
 @trust_option
 @json_option
-def export(name: Name, image: Path, image_format: str | None, yes: bool, as_json: bool) -> None:
+def export(name: Name, image: "Path", image_format: str | None, yes: bool, as_json: bool) -> None:
     """Write a volume or a snapshot as a disk image.
 
     IMAGE must not exist yet. Holes are kept. "-" writes a raw image to stdout, with holes as zeros, and the summary of
@@ -123,6 +125,8 @@ def export(name: Name, image: Path, image_format: str | None, yes: bool, as_json
         write = _export_to_device if goal == "device" else _export_as_stream
         write(name, image, as_json=as_json, yes=yes)
         return
+    from onionskin.images import export_image
+
     kind = image_format or _format_by_suffix(image)
     with name.open_store() as store, open_to_read(store, name) as volume:
         with output.progress(f"export {name}", as_json) as progress:
@@ -133,18 +137,18 @@ def export(name: Name, image: Path, image_format: str | None, yes: bool, as_json
     output.tell(as_json, value, lambda: f"wrote {image}: {output.size(size_bytes)}, {kind}")
 
 
-def _format_by_suffix(image: Path) -> str:
+def _format_by_suffix(image: "Path") -> str:
     """Return the format that a file's name promises: a raw image under the name of another format would deceive."""
     suffix = image.suffix[1:].lower()
     kind = SUFFIXES.get(suffix, suffix)
-    if kind in KNOWN and kind not in FORMATS:
+    if kind in KNOWN and kind not in READ:
         raise click.UsageError(
-            f"{image} has the name of a {kind} file, which is not written here: give --format, one of {', '.join(FORMATS)}"
+            f"{image} has the name of a {kind} file, which is not written here: give --format, one of {', '.join(READ)}"
         )
-    return kind if kind in FORMATS else "raw"
+    return kind if kind in READ else "raw"
 
 
-def _goal(image: Path) -> Literal["file", "stdout", "stream", "device"]:
+def _goal(image: "Path") -> Literal["file", "stdout", "stream", "device"]:
     """Tell what is at a path that is to be written."""
     if str(image) in _STDOUT:
         return "stdout"
@@ -157,8 +161,10 @@ def _goal(image: Path) -> Literal["file", "stdout", "stream", "device"]:
     return "stream" if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) else "file"
 
 
-def _export_as_stream(name: Name, image: Path, *, as_json: bool, yes: bool) -> None:
+def _export_as_stream(name: Name, image: "Path", *, as_json: bool, yes: bool) -> None:
     """Write a raw image to stdout or to a FIFO. Nothing is lost by that, so `yes` does not matter."""
+    from onionskin.images import reading
+
     is_stdout = str(image) in _STDOUT
     if is_stdout:
         if sys.stdout.isatty():
@@ -185,7 +191,7 @@ def _export_as_stream(name: Name, image: Path, *, as_json: bool, yes: bool) -> N
 
 
 @contextlib.contextmanager
-def _stream_to(store: "Store", image: Path) -> Iterator[output.StandardStream]:
+def _stream_to(store: "Store", image: "Path") -> Iterator[output.StandardStream]:
     if str(image) in _STDOUT:
         _refuse_stdout_in(store)
         yield output.StandardStream("stdout")
@@ -199,8 +205,9 @@ def _stream_to(store: "Store", image: Path) -> Iterator[output.StandardStream]:
         yield output.StandardStream(str(image), file)
 
 
-def _export_to_device(name: Name, image: Path, *, as_json: bool, yes: bool) -> None:
+def _export_to_device(name: Name, image: "Path", *, as_json: bool, yes: bool) -> None:
     from onionskin.exchange.block_devices import BlockDevice
+    from onionskin.images import export_to_device, refuse_device
 
     with name.open_store() as store, open_to_read(store, name) as volume, BlockDevice(image) as device:
         refuse_device(volume, device)
@@ -222,7 +229,7 @@ def _export_to_device(name: Name, image: Path, *, as_json: bool, yes: bool) -> N
 @click.option("-o", "--output", "path", type=FILE, help="Write to this new file and not to stdout.")
 @trust_option
 @json_option
-def delta(names: tuple[Name, ...], path: Path | None, as_json: bool) -> None:
+def delta(names: tuple[Name, ...], path: "Path | None", as_json: bool) -> None:
     """Write the changes between two snapshots as a stream.
 
     If no A is given, write all of B. Both may be of different volumes of a store, such as a snapshot and one of a clone.
@@ -266,7 +273,7 @@ def delta(names: tuple[Name, ...], path: Path | None, as_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def _new_file(store: "Store", path: Path | None) -> Iterator[output.StandardStream]:
+def _new_file(store: "Store", path: "Path | None") -> Iterator[output.StandardStream]:
     """Give stdout, or a new file, which has its name when it is durable and whole."""
     if path is None:
         _refuse_stdout_in(store)
@@ -280,10 +287,10 @@ def _new_file(store: "Store", path: Path | None) -> Iterator[output.StandardStre
 
 @click.command()
 @click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
-@click.argument("file", type=click.Path(path_type=Path, allow_dash=True, readable=False), default="-")
+@click.argument("file", type=FILE, default="-")
 @trust_option
 @json_option
-def apply(name: Name, file: Path, as_json: bool) -> None:
+def apply(name: Name, file: "Path", as_json: bool) -> None:
     """Bring a volume to the snapshot that a stream leads to.
 
     The stream comes from stdin or FILE.

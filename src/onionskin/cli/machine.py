@@ -6,7 +6,6 @@ store alone knows of `Store`.
 
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -16,6 +15,7 @@ from onionskin.base.paths import FilePath
 from onionskin.base.sizes import format_size
 from onionskin.cli import losses, output
 from onionskin.cli.arguments import (
+    FILE,
     MACHINE,
     MACHINE_OR_SNAPSHOT,
     MACHINE_SNAPSHOT,
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from onionskin.operations.machines import MachineInfo
     from onionskin.store import Store
 
-FILE = click.Path(path_type=Path, readable=False)
 _LEAVE = b"\x1d"  # Ctrl-]
 
 # What other programs call it: virsh, qm, VBoxManage, limactl, multipass, prlctl.

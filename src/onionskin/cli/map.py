@@ -1,7 +1,6 @@
 """The verb map, which shows where the data of a disk is."""
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +12,8 @@ from onionskin.cli.output import json_option
 from onionskin.cli.picture_file import PictureType, write_picture
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from onionskin.operations.layering import Layering
     from onionskin.pictures.bands import Legend
     from onionskin.pictures.cells import Cells
@@ -31,7 +32,7 @@ OFFSET_COLUMNS = 13  # beside the cells: the longest offset, blanks, and a colum
 @click.option("--rows", type=click.IntRange(1, 1000), help="Rows of cells.")
 @trust_option
 @json_option
-def map_(name: Name, path: Path | None, columns: int | None, rows: int | None, as_json: bool) -> None:
+def map_(name: Name, path: "Path | None", columns: int | None, rows: int | None, as_json: bool) -> None:
     """Show which layer each part of a disk comes from.
 
     The disk is cut into cells, from its beginning at the upper left. A cell shows the layer, or the base, that has most
@@ -59,13 +60,13 @@ def _layering(name: Name) -> "Layering":
             with served:
                 served.flush()  # the map is read from files, which do not have the last changes yet
         elif name.snapshot is None:
-            from onionskin.operations.losses import refuse_left_unflushed
+            from onionskin.operations.unflushed import refuse_left_unflushed
 
             refuse_left_unflushed(store._opened, name.volume)
         return store.layering(name.volume, name.snapshot)
 
 
-def _resolution(path: Path | None) -> tuple[int, int]:
+def _resolution(path: "Path | None") -> tuple[int, int]:
     if path is not None:
         return FILE_COLUMNS, FILE_ROWS
     if not sys.stdout.isatty():
@@ -76,7 +77,7 @@ def _resolution(path: Path | None) -> tuple[int, int]:
     return min(max(width, 16), TEXT_COLUMNS_MAX), TEXT_ROWS
 
 
-def _picture(path: Path, name: Name, cells: "Cells", legend: "Legend") -> bytes:
+def _picture(path: "Path", name: Name, cells: "Cells", legend: "Legend") -> bytes:
     from onionskin.pictures.maps import map_png, map_svg
 
     title = str(name)

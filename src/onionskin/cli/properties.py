@@ -11,6 +11,8 @@ from onionskin.cli.arguments import VOLUME_OR_STORE, Name, open_store, trust_opt
 from onionskin.cli.output import json_option
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from onionskin.catalog import Defaults
     from onionskin.operations.listing import VolumeInfo
 
@@ -18,9 +20,19 @@ _PROPERTIES = ("wipe", "size", "block-size", "base", "created")
 _OF_STORE = ("wipe", "block-size")
 
 
+def complete_assignment(ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+    """Offer what can be set."""
+    from click.shell_completion import CompletionItem
+
+    offered = ["wipe=release", "wipe=zero"]
+    if isinstance(ctx.params.get("name"), FilePath):
+        offered.append("block-size=")
+    return [CompletionItem(one) for one in offered if one.startswith(incomplete)]
+
+
 @click.command(name="set")
 @click.argument("name", type=VOLUME_OR_STORE, metavar="STORE[/VOLUME]")
-@click.argument("assignment", metavar="PROPERTY=VALUE")
+@click.argument("assignment", metavar="PROPERTY=VALUE", shell_complete=complete_assignment)
 @trust_option
 @json_option
 def set_(name: Name | FilePath, assignment: str, as_json: bool) -> None:

@@ -2,19 +2,17 @@
 
 import os
 import signal
-import socket
 import sys
 import threading
 from itertools import zip_longest
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.shell_completion import CompletionItem
 
 from onionskin.base.paths import FilePath
 from onionskin.cli import output
 from onionskin.cli.arguments import (
+    FILE,
     SIZE,
     SNAPSHOT,
     VOLUME,
@@ -29,20 +27,24 @@ from onionskin.cli.output import json_option
 from onionskin.errors import StateError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from click.shell_completion import CompletionItem
+
     from onionskin.nbd.listener import Listener
     from onionskin.nbd.server import Server
     from onionskin.nbd.tls import Terms
 
-FILE = click.Path(path_type=Path, readable=False)
 
-
-def complete_served(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_served(ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
     """Offer what can be served: stores and, in one, volumes and snapshots."""
     return VOLUME_OR_SNAPSHOT.shell_complete(ctx, param, incomplete)
 
 
-def complete_mounted(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_mounted(ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
     """Offer the directories on which `mount` shows a snapshot; where none fits, directories."""
+    from click.shell_completion import CompletionItem
+
     from onionskin.nbd.fuse_mount import mounted
 
     found = [path for path in map(str, mounted()) if path.startswith(os.path.abspath(incomplete or "/"))]  # noqa: PTH100
@@ -124,13 +126,13 @@ class Log:
 def serve(
     names: tuple[str, ...],
     labels: tuple[str, ...],
-    socket_path: Path | None,
+    socket_path: "Path | None",
     socket_mode: str,
     tcp: tuple[str, ...],
-    tls_certificate: Path | None,
-    tls_key: Path | None,
-    tls_ca: Path | None,
-    tls_psk: Path | None,
+    tls_certificate: "Path | None",
+    tls_key: "Path | None",
+    tls_ca: "Path | None",
+    tls_psk: "Path | None",
     tls_clients: str,
     allow_revert: bool,
     dirty_bitmap: str | None,
@@ -205,7 +207,7 @@ def _mode(text: str) -> int:
 
 
 def _refuse_contradictions(
-    certificate: Path | None, key: Path | None, authority: Path | None, psk: Path | None, *, any_client: bool
+    certificate: "Path | None", key: "Path | None", authority: "Path | None", psk: "Path | None", *, any_client: bool
 ) -> None:
     """Refuse options of TLS that do not go together."""
     if (certificate is None) != (key is None) or (authority and not key):
@@ -216,7 +218,9 @@ def _refuse_contradictions(
         raise click.UsageError("--tls-clients any goes with --tls-certificate, and without --tls-ca")
 
 
-def _tls_terms(certificate: Path | None, key: Path | None, authority: Path | None, psk: Path | None) -> "Terms | None":
+def _tls_terms(
+    certificate: "Path | None", key: "Path | None", authority: "Path | None", psk: "Path | None"
+) -> "Terms | None":
     from onionskin.nbd import tls
 
     if psk is not None:
@@ -224,7 +228,7 @@ def _tls_terms(certificate: Path | None, key: Path | None, authority: Path | Non
     return tls.terms_by_certificate(certificate, key, authority) if certificate and key else None
 
 
-def _listeners(path: Path | None, mode: int, tcp: tuple[str, ...], terms: "Terms | None") -> "list[Listener]":
+def _listeners(path: "Path | None", mode: int, tcp: tuple[str, ...], terms: "Terms | None") -> "list[Listener]":
     """Make or take over the sockets to listen on."""
     from onionskin.base.sockets import parse_address
     from onionskin.nbd.listener import open_listeners
@@ -241,8 +245,9 @@ def _listeners(path: Path | None, mode: int, tcp: tuple[str, ...], terms: "Terms
 
 def _add(server: "Server", text: str, label: str | None = None) -> None:
     """Serve a name of the command line: a directory that is a store, or else a volume in one."""
-    if is_store(FilePath(text)):
-        server.exports.add_store(Path(text))
+    store = FilePath(text)
+    if is_store(store):
+        server.exports.add_store(store)
         return
     name = parse_name(text)
     if name.snapshot is None:
@@ -259,6 +264,8 @@ def _stop_at_signals(server: "Server") -> None:
 
 def _serve_stdio(server: "Server") -> None:
     """Serve the one client whose socket is stdin, as inetd does; return when it has gone."""
+    import socket
+
     try:
         client = socket.socket(fileno=0)
     except OSError:
@@ -331,7 +338,7 @@ def _latency(counters: dict[str, Any], command: str) -> str:
 @click.argument("directory", type=FILE)
 @trust_option
 @json_option
-def mount(name: Name, directory: Path, as_json: bool) -> None:
+def mount(name: Name, directory: "Path", as_json: bool) -> None:
     """Show a snapshot as a raw, read-only file in DIRECTORY.
 
     It uses nbdfuse and copies nothing; umount ends it.
@@ -349,7 +356,7 @@ def mount(name: Name, directory: Path, as_json: bool) -> None:
 @click.command()
 @click.argument("directory", type=FILE, shell_complete=complete_mounted)
 @json_option
-def umount(directory: Path, as_json: bool) -> None:
+def umount(directory: "Path", as_json: bool) -> None:
     """Remove a mount."""
     from onionskin.nbd.fuse_mount import unmount
 

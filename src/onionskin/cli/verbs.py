@@ -1,12 +1,16 @@
 """What the verbs are for, which one is meant by a word that is none, and the verb help."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import click
 
 from onionskin.cli import output
 from onionskin.cli.output import json_option
 from onionskin.cli.sections import SECTION_OF
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 # What other programs call it: qemu-img, zfs, rbd, git, restic, virsh.
 _CALLED = {
@@ -57,24 +61,34 @@ def format_sections(group: click.Group, ctx: click.Context, formatter: click.Hel
             formatter.write_dl(listed)
 
 
+def complete_verbs(ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+    """Offer the verbs, or those of the verb that is there already."""
+    from click.shell_completion import CompletionItem
+
+    command: click.Command | None = ctx.find_root().command
+    for word in ctx.params.get("words") or ():
+        command = command.get_command(ctx, word) if isinstance(command, click.Group) else None
+    verbs = command.list_commands(ctx) if isinstance(command, click.Group) else []
+    return [CompletionItem(verb) for verb in verbs if verb.startswith(incomplete)]
+
+
 @click.command(name="help")
-@click.argument("verb", required=False)
+@click.argument("words", nargs=-1, metavar="[VERB]...", shell_complete=complete_verbs)
 @click.pass_context
 @json_option
-def help_(ctx: click.Context, verb: str | None, as_json: bool) -> None:
+def help_(ctx: click.Context, words: tuple[str, ...], as_json: bool) -> None:
     """Print what VERB does, and its options.
 
-    Without VERB, list the verbs.
+    Without VERB, list the verbs. Those of machines have two words: help machine start.
     """
-    parent = ctx.parent
-    if parent is None or not isinstance(parent.command, click.Group):
-        raise AssertionError("help is a verb of a group")
-    if verb is None:
-        text = parent.get_help()
-    else:
-        _, command, _ = parent.command.resolve_command(parent, [verb])
+    its = ctx.find_root()
+    for word in words:
+        group = its.command
+        if not isinstance(group, click.Group):
+            raise click.UsageError(f"{its.command_path} has no verbs of its own, so no {word}", its)
+        _, command, _ = group.resolve_command(its, [word])
         if command is None:
-            raise AssertionError(f"{verb} was resolved to nothing")
-        with command.make_context(verb, [], parent=parent, resilient_parsing=True) as its:
-            text = command.get_help(its)
-    output.show(as_json, {"verb": verb, "text": text}, lambda: text)
+            raise AssertionError(f"{word} was resolved to nothing")
+        its = command.make_context(word, [], parent=its, resilient_parsing=True)
+    text = its.get_help()
+    output.show(as_json, {"verb": " ".join(words) or None, "text": text}, lambda: text)

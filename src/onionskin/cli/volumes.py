@@ -1,6 +1,5 @@
 """The verbs for whole volumes: create, clone, flatten, resize, rename, relocate, delete."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
@@ -9,6 +8,7 @@ import onionskin
 from onionskin.base.sizes import format_size
 from onionskin.cli import losses, output
 from onionskin.cli.arguments import (
+    FILE,
     NEW_SNAPSHOT,
     NEW_VOLUME,
     SIZE,
@@ -32,12 +32,12 @@ from onionskin.cli.values import snapshot_value, volume_value
 from onionskin.errors import FormatError, StateError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from onionskin.control.client import LiveVolume
     from onionskin.operations.losses import Loss
     from onionskin.store import Store
     from onionskin.volume import Volume
-
-FILE = click.Path(path_type=Path, readable=False)
 
 
 @click.command()
@@ -58,7 +58,7 @@ FILE = click.Path(path_type=Path, readable=False)
 @json_option
 def create(
     name: Name,
-    base: Path | None,
+    base: "Path | None",
     base_format: Literal["raw"] | None,
     size: int | None,
     block_size: int | None,
@@ -237,7 +237,7 @@ def _rename_snapshot(name: Name, new_name: str, *, as_json: bool) -> None:
 )
 @click.option("--verify", is_flag=True, help="Compare it with the digest that create --digest took.")
 @json_option
-def relocate(name: Name, base: Path, trust: bool, verify: bool, as_json: bool) -> None:
+def relocate(name: Name, base: "Path", trust: bool, verify: bool, as_json: bool) -> None:
     """Say where a base is that was moved or touched."""
     with name.open_store() as store:
         store.relocate(name.volume, base=base, trust=trust, verify=verify)

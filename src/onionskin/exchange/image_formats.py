@@ -7,9 +7,9 @@ file is raw.
 
 import os
 import struct
-from dataclasses import dataclass
 from typing import Final
 
+from onionskin.base.records import record
 from onionskin.errors import FormatError
 
 START_BYTES: Final = 512
@@ -17,7 +17,7 @@ VHD_FOOTER_BYTES: Final = 512
 VHD_COOKIE: Final = b"conectix"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ImageFormat:
     """A format: its name in the interface, its name in messages, and the advice how to make such a file raw."""
 

@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from onionskin.base.files import data_ranges, name_of
+from onionskin.base.intervals import covered
 from onionskin.base.lazy import dtypes
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.naming import some_of
@@ -400,11 +401,3 @@ def pieces_of(opened: OpenChain) -> "Array":
     pieces["segment"][inside] = runs["segment"][run]
     pieces["slot"][inside] = runs["slot"][run] + (first[is_data] - run_first[run])
     return pieces
-
-
-def covered(points: "Array", starts: "Array", ends: "Array") -> "Array":
-    """Return for each point the index of the sorted interval that it lies in, or -1."""
-    if not len(starts):
-        return numpy.full(len(points), -1)
-    at = numpy.searchsorted(starts, points, side="right") - 1
-    return numpy.where((at >= 0) & (points < ends[numpy.maximum(at, 0)]), at, -1)

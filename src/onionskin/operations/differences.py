@@ -7,14 +7,14 @@ data is read. The maps are locked while they are read (operations/locked_maps.py
 
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from onionskin.base.intervals import covered
 from onionskin.base.lazy import dtypes
+from onionskin.base.records import record
 from onionskin.catalog import BaseRow, Catalog, LayerRow, SnapshotRow, VolumeRow
 from onionskin.catalog.tree import find_snapshot
 from onionskin.kernels._maplog import LayerMap
-from onionskin.operations.copy import covered
 from onionskin.operations.locked_maps import locked_maps
 from onionskin.storage.block_maps import empty_map, open_map, read_layers
 from onionskin.storage.chain import Chain
@@ -34,7 +34,7 @@ Ranges = tuple["Array", "Array"]  # the offsets of the first bytes, and those be
 # ---- the two states ----
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class State:
     """A snapshot of a volume, or the head of the volume if `snapshot` is None.
 

@@ -4,14 +4,12 @@ What must hold: all forks of a call are there, or none. Those disks of which the
 instant, whoever holds them (group_snapshot.py). The forks that belong together have one number.
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from hashlib import sha256
 
 from onionskin.base.naming import some_of
+from onionskin.base.records import record
 from onionskin.catalog import LayerRow, SnapshotRow, VolumeRow
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.catalog.tree import find_snapshot
@@ -28,7 +26,7 @@ from onionskin.storage.open_store import OpenStore
 Forks = dict[str, list[str]]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class GroupWanted:
     """A call of `Store.fork_group`, checked as far as that goes without the store: what is wanted of each source."""
 
@@ -37,6 +35,9 @@ class GroupWanted:
 
     def digest(self) -> bytes:
         """Return what tells the call from another one under the same key."""
+        import json
+        from hashlib import sha256
+
         asked = [[source, wanted.digest().hex()] for source, wanted in self.sources.items()]
         return sha256(json.dumps(["group", asked]).encode()).digest()
 

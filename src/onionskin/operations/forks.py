@@ -9,20 +9,17 @@ meanwhile, as long as nothing that is read there goes: what a layer without a na
 is given up (hidden_blocks.py). So the layers are compared again inside the transaction.
 """
 
-import json
 import operator
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from hashlib import sha256
-from string import Formatter
 
 from onionskin.base.durations import parse_duration
 from onionskin.base.limits import NAME_BYTES_MAX, WIPE_POLICIES
 from onionskin.base.naming import check_name, some_of
+from onionskin.base.records import record
 from onionskin.catalog import ForkCallRow, LabelRow, LayerRow, SnapshotRow, VolumeRow, new_ids
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.catalog.tree import find_snapshot, unnamed_around
@@ -43,7 +40,7 @@ KEY_NANOSECONDS = 24 * 3600 * 1_000_000_000
 DEFAULT_PATTERN = "{source}-{n}"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Pattern:
     """What the names of forks look like: a number of at least `width` digits, with zeros before it, between two texts."""
 
@@ -71,7 +68,7 @@ class Pattern:
         return [f"{self.prefix}{number:0{self.width}}{self.suffix}" for number in numbers]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Wanted:
     """A call of `Store.fork`, checked as far as that goes without the store."""
 
@@ -88,6 +85,9 @@ class Wanted:
 
     def digest(self) -> bytes:
         """Return what tells the call from another one under the same key."""
+        import json
+        from hashlib import sha256
+
         asked = [
             *(self.volume, self.snapshot, self.names, self.count, self.lifetime_ns, self.wipe),
             [self.pattern.prefix, self.pattern.suffix, self.pattern.width],
@@ -201,6 +201,8 @@ def parse_pattern(text: str, source: str) -> Pattern:
 def _fields(text: str) -> list[tuple[str, str | None, str | None, str | None]]:
     if not isinstance(text, str):
         raise TypeError(f"a pattern is a text such as 'job-{{n}}', not {text!r}")
+    from string import Formatter
+
     try:
         return list(Formatter().parse(text))
     except ValueError as error:
@@ -391,6 +393,8 @@ def made_under(store: OpenStore, key: str, digest: bytes) -> list[str] | None:
 
 
 def _names_in(store: OpenStore, call: ForkCallRow) -> list[str]:
+    import json
+
     try:
         names = json.loads(call.names)
     except (ValueError, RecursionError):
@@ -442,6 +446,8 @@ def insert_named(
 
 def note_call(store: OpenStore, key: str, digest: bytes, names: Sequence[str]) -> None:
     """Write down what a call under a key made, and forget the keys of another day. Inside its transaction."""
+    import json
+
     now_ns = time.time_ns()
     store.catalog.forget_fork_calls(now_ns - KEY_NANOSECONDS)
     store.catalog.remember_fork_call(ForkCallRow(key, digest, json.dumps(list(names)), now_ns))

@@ -8,20 +8,21 @@ module only works on tables.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
 from onionskin.base.files import data_ranges
+from onionskin.base.intervals import covered
 from onionskin.base.limits import VOLUME_BYTES_MAX
+from onionskin.base.named_tuples import NamedTuple
+from onionskin.base.records import record
 from onionskin.base.states import DATA, HOLE
 from onionskin.catalog import BaseRow
 from onionskin.catalog.tree import find_snapshot
 from onionskin.errors import ChainError
 from onionskin.kernels._maplog import ProvenanceMap
 from onionskin.operations.chain_members import ChainMember, chain_members
-from onionskin.operations.copy import covered
 from onionskin.operations.locked_maps import locked_maps
 from onionskin.storage.block_maps import lay_map, read_layers
 from onionskin.storage.chain import Chain, unfinished_base_merges
@@ -79,7 +80,7 @@ def read_layering(store: OpenStore, find: Callable[[], bytes]) -> Layering:
                     raise
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class _Found:
     """A chain, its members from the top, and whether a merge into its base is unfinished: one state of the catalog."""
 

@@ -7,23 +7,22 @@ inside its transaction.
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
 
 from onionskin.base import states
+from onionskin.base.records import record, replaced
 from onionskin.catalog import Catalog, LayerRow, VolumeRow
 from onionskin.catalog.tree import find_snapshot
-from onionskin.errors import FormatError, StateError
+from onionskin.errors import FormatError
 from onionskin.operations import fold_policy, holds, ownership
 from onionskin.operations.locked_maps import locked_maps
 from onionskin.operations.snapshots import all_of_branches, refuse_discard
+from onionskin.operations.unflushed import has_unflushed, refuse_open
 from onionskin.operations.volumes import refuse_delete
 from onionskin.storage.block_maps import open_map
-from onionskin.storage.locks import VolumeLock, volume_holder
-from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Loss:
     """The names and the data that a change would drop.
 
@@ -45,7 +44,7 @@ class Loss:
     is_lost: bool
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class _Going:
     """The names that a change would drop, and the layers that hold the data."""
 
@@ -141,7 +140,7 @@ def of_merge(store: OpenStore, name: str, snapshots: Sequence[str], *, for_machi
         loss = _count(store, going)
         folded = _freed_by_folds(store, runs)
     freed = None if loss.bytes_freed is None or folded is None else loss.bytes_freed + folded
-    return replace(loss, bytes_freed=freed)
+    return replaced(loss, bytes_freed=freed)
 
 
 def of_names(
@@ -196,32 +195,6 @@ def of_shrinking(store: OpenStore, name: str, size_bytes: int) -> Loss:
     return Loss((), (), behind, is_lost=behind > 0)  # zeros are no loss: they read as zeros if the volume grows again
 
 
-# ---- reasons to refuse a change ----
-
-
-def refuse_open(store: OpenStore, name: str) -> None:
-    """Raise the StateError that an opening for writing would raise, if somebody has the volume open."""
-    VolumeLock(store.layout, store.catalog.volume(name).id, name).close()
-
-
-def refuse_unflushed(store: OpenStore, volume: bytes, name: str) -> None:
-    """Raise StateError if a process that died left unflushed writes, which are not in the head's map yet."""
-    if has_unflushed(store, volume):
-        raise StateError(
-            f"a process that died left writes to volume {name!r} unflushed, so its map does not say yet what changed; open "
-            "it for writing and close it, which makes them durable"
-        )
-
-
-def refuse_left_unflushed(store: OpenStore, name: str) -> None:
-    """As `refuse_unflushed`, unless somebody has the volume open, whose flush is only awaited."""
-    id = store.catalog.volume(name).id
-    lock = store.layout.volume_lock(id)
-    # Asked before and behind: whoever opens the volume meanwhile, and writes, did not die.
-    if volume_holder(lock) is None and has_unflushed(store, id) and volume_holder(lock) is None:
-        refuse_unflushed(store, id, name)
-
-
 # ---- the layers that are dropped ----
 
 
@@ -268,7 +241,7 @@ def _measured(store: OpenStore, find: Callable[[], _Going], *, unflushed_of: str
         ids = {row.id for row in going.volumes}
         if unflushed_of is not None:
             ids.add(store.catalog.volume(unflushed_of).id)
-        return replace(loss, is_lost=loss.is_lost or any(has_unflushed(store, id) for id in ids))
+        return replaced(loss, is_lost=loss.is_lost or any(has_unflushed(store, id) for id in ids))
 
 
 def _count(store: OpenStore, going: _Going) -> Loss:
@@ -285,13 +258,3 @@ def _count(store: OpenStore, going: _Going) -> Loss:
         is_lost = is_lost or bool(data or zeros)
         freed = None if freed is None else freed + data * layer.block_size
     return Loss(tuple(row.name for row in going.volumes), tuple(going.snapshots), freed, is_lost)
-
-
-def has_unflushed(store: OpenStore, volume: bytes) -> bool:
-    """Whether a process that died left data of the volume that is not in the head's map yet."""
-    if any(isinstance(handle, OpenHead) and handle.row.id == volume for handle in store.open_handles()):
-        return False  # the volume is open here, and the caller flushes it
-    try:
-        return store.layout.dirty_file(volume).stat().st_size > 0
-    except FileNotFoundError:
-        return False

@@ -8,8 +8,8 @@ snapshots of the machine gave them.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import NamedTuple
 
+from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.naming import some_of
 from onionskin.catalog import Catalog, MachineRow, VolumeRow
 from onionskin.catalog.tree import remove_unreachable_layers

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from typing import NamedTuple
 
+from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.naming import check_note, some_of
 from onionskin.catalog import Catalog, LayerRow, MachineRow, MachineSnapshotRow, SnapshotRow, VolumeRow
 from onionskin.catalog.sqlite_errors import damaged

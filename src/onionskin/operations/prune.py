@@ -7,17 +7,17 @@ states need. A snapshot that is held is kept.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
 
+from onionskin.base.records import record, replaced
 from onionskin.catalog.tree import Snapshot, list_snapshots
 from onionskin.errors import StateError
 from onionskin.operations.holds import holds
 from onionskin.storage.open_store import OpenStore
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Rules:
     """The rules that say which snapshots to keep. In each number, -1 means all, and 0 means that there is no such rule.
 
@@ -58,7 +58,7 @@ class Rules:
             raise ValueError("no rule says what to keep, and nothing would be kept; give one, such as keep_last")
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Retention:
     """The result of the rules for one snapshot.
 
@@ -140,7 +140,7 @@ def prune(store: OpenStore, volume: str, rules: Rules, merge: Callable[[Snapshot
             except StateError:
                 if snapshot.name not in _held(store, volume):
                     raise
-                what = replace(one, kept_by=("held",))
+                what = replaced(one, kept_by=("held",))
         done.append(what)
     return done
 

@@ -17,8 +17,9 @@ still holds.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.records import record
 from onionskin.catalog import CommitUnknownError, LayerRow, SegmentRow, VolumeRow, new_id
 from onionskin.errors import FormatError, StateError

@@ -10,9 +10,9 @@ volume of what stands on it, and to none if that is more than one.
 import os
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import NamedTuple
 
 from onionskin.base.limits import HEADER_BYTES
+from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.paths import FilePath
 from onionskin.catalog import Catalog, LayerRow, VolumeRow
 from onionskin.storage.layout import allocated_bytes, allocated_files, listed

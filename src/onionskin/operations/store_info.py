@@ -6,9 +6,9 @@ being made has a row by then; and nothing is asked once for each file.
 
 from collections.abc import Callable
 from contextlib import closing, suppress
-from dataclasses import dataclass
 
 from onionskin.base.paths import FilePath
+from onionskin.base.records import record
 from onionskin.catalog import SCHEMA_VERSION, LayerRow, WorkRow
 from onionskin.errors import FormatError, StateError
 from onionskin.operations.locked_maps import locked_maps
@@ -17,7 +17,7 @@ from onionskin.storage.layout import allocated_files
 from onionskin.storage.open_store import OpenStore
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class StoreInfo:
     """What a store is.
 

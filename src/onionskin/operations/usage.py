@@ -5,8 +5,8 @@ is loaded once, and no more than two are in memory at a time.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
+from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.records import record
 from onionskin.catalog import LayerRow, SnapshotRow, VolumeRow
 from onionskin.catalog.sqlite_errors import damaged

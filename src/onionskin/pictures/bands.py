@@ -1,11 +1,11 @@
 """The entries of a map's legend: each layer, or groups of neighbours if there are too many layers to tell apart."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy
 
+from onionskin.base.records import record
 from onionskin.base.states import DATA, HOLE, ZERO
 from onionskin.operations.layering import Layering
 
@@ -13,7 +13,7 @@ BANDS_MAX = 12
 _HEAD_ALONE = 1
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Band:
     """Layers that share a colour, from depth `first` to `last`, both included.
 
@@ -34,7 +34,7 @@ class Band:
     bytes_shown: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Legend:
     """The bands of the layers, by depth; that of the base, if there is one; and those of ranges without data."""
 

@@ -4,11 +4,11 @@ A cell shows the layer (or base) that holds the most data in it. Data goes befor
 that a few blocks on a vast disk are seen. The share says how much of the cell they are.
 """
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy
 
+from onionskin.base.records import record
 from onionskin.base.states import DATA, HOLE, ZERO
 from onionskin.operations.layering import Layering
 
@@ -21,7 +21,7 @@ CELL_BYTES_MIN = 512
 _SUMS_MAX = 1 << 22  # sums of a cell and a layer that are in memory at a time
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Cells:
     """The cells of a disk, in order, `columns` to a row; the last row may be shorter.
 

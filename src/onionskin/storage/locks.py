@@ -24,10 +24,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from errno import EACCES, EDQUOT, ELOOP, ENOSPC, EROFS
 from functools import lru_cache
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from onionskin.base import forking
 from onionskin.base.modes import share_file
+from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.paths import FilePath
 from onionskin.errors import FormatError, StateError
 from onionskin.storage.layout import Layout

@@ -15,11 +15,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from errno import EINVAL
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from onionskin.base import forking
 from onionskin.base.lazy import logger
 from onionskin.base.limits import HEADER_BYTES
+from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.signals import DeferredInterrupt
 from onionskin.catalog import CommitUnknownError, VolumeRow
 from onionskin.errors import OnionskinError, StateError

@@ -43,11 +43,30 @@ UNNEEDED = {
     *("onionskin.cli.serve", "onionskin.cli.exchange", "onionskin.cli.byte_ranges", "onionskin.volume"),
     *("json", "pkgutil", "onionskin.kernels._volume", "onionskin.kernels._copy", "onionskin.kernels._wipe"),
     *("onionskin.operations.prune", "onionskin.operations.reclaim", "onionskin.operations.check"),
-    *("pathlib", "urllib", "dataclasses", "locale", "unicodedata", "select", "onionskin.cli.verbs"),
+    *(
+        "onionskin.operations.losses",
+        "pathlib",
+        "urllib",
+        "dataclasses",
+        "locale",
+        "unicodedata",
+        "select",
+        "onionskin.cli.verbs",
+    ),
 }
 
 
-@pytest.mark.parametrize("words", [["snapshots"], ["holds"], ["info"]], ids=lambda words: words[0])
+def test_the_list_of_verbs_is_printed_without_what_they_work_with() -> None:
+    unneeded = "{'pathlib', 'socket', 'subprocess', 'tempfile', 'json', 'dataclasses', 'click.shell_completion'}"
+    run(
+        "import sys; from onionskin.cli.app import onionskin\n"
+        "try: onionskin(['help'])\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        f"assert not {unneeded} & sys.modules.keys(), {unneeded} & sys.modules.keys()\n"
+    )
+
+
+@pytest.mark.parametrize("words", [["snapshots"], ["holds"], ["info"], ["usage"]], ids=lambda words: words[0])
 def test_a_verb_that_looks_imports_what_it_needs_and_no_other_verb(tmp_path: Path, words: list[str]) -> None:
     with onionskin.Store(tmp_path / "vms") as store, store.create("web", size="1M") as volume:
         volume.snapshot("clean")
@@ -83,14 +102,43 @@ def test_the_version_is_said_without_the_metadata_of_the_package() -> None:
     )
 
 
+END = """
+import atexit, gc, sys, threading
+from onionskin.cli import main
+
+class Noted:
+    def __del__(self):
+        print("modules were taken apart")
+
+noted = Noted()
+if sys.argv[1] == "atexit":
+    atexit.register(lambda: print("asked at the end,", gc.isenabled() and gc.get_threshold()[0] > 10_000))
+if sys.argv[1] == "thread":
+    threading.Thread(target=lambda: (threading.main_thread().join(), print("ended after it"))).start()
+sys.argv = ["onionskin", *sys.argv[2:]]
+main()
+"""
+
+
+def end_of(*words: str) -> tuple[int, str]:
+    ended = subprocess.run([sys.executable, "-c", END, *words], check=False, stdout=subprocess.PIPE, text=True)
+    return ended.returncode, ended.stdout
+
+
+def test_a_verb_ends_at_once_and_with_its_status() -> None:
+    assert end_of("nothing", "--version") == (0, f"onionskin {onionskin.__version__}\n")
+    assert end_of("nothing", "no-such-verb") == (2, "")
+
+
 def test_the_command_line_starts_with_a_collector_that_waits() -> None:
-    run(
-        "import gc, sys; from onionskin.cli import main\n"
-        "sys.argv = ['onionskin', '--version']\n"
-        "try: main()\n"
-        "except SystemExit as end: assert not end.code, end.code\n"
-        "assert gc.isenabled() and gc.get_threshold()[0] > 10_000\n"
-    )
+    status, said = end_of("atexit", "--version")
+    assert status == 0 and "asked at the end, True" in said
+
+
+def test_who_waits_for_the_end_of_a_verb_is_waited_for() -> None:
+    assert "ended after it" in end_of("thread", "--version")[1]
+    status, said = end_of("atexit", "no-such-verb")
+    assert status == 2 and "asked at the end" in said
 
 
 def test_all_operations_can_be_imported_at_once() -> None:

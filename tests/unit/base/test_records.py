@@ -99,3 +99,14 @@ def test_a_record_is_copied_pickled_and_matched() -> None:
 
 def test_two_kinds_with_the_same_values_differ() -> None:
     assert Ours("a") != Theirs("a") and Ours("a") != ("a", 3, {})
+
+
+def test_a_record_that_would_not_be_completed_is_refused() -> None:
+    with pytest.raises(TypeError, match="__post_init__"):
+
+        @record
+        class Completed:
+            size: int
+
+            def __post_init__(self) -> None:
+                raise AssertionError

@@ -1,0 +1,39 @@
+"""What a process that died left of a volume, and who has the volume open: asked before maps are believed or changed."""
+
+from onionskin.errors import StateError
+from onionskin.storage.locks import VolumeLock, volume_holder
+from onionskin.storage.open_head import OpenHead
+from onionskin.storage.open_store import OpenStore
+
+
+def refuse_open(store: OpenStore, name: str) -> None:
+    """Raise the StateError that an opening for writing would raise, if somebody has the volume open."""
+    VolumeLock(store.layout, store.catalog.volume(name).id, name).close()
+
+
+def refuse_unflushed(store: OpenStore, volume: bytes, name: str) -> None:
+    """Raise StateError if a process that died left unflushed writes, which are not in the head's map yet."""
+    if has_unflushed(store, volume):
+        raise StateError(
+            f"a process that died left writes to volume {name!r} unflushed, so its map does not say yet what changed; open "
+            "it for writing and close it, which makes them durable"
+        )
+
+
+def refuse_left_unflushed(store: OpenStore, name: str) -> None:
+    """As `refuse_unflushed`, unless somebody has the volume open, whose flush is only awaited."""
+    id = store.catalog.volume(name).id
+    lock = store.layout.volume_lock(id)
+    # Asked before and behind: whoever opens the volume meanwhile, and writes, did not die.
+    if volume_holder(lock) is None and has_unflushed(store, id) and volume_holder(lock) is None:
+        refuse_unflushed(store, id, name)
+
+
+def has_unflushed(store: OpenStore, volume: bytes) -> bool:
+    """Whether a process that died left data of the volume that is not in the head's map yet."""
+    if any(isinstance(handle, OpenHead) and handle.row.id == volume for handle in store.open_handles()):
+        return False  # the volume is open here, and the caller flushes it
+    try:
+        return store.layout.dirty_file(volume).stat().st_size > 0
+    except FileNotFoundError:
+        return False
