@@ -38,6 +38,16 @@ def test_a_store_that_is_not_there(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_a_store_where_a_volume_is_wanted(run: Run, vms: Path) -> None:
+    for words in (["snapshots", vms], ["snapshot", f"{vms}/"], ["create", vms, "--size", "1M"]):
+        one_line(run(*words), 2, f"is a store: write {vms}/VOLUME")
+
+
+def test_a_volume_where_a_store_is_wanted(run: Run, vms: Path) -> None:
+    for verb in ("list", "tree", "expire"):
+        one_line(run(verb, f"{vms}/web"), 3, f"{vms}/web is no store, but a name in the store {vms}: give {vms}")
+
+
 def test_a_name_alone_where_no_store_is(run: Run) -> None:
     one_line(run("info", "web"), 3, "'web' does not exist as a store", "onionskin create web/VOLUME")
 

@@ -77,6 +77,10 @@ def test_what_is_given_behind_two_dashes_goes_to_the_hypervisor(run: Run, vms: s
         (["delete", "{vms}/lab", "/other/lab"], 2, "not of one store"),
         (["console", "{vms}/lab"], 5, "is off"),
         (["pause", "{vms}/lab"], 5, "is off"),
+        (["start", "{vms}"], 2, "'{vms}' is a store: write {vms}/MACHINE"),
+        (["delete", "{vms}/lab@a"], 2, "names a snapshot where a machine is wanted"),
+        (["list", "{vms}/lab"], 3, "{vms}/lab is no store, but a name in the store {vms}: give {vms}"),
+        (["reboot", "{vms}/lab"], 2, "here that is onionskin machine stop, and then start"),
         (["restore", "{vms}/lab"], 2, "here that is onionskin machine revert"),
     ],
 )
@@ -85,7 +89,7 @@ def test_what_cannot_be_done_is_said_with_its_status(
 ) -> None:
     refused = run("machine", *(word.format(vms=vms) for word in words))
     assert (refused.exit_code, refused.stdout) == (status, "")
-    assert said in refused.stderr and refused.stderr.count("\n") == 1
+    assert said.format(vms=vms) in refused.stderr and refused.stderr.count("\n") == 1
 
 
 def test_volume_verbs_say_whose_a_disk_is(run: Run, vms: str) -> None:

@@ -2,9 +2,12 @@
 
 import os
 import pty
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+import termios
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,15 +15,17 @@ import click
 import pytest
 from click.testing import Result
 
+from onionskin.base.progress import Progress
 from onionskin.cli import output
 
 Run = Callable[..., Result]
 Spawn = Callable[..., "subprocess.Popen[bytes]"]
 
 
-def on_terminal(spawn: Spawn, answer: bytes, *arguments: object) -> tuple[int, bytes]:
+def on_terminal(spawn: Spawn, answer: bytes, *arguments: object, columns: int = 80) -> tuple[int, bytes]:
     """Run a command on a terminal of its own, type an answer, and give its status and what it showed."""
     ours, its = pty.openpty()
+    termios.tcsetwinsize(its, (24, columns))
     process = spawn(*arguments, stdin=its, stdout=its, stderr=its, env={"TERM": "xterm-256color"})
     os.close(its)
     os.write(ours, answer)
@@ -130,11 +135,65 @@ def test_a_terminal_without_line_characters_gets_a_tree_too(spawn: Spawn, vms: P
     assert process.returncode == 0
 
 
-def test_progress_is_drawn_on_a_terminal(spawn: Spawn, vms: Path, tmp_path: Path) -> None:
-    status, shown = on_terminal(spawn, b"", "export", f"{vms}/web", tmp_path / "out.raw")
+LONG_VERBS = {
+    "import": ("import", "{dir}/image.raw", "{vms}/new"),
+    "export": ("export", "{vms}/web", "{dir}/out.raw"),
+    "flatten": ("flatten", "{vms}/copy"),
+    "merge": ("merge", "{vms}/based", "--into-base"),
+}
+
+
+@pytest.fixture(params=LONG_VERBS)
+def long_verb(request: pytest.FixtureRequest, run: Run, vms: Path, tmp_path: Path) -> list[str]:
+    """A verb that copies a MiB, with what it works on."""
+    for image in ("image.raw", "base.raw"):
+        (tmp_path / image).write_bytes(os.urandom(1 << 20))
+    run("clone", f"{vms}/web@clean", f"{vms}/copy")
+    run("create", f"{vms}/based", "--base", tmp_path / "base.raw")
+    run("write", f"{vms}/based", 0, input=b"written" * 1000)
+    return [word.format(dir=tmp_path, vms=vms) for word in LONG_VERBS[request.param]]
+
+
+@pytest.mark.parametrize("columns", [30, 80])
+def test_progress_is_drawn_on_a_terminal_of_any_width_and_goes(
+    spawn: Spawn, long_verb: list[str], columns: int
+) -> None:
+    status, shown = on_terminal(spawn, b"", *long_verb, columns=columns)
     assert status == 0
-    assert b"export" in shown
-    assert (tmp_path / "out.raw").stat().st_size == 1 << 20
+    *frames, said = re.split(rb"\r\x1b\[2K|\r\x1b\[1A\x1b\[2K", shown)
+    assert len(frames) > 1 and long_verb[0].encode() in frames[1]
+    for frame in frames:
+        assert len(click.unstyle(frame.decode()).rstrip("\r\n")) <= columns
+    assert b"\x1b" not in said and said.count(b"\r\n") == 1  # the cursor is shown again before
+
+
+def test_a_pipe_gets_no_progress(spawn: Spawn, long_verb: list[str]) -> None:
+    process = spawn(*long_verb, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    said, errors = process.communicate()
+    assert (process.returncode, errors) == (0, b"")
+    assert said.count(b"\n") == 1 and b"\x1b" not in said
+
+
+def test_a_long_verb_that_is_interrupted_says_so_and_leaves_a_store_without_fault(
+    run: Run, vms: Path, tmp_path: Path, long_verb: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def interrupted(title: str, as_json: bool) -> Iterator[Progress]:
+        def progress(done: int, total: int) -> None:
+            raise KeyboardInterrupt
+
+        yield progress
+
+    before = run("list", vms, "-H", "-o", "name").stdout
+    with monkeypatch.context() as patched:
+        patched.setattr(output, "progress", interrupted)
+        ended = run(*long_verb)
+    assert (ended.exit_code, ended.stdout) == (130, "")
+    assert ended.stderr == "onionskin: interrupted; run the command again to go on or to begin anew\n"
+    assert run("list", vms, "-H", "-o", "name").stdout == before
+    assert not (tmp_path / "out.raw").exists()
+    assert "error" not in run("check", vms).stdout
+    assert run(*long_verb).exit_code == 0
 
 
 def test_rich_is_not_imported_without_a_terminal(vms: Path, tmp_path: Path) -> None:

@@ -91,7 +91,15 @@ def is_trusted() -> bool:
 
 
 def open_store(path: FilePath, *, create: bool = False, group: str | None = None) -> "Store":
-    """Open a store as the options of the verb say; it must exist, unless `create`."""
+    """Open a store as the options of the verb say; it must exist, unless `create`.
+
+    Raises
+    ------
+    VolumeNotFoundError
+        It is none. What looks like a volume of a store that is there is named as one.
+    """
+    if not create and not is_store(path) and is_store(path.parent) and not os.path.lexists(path):
+        raise VolumeNotFoundError(f"{path} is no store, but a name in the store {path.parent}: give {path.parent}")
     return onionskin.Store(path, create=create, trust=is_trusted(), group=group)
 
 
@@ -144,6 +152,7 @@ class NameType(click.ParamType):  # type: ignore[type-arg]
     def __init__(self, snapshot: str, *, fresh: bool = False) -> None:
         self.snapshot = snapshot
         self.fresh = fresh
+        self.wanted = "VOLUME"
         self.name = {
             "required": "STORE/VOLUME@SNAPSHOT",
             "optional": "STORE/VOLUME[@SNAPSHOT]",
@@ -154,6 +163,8 @@ class NameType(click.ParamType):  # type: ignore[type-arg]
         """Parse the text, or fail as a usage error."""
         if isinstance(value, Name):
             return value
+        if is_store(FilePath(value)) and not is_store(FilePath(value).parent):
+            self.fail(f"{value!r} is a store: write {value.rstrip('/')}/{self.wanted}", param, ctx)
         try:
             name = parse_name(value)
         except ValueError as wrong:
@@ -161,7 +172,7 @@ class NameType(click.ParamType):  # type: ignore[type-arg]
         if self.snapshot == "required" and name.snapshot is None:
             self.fail(f"{value!r} names no snapshot: write {value}@SNAPSHOT", param, ctx)
         if self.snapshot == "none" and name.snapshot is not None:
-            self.fail(f"{value!r} names a snapshot where a volume is wanted", param, ctx)
+            self.fail(f"{value!r} names a snapshot where a {self.wanted.lower()} is wanted", param, ctx)
         return name
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
@@ -294,11 +305,12 @@ class MachineNameType(NameType):
 
     def __init__(self, snapshot: str, *, fresh: bool = False) -> None:
         super().__init__(snapshot, fresh=fresh)
-        self.name = self.name.replace("VOLUME", "MACHINE")
+        self.wanted = "MACHINE"
+        self.name = self.name.replace("VOLUME", self.wanted)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Name:
         """Parse the text, or fail as a usage error."""
-        if isinstance(value, str) and "/" not in value:
+        if isinstance(value, str) and "/" not in value and not is_store(FilePath(value)):
             self.fail(
                 f"{value!r} names no store: write STORE/MACHINE, as ./{value} for a store that is here", param, ctx
             )

@@ -46,7 +46,8 @@ _LEAVE = b"\x1d"  # Ctrl-]
 
 # What other programs call it: virsh, qm, VBoxManage, limactl, multipass, prlctl.
 _CALLED = {
-    **dict.fromkeys(("restore", "rollback", "snapshot-revert", "loadvm", "reset"), "revert"),
+    **dict.fromkeys(("restore", "rollback", "snapshot-revert", "loadvm"), "revert"),
+    **dict.fromkeys(("reboot", "restart", "reset"), "stop, and then start"),
     **dict.fromkeys(("save", "savevm", "checkpoint", "snapshot-create"), "snapshot"),
     **dict.fromkeys(("shutdown", "poweroff", "destroy", "kill"), "stop"),
     **dict.fromkeys(("run", "boot", "up"), "start"),
