@@ -86,6 +86,7 @@ struct onion_volume {
     int wipe_zero, writable;
     uint64_t bytes_unwipeable;    /* atomic; see onion_volume_take_unwipeable */
     int poisoned, closed, forked; /* atomic */
+    int superseded;               /* the catalog has another head for the disk: what is not durable here is nobody's */
     int reclaim_wanted;           /* atomic: reclaim_wanted of some segment is set, or was set */
     int flush_wanted;             /* atomic: more waits for a flush than should */
     uint64_t log_bytes,

@@ -726,11 +726,29 @@ void onion_journal_leave_found(struct onion_volume *volume) {
 
 /* ---- the end ---- */
 
+void onion_journal_drop_stale(struct onion_volume *volume) {
+    struct onion_journal *journal = &volume->journal;
+    char magic[sizeof ONION_JOURNAL_MAGIC - 1];
+    struct stat info;
+    if (!journal->path || journal->header || journal->found_fd >= 0)
+        return;
+    int fd = open(journal->path, O_RDWR | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0)
+        return;
+    if (!fstat(fd, &info) && S_ISREG(info.st_mode) && info.st_nlink == 1 && !onion_pread_all(fd, magic, sizeof magic, 0) &&
+        !memcmp(magic, ONION_JOURNAL_MAGIC, sizeof magic))
+        (void)!ftruncate(fd, 0);
+    close(fd);
+}
+
 void onion_journal_close(struct onion_volume *volume) {
     struct onion_journal *journal = &volume->journal;
-    if (journal->header && !volume->dirty_records.record_count && !journal->taken_count &&
-        !__atomic_load_n(&volume->poisoned, __ATOMIC_SEQ_CST))
+    int is_durable = !volume->dirty_records.record_count && !journal->taken_count &&
+                     !__atomic_load_n(&volume->poisoned, __ATOMIC_SEQ_CST);
+    if (journal->header && (is_durable || volume->superseded))
         (void)!ftruncate(journal->fd, 0);
+    if (journal->found_fd >= 0 && volume->superseded)
+        (void)!ftruncate(journal->found_fd, 0);
     if (journal->header) { /* otherwise the records are in the heap */
         volume->dirty_records.records = NULL;
         volume->dirty_records.published = NULL;

@@ -114,7 +114,10 @@ void onion_journal_resolve_owner(struct onion_volume *volume, const unsigned cha
 void onion_journal_mark_poisoned(struct onion_volume *volume);
 /* Removes that mark, because the data was written again and synced. */
 void onion_journal_clear_poisoned(struct onion_volume *volume);
-/* Empties the file, unless it holds records that are not durable. */
+/* Empties a file whose records nobody can take any more: of another head, which the catalog has not, or of another boot.
+ * Called behind the opening, under the lock of the volume, while no other data path of the volume is open here. */
+void onion_journal_drop_stale(struct onion_volume *volume);
+/* Empties the file, unless it holds records that are not durable, of a head that the disk still has. */
 void onion_journal_close(struct onion_volume *volume);
 
 #endif

@@ -32,6 +32,10 @@ void onion_volume_poison(struct onion_volume *volume) {
     pthread_mutex_unlock(&volume->flush_lock);
 }
 
+void onion_volume_supersede(struct onion_volume *volume) { volume->superseded = 1; }
+
+void onion_volume_drop_stale(struct onion_volume *volume) { onion_journal_drop_stale(volume); }
+
 void onion_volume_after_fork(struct onion_volume *volume) { __atomic_store_n(&volume->forked, 1, __ATOMIC_SEQ_CST); }
 
 /* ---- the flush gate ---- */

@@ -320,6 +320,10 @@ void onion_volume_poison(struct onion_volume *volume);
 void onion_volume_after_fork(struct onion_volume *volume);
 /* Waits for calls under way, then unmaps and closes. It does not flush. Later calls return ONION_E_CLOSED. */
 void onion_volume_close(struct onion_volume *volume);
+/* Says that the disk went on with another head, before this one is closed: nobody takes up what is not durable in it. */
+void onion_volume_supersede(struct onion_volume *volume);
+/* Empties what a process that died left of a head that the disk has no more. See onion_journal_drop_stale. */
+void onion_volume_drop_stale(struct onion_volume *volume);
 /* Frees the memory. No thread may be inside or come later. */
 void onion_volume_free(struct onion_volume *volume);
 

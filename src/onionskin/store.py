@@ -554,8 +554,12 @@ class Store:
         for left in self._opened.layout.staged_dirty_files(row.id):
             with suppress(FileNotFoundError):
                 os.unlink(left)  # noqa: PTH108 - a Path of each takes longer than unlinking it
-        compact_segments.compact_chain(self._opened, row.head, may_hold_unflushed=bytes_in(dirty) > 0)
-        return self._opened.open_layer(row.head, writable=True, verify=verify, dirty=dirty)
+        was_left = bytes_in(dirty) > 0
+        compact_segments.compact_chain(self._opened, row.head, may_hold_unflushed=was_left)
+        opened = self._opened.open_layer(row.head, writable=True, verify=verify, dirty=dirty)
+        if was_left:
+            opened.path.drop_stale()
+        return opened
 
     def _look_at_spare(self, head: bytes) -> None:
         """Tidy the files that were made for the next head.

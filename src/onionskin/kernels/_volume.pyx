@@ -171,6 +171,8 @@ cdef extern from "volume/volume.h" nogil:
     void onion_volume_poison(onion_volume *)
     void onion_volume_after_fork(onion_volume *)
     void onion_volume_close(onion_volume *)
+    void onion_volume_supersede(onion_volume *)
+    void onion_volume_drop_stale(onion_volume *)
     void onion_volume_free(onion_volume *)
 
 cdef extern from "base/status.h" nogil:
@@ -1236,8 +1238,20 @@ cdef class DataPath:
         """Mark the data path as unusable in a forked child. Every later call raises, and nothing is released."""
         onion_volume_after_fork(self._volume)
 
-    def close(self):
-        """Wait for calls that are under way, then unmap and close. This does not flush. Further calls do nothing."""
+    def drop_stale(self):
+        """Empty what a process that died left of a head that the disk has no more, or before another boot.
+
+        Of the only path of a volume, which is open for writing and under its lock.
+        """
+        onion_volume_drop_stale(self._volume)
+
+    def close(self, *, bint superseded=False):
+        """Wait for calls that are under way, then unmap and close. This does not flush. Further calls do nothing.
+
+        `superseded`: the catalog has another head for the disk by now, so nobody takes up what was not flushed here.
+        """
+        if superseded:
+            onion_volume_supersede(self._volume)
         with nogil:
             onion_volume_close(self._volume)
 

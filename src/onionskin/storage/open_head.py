@@ -615,7 +615,7 @@ class OpenHead(OpenDisk):
         self._path = new_path
         if old_path is not new_path:
             self._tell(new_path)
-            old_path.close()  # this waits for reads that are under way
+            old_path.close(superseded=True)  # this waits for reads that are under way
         self.give_up_unread()
 
     def note_seal(self) -> None:
