@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onionskin.base.states import DATA as DATA_STATE
+from onionskin.errors import StateError
 from onionskin.kernels import _ram
 from onionskin.kernels._ram import PAGE_BYTES, RUN_DTYPE, PageTracker
 from onionskin.machine.preload import Preload
@@ -114,6 +115,7 @@ class UnsavedRam(ABC):
         self._copy = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
         self._bytes = np.frombuffer(self._copy, np.uint8)
         self._pages = self._bytes.reshape(-1, PAGE_BYTES)
+        self._is_closed = False
 
     @property
     def unsaved_pages(self) -> int:
@@ -142,6 +144,8 @@ class UnsavedRam(ABC):
         Pages that the volume has already are not written again. Pages that hold only zeros become zeros of the volume,
         which take no room.
         """
+        if self._is_closed:
+            raise StateError("the machine is being ended, so its RAM cannot be saved; start it again")
         held = np.zeros(len(self._unsaved), np.bool_)
         mark(held, runs_of_extents(volume.extents(), self.length, only_data=True))
         written, left = self._save_long_runs(volume, held)
@@ -198,6 +202,7 @@ class UnsavedRam(ABC):
 
     def close(self) -> None:
         """Give up the copy."""
+        self._is_closed = True
         self._copy.madvise(mmap.MADV_DONTNEED)
 
 
