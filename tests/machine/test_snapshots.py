@@ -2,6 +2,7 @@
 
 import hashlib
 import secrets
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -163,6 +164,27 @@ def test_a_snapshot_that_fails_leaves_the_machine_running_and_loses_no_page(
     assert pages_that_differ(ram_of(lab, "lost"), kept[0]) == []
     restore.revert(lab.running, "before")
     lab.console.wait_ticks(2)
+
+
+def test_a_snapshot_is_whole_whose_machine_is_given_up_while_its_ram_is_written(
+    lab: LabMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = keep_references(lab)
+    closing = threading.Thread(target=lab.running.close)
+    save = GuestRam.save
+
+    def save_while_closing(self: GuestRam, *given: object) -> int:
+        closing.start()
+        closing.join(0.5)  # it waits for the snapshot, however long that takes
+        return save(self, *given)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GuestRam, "save", save_while_closing)
+        capture.snapshot(lab.running, "whole")
+    closing.join()
+    assert pages_that_differ(ram_of(lab, "whole"), kept[0]) == []
+    with pytest.raises(StateError, match="being ended"):
+        lab.running.guest_ram.save(lab.running.ram_volume)
 
 
 def test_a_snapshot_of_another_cpu_is_refused_and_nothing_is_started(lab: LabMachine) -> None:

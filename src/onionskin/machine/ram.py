@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onionskin.base.states import DATA as DATA_STATE
+from onionskin.errors import StateError
 from onionskin.kernels import _ram
 from onionskin.kernels._ram import PAGE_BYTES, RUN_DTYPE, PageTracker
 from onionskin.machine.preload import Preload
@@ -129,6 +130,7 @@ class UnsavedRam(ABC):
         self._copied = np.zeros(count, np.bool_)  # of the unsaved: what the copy has, and the volume has not
         self._stored = np.zeros(count, np.bool_)  # of the unsaved: what was written to the volume as data
         self._volume_has: NDArray[np.bool_] | None = None
+        self._is_closed = False
 
     @property
     def unsaved_pages(self) -> int:
@@ -157,6 +159,8 @@ class UnsavedRam(ABC):
         Nothing is flushed. Pages that the volume has already are not written again. Pages that hold only zeros become zeros
         of the volume, which take no room.
         """
+        if self._is_closed:
+            raise StateError("the machine is being ended, so its RAM cannot be saved; start it again")
         for piece in pieces_of(runs_of(self._copied)):
             numbers = blocks_of(piece)
             if len(piece) == 1:
@@ -230,6 +234,7 @@ class UnsavedRam(ABC):
 
     def close(self) -> None:
         """Give up the copy."""
+        self._is_closed = True
         self._copy.madvise(mmap.MADV_DONTNEED)
 
 

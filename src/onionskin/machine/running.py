@@ -135,9 +135,13 @@ class Running:
         return self.store._open_to_cut(volume)
 
     def close(self) -> None:
-        """Let go of what this has beside the process and the volume."""
-        self.files.finish(is_wanted=False)
-        self.guest_ram.close()
+        """Let go of what this has beside the process and the volume, once what is under way has ended.
+
+        The hypervisor may have been killed while a snapshot writes what it collected of RAM: that snapshot is whole.
+        """
+        with self.guard:
+            self.files.finish(is_wanted=False)
+            self.guest_ram.close()
 
 
 def differing_pages(running: Running) -> NDArray[Any]:
