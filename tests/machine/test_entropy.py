@@ -20,6 +20,7 @@ from onionskin.guests.console import Console
 from onionskin.guests.counting import Tick, ticks
 from onionskin.machine.entropy import doubt_about
 from onionskin.machine.machine import Machine
+from onionskin.measure.demo import program
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SECONDS = 240.0  # of a busy machine
@@ -35,13 +36,13 @@ class Guest(NamedTuple):
 def guest(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
     """A machine that was booted, taken as `up` while it ran, and is off."""
     directory = tmp_path_factory.mktemp("guest")
-    (directory / "packages").mkdir()
-    package = request.param or kernel_package(directory / "packages")
-    (directory / "packages" / package.name).unlink(missing_ok=True)
+    for name in ("packages", "download"):
+        (directory / name).mkdir()
+    package = request.param or kernel_package(directory / "download")
     (directory / "packages" / package.name).symlink_to(package)
     kernel = packages.find_kernel(directory / "packages")
-    busybox, mkfs = packages.find_busybox(None), "/sbin/mke2fs"
-    assert kernel is not None and busybox is not None
+    busybox, mkfs = packages.find_busybox(None), program("mkfs.ext4")
+    assert kernel is not None and busybox is not None and mkfs is not None
     (directory / "vmlinuz").write_bytes(kernel.image)
     counting.build_initramfs(directory / "initramfs", kernel, busybox, filled_bytes=counting._PIECE_BYTES)
     counting.build_disk(directory / "first.raw", mkfs, 16 << 20, busybox, first=True)
