@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from onionskin.cli import compare
+from onionskin.exchange import comparison
 
 Run = Callable[..., Result]
 
@@ -85,7 +85,7 @@ def test_an_error_without_a_status_of_its_own_is_no_difference(
     def fail(*arguments: object) -> None:
         raise OSError(5, "Input/output error", str(raw))
 
-    monkeypatch.setattr("onionskin.cli.compare.first_difference", fail)
+    monkeypatch.setattr("onionskin.exchange.comparison.first_difference", fail)
     refused = run("compare", raw, f"{vms}/web")
     assert refused.exit_code == 2
     assert "Input/output error" in refused.stderr
@@ -104,7 +104,7 @@ def test_what_changed_while_it_was_compared_is_neither_the_same_nor_different(
     run: Run, vms: Path, raw: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     assert run("create", f"{vms}/over", "--base", raw).exit_code == 0
-    real = compare.first_difference
+    real = comparison.first_difference
 
     def write_first(*arguments: Any) -> int | None:
         found = real(*arguments)
@@ -112,7 +112,7 @@ def test_what_changed_while_it_was_compared_is_neither_the_same_nor_different(
         os.utime(raw, ns=(1, 1))
         return found
 
-    monkeypatch.setattr(compare, "first_difference", write_first)
+    monkeypatch.setattr(comparison, "first_difference", write_first)
     failed = run("compare", f"{vms}/over" if what == "base" else raw, f"{vms}/web")
     assert (failed.exit_code, failed.stdout) == (6, "")
     assert "changed" in failed.stderr

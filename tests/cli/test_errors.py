@@ -148,7 +148,7 @@ def test_names_that_are_taken(run: Run, vms: Path, tmp_path: Path) -> None:
         (["map", "{s}/web", "--columns", "0"], "0"),
         (["tree", "{s}", "--output", "{s}.png"], "*.svg"),
         (["tree", "{s}", "--output", "-", "--json"], "--json"),
-        (["usage", "{s}/"], "no volume"),
+        (["usage", "{s}/"], "is a store: write"),
         (["info", "{s}/web@"], "no snapshot"),
         (["revert", "{s}/web"], "@SNAPSHOT"),
         (["flatten", "{s}/web@clean"], "a volume is wanted"),

@@ -6,8 +6,7 @@ import re
 import subprocess
 import sys
 import termios
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +14,6 @@ import click
 import pytest
 from click.testing import Result
 
-from onionskin.base.progress import Progress
 from onionskin.cli import output
 
 Run = Callable[..., Result]
@@ -172,28 +170,6 @@ def test_a_pipe_gets_no_progress(spawn: Spawn, long_verb: list[str]) -> None:
     said, errors = process.communicate()
     assert (process.returncode, errors) == (0, b"")
     assert said.count(b"\n") == 1 and b"\x1b" not in said
-
-
-def test_a_long_verb_that_is_interrupted_says_so_and_leaves_a_store_without_fault(
-    run: Run, vms: Path, tmp_path: Path, long_verb: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    @contextmanager
-    def interrupted(title: str, as_json: bool) -> Iterator[Progress]:
-        def progress(done: int, total: int) -> None:
-            raise KeyboardInterrupt
-
-        yield progress
-
-    before = run("list", vms, "-H", "-o", "name").stdout
-    with monkeypatch.context() as patched:
-        patched.setattr(output, "progress", interrupted)
-        ended = run(*long_verb)
-    assert (ended.exit_code, ended.stdout) == (130, "")
-    assert ended.stderr == "onionskin: interrupted; run the command again to go on or to begin anew\n"
-    assert run("list", vms, "-H", "-o", "name").stdout == before
-    assert not (tmp_path / "out.raw").exists()
-    assert "error" not in run("check", vms).stdout
-    assert run(*long_verb).exit_code == 0
 
 
 def test_rich_is_not_imported_without_a_terminal(vms: Path, tmp_path: Path) -> None:
