@@ -322,7 +322,7 @@ def test_a_demo_whose_revert_did_nothing_fails(run: Run, monkeypatch: pytest.Mon
 
 
 def test_without_mkfs_the_demo_says_so_and_proves_the_rest(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onionskin.measure.demo._program", lambda name: None)
+    monkeypatch.setattr("onionskin.measure.demo.program", lambda name: None)
     assert "mkfs.ext4 is not installed" in ok(run("demo", "--size", "16M"))
 
 

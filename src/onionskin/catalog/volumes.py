@@ -4,7 +4,7 @@ A volume whose name begins with '@' is staged. `volume`, `has_volume`, `volume_n
 and `staged_volumes` tell staged volumes from the others; all other queries take both.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from onionskin.base.naming import is_text
@@ -152,6 +152,11 @@ class Volumes(Connection):
     def labels_of(self, volume: bytes) -> dict[str, str]:
         """Return the labels of a volume; unsound rows are left out."""
         return dict(self.values(LabelRow, "key, value", "volume = ? ORDER BY key", volume))
+
+    def set_labels(self, volume: bytes, labels: Mapping[str, str]) -> None:
+        """Give a volume these labels and no others."""
+        self.delete(LabelRow, "volume = ?", volume)
+        self.insert_all(LabelRow(volume, key, value) for key, value in labels.items())
 
     def labels(self) -> dict[bytes, dict[str, str]]:
         """Return the labels of each volume that has any; unsound rows are left out."""

@@ -15,7 +15,6 @@ from hashlib import sha256
 
 from onionskin.base.naming import some_of
 from onionskin.catalog import (
-    LabelRow,
     MachineDiskRow,
     MachineRow,
     MachineSnapshotRow,
@@ -117,8 +116,7 @@ def _take(store: OpenStore, wanted: Wanted, machine: MachineRow, name: str) -> N
         lineage.rename(catalog, volume, called)
     expires_ns = None if wanted.lifetime_ns is None else now_ns + wanted.lifetime_ns
     catalog.update(VolumeRow, machine.ram, expires_ns=expires_ns)
-    catalog.delete(LabelRow, "volume = ?", machine.ram)
-    catalog.insert_all(LabelRow(machine.ram, key, value) for key, value in wanted.labels.items())
+    catalog.set_labels(machine.ram, wanted.labels)
     catalog.update_machine(machine.id, name=name, created_ns=now_ns, resumes=machines.BOOTS, state_bytes=0, recorded="")
 
 
