@@ -15,6 +15,7 @@ from hashlib import sha256
 
 from onionskin.base.naming import some_of
 from onionskin.catalog import (
+    LabelRow,
     MachineDiskRow,
     MachineRow,
     MachineSnapshotRow,
