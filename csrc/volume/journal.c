@@ -735,8 +735,8 @@ void onion_journal_drop_stale(struct onion_volume *volume) {
     int fd = open(journal->path, O_RDWR | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
     if (fd < 0)
         return;
-    if (!fstat(fd, &info) && S_ISREG(info.st_mode) && info.st_nlink == 1 && !onion_pread_all(fd, magic, sizeof magic, 0) &&
-        !memcmp(magic, ONION_JOURNAL_MAGIC, sizeof magic))
+    if (!fstat(fd, &info) && S_ISREG(info.st_mode) && info.st_nlink == 1 &&
+        !onion_pread_all(fd, magic, sizeof magic, 0) && !memcmp(magic, ONION_JOURNAL_MAGIC, sizeof magic))
         (void)!ftruncate(fd, 0);
     close(fd);
 }
