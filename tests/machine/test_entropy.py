@@ -25,8 +25,7 @@ from onionskin.measure.demo import program
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SECONDS = 240.0  # of a busy machine
-QEMU = QEMUS[-1]  # QEMU 7.2 without KVM goes wrong in most boots of Linux 6.12 on a busy host; 10.0 does not
-FAULT, BOOTS_MAX = "Oops", 10
+QEMU = QEMUS[-1]  # the newest: without KVM, QEMU 7.2 goes wrong in most boots of Linux 6.12 on a busy host
 OTHERS = sorted(Path(os.environ["ONIONSKIN_KERNELS"]).glob("*.deb")) if "ONIONSKIN_KERNELS" in os.environ else []
 
 
@@ -62,22 +61,15 @@ def guest(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             append=counting.APPEND,
             agent=False,
         )
-        assert any(boot_and_take(machine) for _ in range(BOOTS_MAX)), f"each boot ended in an {FAULT}"
+        machine.start(paused=True)
+        try:
+            with screen_of(machine) as screen:
+                machine.resume()
+                first_ticks(screen, 20)
+                machine.snapshot("up")
+        finally:
+            machine.stop(force=True)
         yield Guest(machine, kernel.release)
-
-
-def boot_and_take(machine: Machine) -> bool:
-    """Boot the guest, take it as `up` while it counts, and end it. Returns False where it had a fault of the emulation."""
-    machine.start(paused=True)
-    try:
-        with screen_of(machine) as screen:
-            machine.resume()
-            if screen.wait(lambda text: ticks(text)[19:] or FAULT in text or None, SECONDS, "ticks") is True:
-                return False
-            machine.snapshot("up")
-            return True
-    finally:
-        machine.stop(force=True)
 
 
 def screen_of(machine: Machine) -> Console:
