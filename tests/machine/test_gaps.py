@@ -18,12 +18,18 @@ from onionskin.machine.machine import Machine
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 VICTIMS = ("supervisor", "server", "hypervisor")
 OF_A_SNAPSHOT = (
-    *("MachineCut.check", "QemuProcess.prepare_state", "GuestRam.collect", "QemuProcess.pause", "MachineCut.seal"),
-    *("QemuProcess.save_state", "QemuProcess.resume", "QemuProcess.finish_state", "UnsavedRam.save", "StateFile.save"),
-    *("Volume.flush", "MachineCut.commit"),
+    *("GuestRam.stream", "MachineCut.check", "QemuProcess.prepare_state", "GuestRam.collect", "QemuProcess.pause"),
+    *("MachineCut.seal", "QemuProcess.save_state", "QemuProcess.resume", "QemuProcess.finish_state"),
+    *("UnsavedRam.save", "StateFile.save", "Volume.flush", "MachineCut.commit"),
 )
 OF_A_START = (
-    *("QemuHypervisor.check", "Prepared.__init__", "DiskServer._is_ready", "DiskServer.start", "QemuHypervisor.launch"),
+    *(
+        "QemuHypervisor.check",
+        "Prepared.__init__",
+        "DiskServer.begin",
+        "QemuHypervisor.launch",
+        "DiskServer.wait_ready",
+    ),
     *("QemuProcess._connect", "QemuProcess.note_writes", "QemuProcess.load_state", "settle", "Record.write"),
     *("note_running", "QemuProcess.resume", "ControlServer.__init__"),
 )

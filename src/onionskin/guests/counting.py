@@ -59,7 +59,7 @@ up
 while read -r word; do
     if [ "$word" = install ]; then
         kill -9 $system; wait $system 2> /dev/null
-        umount /disk/dev
+        until umount /disk/dev 2> /dev/null; do usleep 20000; done
         until umount /disk 2> /dev/null; do usleep 20000; done
         dd if=/dev/vdb of=/dev/vda bs=1M conv=fsync 2> /dev/null
         echo 3 > /proc/sys/vm/drop_caches

@@ -159,8 +159,7 @@ class UnsavedRam(ABC):
         Nothing is flushed. Pages that the volume has already are not written again. Pages that hold only zeros become zeros
         of the volume, which take no room.
         """
-        if self._is_closed:
-            raise StateError("the machine is being ended, so its RAM cannot be saved; start it again")
+        self._refuse_closed()
         for piece in pieces_of(runs_of(self._copied)):
             numbers = blocks_of(piece)
             if len(piece) == 1:
@@ -171,6 +170,11 @@ class UnsavedRam(ABC):
             self._save_pages(volume, numbers, pages)
             self._copied[numbers] = False
         return int(np.count_nonzero(self._stored)) * PAGE_BYTES
+
+    def _refuse_closed(self) -> None:
+        """Raise StateError where the copy was given up: it has zeros now, and the process may have ended."""
+        if self._is_closed:
+            raise StateError("the machine is being ended, so its RAM cannot be saved; start it again")
 
     def _save_pages(self, volume: "Volume", numbers: NDArray[np.int64], pages: NDArray[np.uint8]) -> None:
         """Write pages to the volume, in the order of their numbers."""
@@ -289,6 +293,7 @@ class GuestRam(UnsavedRam):
 
         When this is called while the machine is stopped, the copy has all that is unsaved, as it is now.
         """
+        self._refuse_closed()
         self.note_written()
         runs = runs_of(self._unread)
         self._tracker.read_in_place(runs, self._bytes)
@@ -303,6 +308,7 @@ class GuestRam(UnsavedRam):
         They go through a small buffer, which stays in the processor's cache, and on to the disk at once. So when the machine
         is stopped, little is left to copy, and little to write behind that.
         """
+        self._refuse_closed()
         self.note_written()
         count = 0
         for piece in pieces_of(runs_of(self._unread)):
@@ -404,6 +410,7 @@ class ComparedRam(UnsavedRam):
 
     def collect(self) -> int:
         """Compare RAM with the volume, and return how many pages differ. The machine is stopped."""
+        self._refuse_closed()
         held = self._held()  # a look at a hole would make a page of tmpfs of it
         stored = np.zeros(len(held), np.bool_)
         mark(stored, runs_of_extents(self._volume.extents(), self.length, only_data=True))

@@ -230,18 +230,33 @@ def revert(running: Running, snapshot: str) -> None:
                 running.guest_ram.collect()
             mark(running.guest_ram._unsaved, elsewhere)
             running.is_broken = True
-            with ThreadPoolExecutor(1, "onionskin revert") as thread:
-                disks = thread.submit(
-                    going_back.put_disks_back, running.store._put_back_together, running.store._put_back
-                )
-                _put_back(running, saved, view)
-                load_state()  # this reads no disk
-                _settle(running, view)
-                renew_generation(running)
-                disks.result()
-            going_back.put_ram_back(running.ram_volume._opened.to_write())  # the guest may write from here on
+            with _unsaved_unless_done(running):
+                with ThreadPoolExecutor(1, "onionskin revert") as thread:
+                    disks = thread.submit(
+                        going_back.put_disks_back, running.store._put_back_together, running.store._put_back
+                    )
+                    _put_back(running, saved, view)
+                    load_state()  # this reads no disk
+                    _settle(running, view)
+                    renew_generation(running)
+                    disks.result()
+                going_back.put_ram_back(running.ram_volume._opened.to_write())  # the guest may write from here on
             running.recorded = replace(running.recorded, guest_kernel=saved.recorded.guest_kernel)
             running.is_broken = False
+
+
+@contextmanager
+def _unsaved_unless_done(running: Running) -> Iterator[None]:
+    """Where the block fails, count all as unsaved again that was so before it: the RAM volume is where it was.
+
+    RAM may be as the snapshot has it by then, so it differs from what the next revert takes the machine to stand on.
+    """
+    runs = running.guest_ram.unsaved_runs
+    try:
+        yield
+    except BaseException:
+        running.guest_ram.add_unsaved(runs)
+        raise
 
 
 def renew_generation(running: Running) -> None:

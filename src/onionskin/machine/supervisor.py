@@ -327,8 +327,10 @@ class Supervisor:
 
     def _look_at_pool(self) -> None:
         """End a machine whose pool has gone; but one that a fork took, which was killed before it could say so, goes on."""
+        if (pool := self._pool) is None or not has_hung_up(pool):
+            return  # whoever has the guard may wait for the disks, whose server is started again behind this
         with self.running.guard:
-            if self._pool is None or not has_hung_up(self._pool):
+            if self._pool is None:
                 return
             if machine_forks.is_taken(self.running.machine):
                 self.adopt(lambda: None)

@@ -283,6 +283,14 @@ def test_a_snapshot_of_a_machine_between_two_states_is_refused(running: Running)
         capture.snapshot(running, "a")
 
 
+@pytest.mark.parametrize("mode", ["live", "pause"])
+def test_a_snapshot_of_a_machine_that_was_given_up_is_refused(running: Running, process: StandIn, mode: str) -> None:
+    process.write(5, 1)
+    running.close()
+    with pytest.raises(StateError, match="being ended"):
+        capture.snapshot(running, "a", mode=mode)
+
+
 def test_the_state_is_gone_from_memory_when_its_file_is_closed() -> None:
     with StateFile() as state:
         state.path.write_bytes(b"secret" * 1000)

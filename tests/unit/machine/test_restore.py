@@ -14,7 +14,7 @@ from onionskin.kernels._ram import PAGE_BYTES, RUN_DTYPE
 from onionskin.machine import capture, restore
 from onionskin.machine.ram import GuestRam
 from onionskin.machine.running import Running
-from onionskin.operations import machines
+from onionskin.operations import machine_tree, machines
 from onionskin.operations.machine_snapshots import MachineCut
 
 
@@ -156,6 +156,26 @@ def test_a_machine_between_two_states_stays_stopped_until_it_is_put_back(running
     assert process.is_paused and running.is_broken
     restore.revert(running, "a")
     assert not process.is_paused and not running.is_broken and is_at(running, process, "a", ram)
+
+
+@pytest.mark.parametrize("step", ["load_state", "put_disks_back", "put_ram_back"])
+def test_a_machine_whose_revert_failed_goes_back_to_another_snapshot_with_every_page(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Its RAM is already as the first snapshot has it, and the RAM volume is not."""
+    snapshot(running, process, "a", {5: 1})
+    ram = snapshot(running, process, "b", {5: 2})
+    snapshot(running, process, "c", {6: 3})
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(*(StandIn, step, fail) if step == "load_state" else (machine_tree.RevertInPlace, step, fail))
+        with pytest.raises(StateError, match="stays stopped"):
+            restore.revert(running, "a")
+    restore.revert(running, "b")
+    assert not running.is_broken and is_at(running, process, "b", ram)
 
 
 def test_what_loading_the_devices_wrote_over_ram_is_put_right(running: Running, process: StandIn) -> None:
