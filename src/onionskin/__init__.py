@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from onionskin.machine.capture import MachineSnapshot
     from onionskin.machine.hypervisor import Configuration as MachineConfiguration
     from onionskin.machine.leftovers import drop_leftovers as drop_leftovers
+    from onionskin.machine.leftovers import refuse_processes as refuse_processes
     from onionskin.machine.machine import Machine
     from onionskin.machine.pool import MachinePool
     from onionskin.machine.qemu_command import refuse_arguments as refuse_arguments
@@ -69,7 +70,7 @@ _HOME = {
     **dict.fromkeys(("ChainLayer", "ChainMember"), "onionskin.operations.chain_members"),
     **dict.fromkeys(("LiveVolume", "connect"), "onionskin.control.client"),
     # By which a store reaches the processes that hold its volumes, whose code stands on its own.
-    "drop_leftovers": "onionskin.machine.leftovers",
+    **dict.fromkeys(("drop_leftovers", "refuse_processes"), "onionskin.machine.leftovers"),
     "flush_served": "onionskin.control.client",
     **dict.fromkeys(
         ("agrees_to_revert", "find_served_heads", "fork_served", "revert_machine_served", "revert_served", "tidy_served"),

@@ -1062,7 +1062,7 @@ class Store:
             return []
         from onionskin.operations import machine_removal
 
-        names, removed = machine_removal.expire(self._opened)
+        names, removed = machine_removal.expire(self._opened, self._refuse_processes)
         for one in removed:
             self._clean_up_after(one)
         return names
@@ -1812,7 +1812,9 @@ class Store:
     ) -> int:
         from onionskin.operations import machine_removal
 
-        removed = machine_removal.delete(self._opened, names, recursive=recursive, agreed=agreed)
+        removed = machine_removal.delete(
+            self._opened, names, self._refuse_processes, recursive=recursive, agreed=agreed
+        )
         self._clean_up_after(removed)
         return removed.bytes_freed
 
@@ -1826,6 +1828,13 @@ class Store:
             self._drop_leftovers(removed.machines)
         finally:
             reclaim.work_soon(self._opened)
+
+    def _refuse_processes(self, gone: Sequence[MachineRow]) -> None:
+        """Raise StateError where processes of machines are there that are to go."""
+        if (self._opened.layout.root / "machines").is_dir():
+            import onionskin
+
+            onionskin.refuse_processes(self, gone)
 
     def _drop_leftovers(self, gone: Sequence[bytes] = ()) -> None:
         """Drop files that nobody needs without snapshots that were dropped, or without these machines."""

@@ -280,12 +280,13 @@ def _become_server(asked: socket.socket) -> int:
     if not what:
         return 0  # the supervisor ended without it
     into, log = given
+    # Before it is there: by its log it is found when the supervisor is killed now.
+    for descriptor, standard in ((os.open(os.devnull, os.O_RDONLY), 0), (into, 1), (log, 2)):
+        os.dup2(descriptor, standard)
     if pid := os.fork():
         asked.send(str(pid).encode())
         return 0
     os.setsid()
-    for descriptor, standard in ((os.open(os.devnull, os.O_RDONLY), 0), (into, 1), (log, 2)):
-        os.dup2(descriptor, standard)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     try:
         sys.argv = ["onionskin", *json.loads(what)]

@@ -1,16 +1,20 @@
 """What machines and their snapshots leave beside the store's own files when they are gone: RAM files, and directories.
 
-What must hold: nothing is dropped that somebody uses. What cannot be dropped now is looked at the next time.
+What must hold: nothing is dropped that somebody uses. What cannot be dropped now is looked at the next time. A machine stays
+as long as a process of it is there, which nobody would find otherwise.
 """
 
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from onionskin.errors import StateError
+from onionskin.machine import orphans
 from onionskin.machine.ram_files import RamFiles
 from onionskin.machine.record import directory_of, remove_directory
 
 if TYPE_CHECKING:
+    from onionskin.catalog import MachineRow
     from onionskin.store import Store
 
 
@@ -21,3 +25,15 @@ def drop_leftovers(store: "Store", gone: Iterable[bytes]) -> None:
         RamFiles(opened).sweep()
     for machine in gone:
         remove_directory(directory_of(opened.layout.root, machine))
+
+
+def refuse_processes(store: "Store", machines: "Iterable[MachineRow]") -> None:
+    """Raise StateError where processes of machines are there, which are kept off: their supervisors were killed."""
+    names = {directory_of(store._opened.layout.root, one.id): one.name for one in machines}
+    for directory, found in orphans.processes(names).items():
+        if found:
+            name, pids = names[directory], ", ".join(str(one.pid) for one in found)
+            raise StateError(
+                f"machine {name!r} has processes that its supervisor left when it was killed: {pids}; end them, with "
+                f"'onionskin machine stop --force {name}'; nothing was removed"
+            )

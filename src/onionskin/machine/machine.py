@@ -699,8 +699,9 @@ class Machine:
             return ""
 
     def _remove(self, forks: "list[Machine]") -> None:
-        for fork in forks:
-            fork.stop(force=True)
+        with ExitStack() as stack:  # where one cannot be ended, the others are
+            for fork in forks:
+                stack.callback(fork.stop, force=True)
         self._store.delete_machines(*(fork._name for fork in forks), recursive=True)
         for fork in forks:
             record.remove_directory(fork._directory)
@@ -805,7 +806,7 @@ class Machine:
 
     def _end_leftovers(self, found: Record | None) -> None:
         """End what is left of a machine that is off: its processes were killed, or its supervisor was."""
-        if found is not None and found.server is not None and found.server.is_alive:
+        if found is not None and found.server is not None:
             found.server.end(disk_server.END_SECONDS)
         if not orphans.are_there(self._directory):
             return

@@ -1,24 +1,26 @@
 """What a killed supervisor left that no record names: processes that it had just started, and a copy of RAM in memory.
 
-A process is recorded when it is ready, so one that was started a moment before the supervisor was killed is found by the
-socket in the machine's directory on which it listens. It has never run the guest.
+A process is recorded when it is ready, so one that was started a moment before the supervisor was killed is found by the log
+in the machine's directory to which it writes its errors, which it has from its first instruction on, and by the socket there
+on which it listens. It has never run the guest.
 
 What must hold: only who has the machine (its RAM volume, open for writing) ends anything here, since the processes of a
 machine that somebody starts just now are not recorded either.
 """
 
+import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from onionskin.base.sockets import connect_unix
 from onionskin.errors import StateError
-from onionskin.machine.record import DISKS, ProcessId
+from onionskin.machine.record import DISKS, SERVER_LOG, ProcessId
 
 # The hypervisor first: while it ends it may write to its disks.
-SOCKETS = ("qmp", DISKS)
+SOCKETS, LOGS = ("qmp", DISKS), ("qemu.log", SERVER_LOG)
 END_SECONDS = 10.0
 _CONNECT_SECONDS = 1.0
 _CREDENTIALS = struct.Struct("3i")
@@ -32,20 +34,43 @@ def copy_of_ram(directory: Path, pid: int) -> Path:
 
 def are_there(directory: Path) -> bool:
     """Whether there is anything that `end` would end, if nobody has the machine."""
-    return any(True for _ in _copies(directory)) or any(_listener(directory / one) for one in SOCKETS)
+    return any(True for _ in _copies(directory)) or bool(processes([directory])[directory])
 
 
 def end(directory: Path) -> None:
-    """End the processes that listen in the directory of a machine, and drop copies of its RAM.
+    """End the processes that were started in the directory of a machine, and drop copies of its RAM.
 
     The caller has the machine, and has started nothing yet.
     """
-    for one in SOCKETS:
-        if (process := _listener(directory / one)) is not None:
-            process.end(END_SECONDS)
+    for process in processes([directory])[directory]:
+        process.end(END_SECONDS)
     for path in _copies(directory):
         with suppress(OSError):  # another user's
             path.unlink()
+
+
+def processes(directories: Iterable[Path]) -> dict[Path, list[ProcessId]]:
+    """Return the hypervisors and the servers of disks that were started in directories of machines, in that order."""
+    found: dict[Path, list[ProcessId]] = {directory: [] for directory in directories}
+    logs = {os.path.realpath(one / log): (one, log) for one in found for log in LOGS if (one / log).exists()}
+    writers = list(_writers(logs))
+    for name, log in zip(SOCKETS, LOGS, strict=True):
+        for directory, those in found.items():
+            listener = _listener(directory / name)
+            new = [] if listener is None else [listener]
+            new += [process for path, process in writers if logs[path] == (directory, log)]
+            those += [one for one in dict.fromkeys(new) if one not in those]
+    return found
+
+
+def _writers(logs: Iterable[str]) -> Iterator[tuple[str, ProcessId]]:
+    """Find the processes whose errors go to one of these files. Who only reads a log has it elsewhere."""
+    if not logs:
+        return
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):  # it has ended, or is another user's
+            if (path := str(Path(f"/proc/{pid}/fd/2").readlink())) in logs and (one := ProcessId.of(int(pid))).is_alive:
+                yield path, one
 
 
 def _copies(directory: Path) -> Iterator[Path]:

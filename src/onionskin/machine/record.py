@@ -23,6 +23,7 @@ from onionskin.storage.locks import start_ticks
 DIRECTORY = "machines"
 JSON_BYTES_MAX = 1 << 20  # what is written has the user's arguments for the hypervisor, which are less
 PID_END = 1 << 22  # of Linux
+KILLED_SECONDS = 10.0  # to the end of a process that was killed
 RECORD, ENDED, CONTROL, DISKS, SUPERVISOR_LOG, SERVER_LOG = (
     *("running.json", "ended.json", "control", "nbd"),
     *("supervisor.log", "server.log"),
@@ -91,20 +92,24 @@ class ProcessId:
         return text.rpartition(")")[2].split()[0] in ("Z", "X")
 
     def end(self, seconds: float) -> None:
-        """Ask it to end, wait so long, and kill it then. Nothing happens where it has ended."""
-        for number, limit in ((signal.SIGTERM, seconds), (signal.SIGKILL, 10.0)):
-            if not self.is_alive:
-                return
-            with suppress(ProcessLookupError):
-                descriptor = os.pidfd_open(self.pid)
-                try:
-                    if self.is_alive:  # it is this one that the descriptor means
-                        signal.pidfd_send_signal(descriptor, number)
-                        poll = select.poll()
-                        poll.register(descriptor, select.POLLIN)
-                        poll.poll(limit * 1000)
-                finally:
-                    os.close(descriptor)
+        """Ask it to end, wait so long, and kill it then. On return it has given up its files, where that can be reached."""
+        if not self.ticks or self.boot != boot_id():
+            return
+        with suppress(ProcessLookupError):
+            descriptor = os.pidfd_open(self.pid)
+            try:
+                if start_ticks(self.pid) != self.ticks:  # it is another one that the descriptor means
+                    return
+                poll = select.poll()
+                poll.register(descriptor, select.POLLIN)
+                # Of one that was killed, threads may be there for a moment longer, with its files and their locks.
+                for number, limit in ((signal.SIGTERM, seconds), (signal.SIGKILL, KILLED_SECONDS)):
+                    if poll.poll(0):
+                        return
+                    signal.pidfd_send_signal(descriptor, number)
+                    poll.poll(limit * 1000)
+            finally:
+                os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True)

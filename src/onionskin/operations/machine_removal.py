@@ -6,7 +6,7 @@ snapshots of the machine gave them.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 from onionskin.base.named_tuples import NamedTuple
@@ -32,6 +32,10 @@ class Removed(NamedTuple):
     machines: list[bytes]
 
 
+# Raises StateError where a process of machines is there, which are kept off.
+RefuseProcesses = Callable[[Sequence[MachineRow]], None]
+
+
 class _Parts(NamedTuple):
     """What belongs to machines that go together."""
 
@@ -49,7 +53,12 @@ def ids_of(catalog: Catalog, names: Sequence[str]) -> dict[str, bytes]:
 
 
 def delete(
-    store: OpenStore, names: Sequence[str], *, recursive: bool, agreed: Mapping[str, bytes] | None = None
+    store: OpenStore,
+    names: Sequence[str],
+    refuse_processes: RefuseProcesses,
+    *,
+    recursive: bool,
+    agreed: Mapping[str, bytes] | None = None,
 ) -> Removed:
     """Remove machines that are off. With `agreed`, only while their names mean the machines with these ids."""
     catalog = store.catalog
@@ -68,6 +77,7 @@ def delete(
         return _remove(store, parts), [row.id for row in parts.going]
 
     with _kept_off(store, list(wanted.values())):
+        refuse_processes([row for id in wanted.values() if (row := catalog.machine_with_id(id))])
         removed, gone = store.change(remove)
         volumes.unlink_files(store, gone)
     return removed
@@ -162,7 +172,7 @@ def _remove(store: OpenStore, parts: _Parts) -> Removed:
 # ---- those whose lifetime is over ----
 
 
-def expire(store: OpenStore) -> tuple[list[str], list[Removed]]:
+def expire(store: OpenStore, refuse_processes: RefuseProcesses) -> tuple[list[str], list[Removed]]:
     """Remove the machines whose lifetime is over: not those that run, that have snapshots, or that were forked.
 
     Returns their names, and what became of each.
@@ -172,6 +182,8 @@ def expire(store: OpenStore) -> tuple[list[str], list[Removed]]:
     removed: list[Removed] = []
     for machine in catalog.expired_machines(time.time_ns()):
         with suppress(OnionskinError):
-            removed.append(delete(store, [machine.name], recursive=False, agreed={machine.name: machine.id}))
+            removed.append(
+                delete(store, [machine.name], refuse_processes, recursive=False, agreed={machine.name: machine.id})
+            )
             names.append(machine.name)
     return names, removed

@@ -15,17 +15,20 @@ from pathlib import Path
 from typing import Any
 
 STEPS = {
+    "os": ("fork",),
+    "onionskin.machine.daemon": ("be_supervisor",),
     "onionskin.machine.control": ("ControlServer.__init__",),
-    "onionskin.machine.disk_server": ("DiskServer.begin", "DiskServer.wait_ready"),
+    "onionskin.machine.disk_server": ("DiskServer.begin", "DiskServer.wait_ready", "DiskServer.rename"),
     "onionskin.machine.qemu": (
         *("QemuHypervisor.check", "QemuHypervisor.launch", "QemuProcess.note_writes", "QemuProcess.load_state"),
         *("QemuProcess.prepare_state", "QemuProcess.pause", "QemuProcess.save_state", "QemuProcess.resume"),
         *("QemuProcess.finish_state", "QemuProcess._connect"),
     ),
     "onionskin.machine.ram": ("GuestRam.stream", "GuestRam.collect", "UnsavedRam.save"),
-    "onionskin.machine.ram_files": ("RamFiles._make", "fill_file"),
+    "onionskin.machine.ram_files": ("RamFiles._make", "RamFiles.use", "fill_file"),
     "onionskin.machine.record": ("Record.write",),
     "onionskin.machine.restore": ("Prepared.__init__", "settle"),
+    "onionskin.machine.supervisor": ("Supervisor.adopt",),
     "onionskin.machine.running": ("StateFile.save",),
     "onionskin.operations.machine_snapshots": ("MachineCut.check", "MachineCut.seal", "MachineCut.commit"),
     "onionskin.operations.machines": ("note_running",),

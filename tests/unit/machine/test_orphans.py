@@ -4,7 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import onionskin
+from onionskin.errors import StateError
 from onionskin.machine import orphans
+from onionskin.machine.record import make_directory
 
 LISTEN = """
 import signal, socket, sys
@@ -31,6 +36,35 @@ def test_what_listens_in_the_directory_is_found_and_ended(tmp_path: Path) -> Non
         orphans.end(tmp_path)
         assert process.wait() != 0
     assert not orphans.are_there(tmp_path)  # the socket is there, and nobody listens
+
+
+@pytest.mark.parametrize("log", orphans.LOGS)
+def test_what_was_started_and_listens_nowhere_yet_is_found_by_its_log_and_ended(tmp_path: Path, log: str) -> None:
+    with (
+        (tmp_path / log).open("w") as file,
+        subprocess.Popen(["sleep", "inf"], stderr=file) as process,
+        subprocess.Popen(["sleep", "inf"], stdout=file) as other,
+    ):
+        assert orphans.are_there(tmp_path)
+        orphans.end(tmp_path)
+        assert process.wait() != 0
+        assert other.poll() is None
+        other.kill()
+    assert not orphans.are_there(tmp_path)
+
+
+def test_a_machine_is_not_deleted_while_a_process_of_it_is_there(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "vms") as store:
+        store.create("web", size="1M").close()
+        machine = store.create_machine("lab", disks=["web"], memory="16M")
+        directory = make_directory(store.path, machine._id)
+        with (directory / "qemu.log").open("w") as log, subprocess.Popen(["sleep", "inf"], stderr=log) as process:
+            with pytest.raises(StateError, match=f"its supervisor left when it was killed: {process.pid}; end them"):
+                store.delete_machines("lab")
+            assert [one.name for one in store.machines()] == ["lab"]
+            machine.delete()  # it ends them
+            assert process.wait() != 0
+        assert store.machines() == []
 
 
 def test_copies_of_the_ram_of_this_machine_alone_are_dropped(tmp_path: Path) -> None:

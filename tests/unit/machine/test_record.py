@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,30 @@ def test_a_link_in_the_place_of_a_machines_directory_is_not_followed(tmp_path: P
     remove_directory(directory)
     assert not directory.is_symlink()
     assert (elsewhere / "precious").exists()
+
+
+MAIN_THREAD_ENDS = """
+import ctypes, platform, threading, time
+from pathlib import Path
+
+def stay():
+    while Path("/proc/self/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.001)
+    print(flush=True)
+    time.sleep(1000)
+
+threading.Thread(target=stay).start()
+ctypes.CDLL(None).syscall({"x86_64": 60}.get(platform.machine(), 93), 0)  # exit, of this thread alone
+"""
+
+
+def test_the_end_of_a_process_is_that_of_all_its_threads() -> None:
+    with subprocess.Popen([sys.executable, "-c", MAIN_THREAD_ENDS], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        one = ProcessId.of(process.pid)
+        assert not one.is_alive
+        one.end(0)
+        has_ended = process.poll() is not None
+        process.kill()
+    assert has_ended
