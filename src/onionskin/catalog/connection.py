@@ -14,7 +14,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ from onionskin.catalog.schema import (
     VALUES,
 )
 from onionskin.catalog.sqlite_errors import CommitUnknownError, damaged, primary_code, translated
-from onionskin.errors import FormatError, StateError, VolumeNotFoundError
+from onionskin.errors import FormatError, OnionskinError, StateError, VolumeNotFoundError
 
 if TYPE_CHECKING:
     from tempfile import TemporaryDirectory
@@ -89,7 +89,7 @@ class Connection:
         self._lock_byte_taken = 0
         self._syncs_commits = True  # as it was connected
         self._synced_version: int | None = None  # the commits of others up to this version are durable
-        self._is_log_lost = False  # whether a sync of the log failed, and the log was not replaced since
+        self._is_log_lost = False  # whether a sync of earlier commits failed, and the log was not replaced since
         if not path.exists():
             if not create:
                 raise VolumeNotFoundError(
@@ -170,7 +170,7 @@ class Connection:
         """
         self.bury_unknown()
         seen = self._version_of_others()
-        if seen == self._synced_version:
+        if seen == self._synced_version and not self._is_log_lost:
             return
         try:
             if not self._is_log_lost:
@@ -190,9 +190,19 @@ class Connection:
                 f"the log of {self.path} could not be made durable, and other processes that read it do not let it be "
                 "replaced; close them, and try again"
             )
-        with self._transaction():
-            pass
         self._is_log_lost = False
+        try:
+            with self._transaction():
+                pass
+        except BaseException:
+            self._is_log_lost = True
+            raise
+
+    def _replace_log_if_possible(self) -> None:
+        """Replace a log that was lost at once, before others commit behind the gap. If not, the next commit has to."""
+        if self._is_log_lost:
+            with suppress(sqlite3.Error, OSError, OnionskinError):
+                self._replace_log()
 
     def _sync_log(self) -> None:
         """Sync the log. SQLite takes its locks on other files, so none is lost when this one is closed."""
@@ -240,6 +250,8 @@ class Connection:
                 raise AssertionError("a transaction was begun inside another one")
             stamp = os.urandom(16)
             self._roll_back()  # a second interrupt may have left a transaction open
+            if is_synced and self._is_log_lost:
+                self._replace_log()
             self._changing = True
             try:
                 self._have_commits_synced(is_synced)
@@ -256,9 +268,12 @@ class Connection:
                 self._connection.execute("COMMIT")
             except sqlite3.Error as error:
                 was_unknown, self._is_unknown = self._is_unknown, True
+                # With its own frames, those of commits before may be lost that nobody has synced: see `sync_found`.
+                self._is_log_lost |= _may_be_whole(error) and self._synced_version != seen
                 self._roll_back()
                 if not self._committed(stamp):
                     self._is_unknown = not self._bury(error) and was_unknown
+                    self._replace_log_if_possible()
                     raise
                 self._is_unknown = False
             except BaseException:
@@ -315,7 +330,7 @@ class Connection:
 
         Returns whether the transaction could have come back.
         """
-        if primary_code(error) != sqlite3.SQLITE_IOERR or error.sqlite_errorcode == sqlite3.SQLITE_IOERR_WRITE:
+        if not _may_be_whole(error):
             return False
         try:
             self._have_commits_synced(True)
@@ -531,7 +546,8 @@ class Connection:
         """Hand out bytes of the lock file by themselves, in a commit that is not synced.
 
         After a power loss no process holds a lock on them, and a row that names one was committed later: what is durable of
-        the log is its beginning, so where the row is, so is this.
+        the log is its beginning, so where the row is, so is this. Where that later sync fails, this may be lost with it, and
+        all that would come behind: so the log is replaced then.
         """
         self.refuse_read_only()
         with self._guard, self._transaction(is_synced=self._is_unknown):  # only a durable commit buries another one
@@ -579,6 +595,11 @@ def check_rows(kind: type, columns: Sequence[str], rows: Sequence[Sequence[Any]]
 
 def _shown(id: object) -> str:
     return id.hex() if isinstance(id, bytes) else str(id)
+
+
+def _may_be_whole(error: sqlite3.Error) -> bool:
+    """Whether a commit that failed so may be in the log as a whole, because only its sync failed."""
+    return primary_code(error) == sqlite3.SQLITE_IOERR and error.sqlite_errorcode != sqlite3.SQLITE_IOERR_WRITE
 
 
 def _connect(path: FilePath) -> sqlite3.Connection:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 import onionskin
-from onionskin.catalog import CommitUnknownError
+from onionskin.catalog import Catalog, CommitUnknownError
+from onionskin.errors import StateError
 from onionskin.operations import fold
 
 BLOCK = 4096
@@ -189,3 +190,63 @@ def test_what_is_raised_before_a_commit_begins_leaves_nothing_open(
     assert [info.name for info in store.volumes()] == ["web"]
     with onionskin.Store(store.path) as other:
         other.fork("web", names=["job"])
+
+
+def committed(catalog: Catalog) -> int:
+    with catalog.transaction():
+        return catalog.take_lock_byte()
+
+
+def after_a_power_loss(catalog: Catalog, lost: slice, salts: bytes, at: Path) -> Catalog:
+    """Open what is on the disk, where this part of the log, as it was with these salts, was never written."""
+    at.mkdir()
+    log = catalog.path.with_name(f"{catalog.path.name}-wal")
+    left = bytearray(log.read_bytes())
+    if left[16:24] == salts:
+        left[lost] = bytes(lost.stop - lost.start)
+    (at / log.name).write_bytes(left)
+    shutil.copy(catalog.path, at)
+    return Catalog(at / catalog.path.name, create=False)
+
+
+@pytest.mark.parametrize("by", ["mine", "others"])
+@pytest.mark.parametrize("failures", [1, 2])
+def test_no_later_commit_is_lost_with_lock_bytes_whose_sync_failed(tmp_path: Path, by: str, failures: int) -> None:
+    """The kernel takes what it could not write for written. What is read back of the log after a power loss ends there."""
+    mine, others = (Catalog(tmp_path / "catalog.db", create=True) for _ in range(2))
+    log = tmp_path / "catalog.db-wal"
+    committed(mine)
+    begin, salts = log.stat().st_size, log.read_bytes()[16:24]
+    {"mine": mine, "others": others}[by].draw_lock_bytes(2)
+    end = log.stat().st_size
+    connection = UnsyncedConnection(mine._connection, tmp_path / "catalog.db")
+    connection.failures = failures
+    mine._connection = connection  # type: ignore[assignment]
+    with pytest.raises((OSError, CommitUnknownError), match="disk I/O error"):
+        committed(mine)
+    last = committed(mine)
+    found = after_a_power_loss(mine, slice(begin, end), salts, tmp_path / "left")
+    assert found.last_lock_byte() == last
+    for catalog in (mine, others, found):
+        catalog.close()
+
+
+def test_a_log_that_has_a_gap_takes_no_commit_before_it_is_replaced(tmp_path: Path) -> None:
+    mine, others = (Catalog(tmp_path / "catalog.db", create=True) for _ in range(2))
+    committed(mine)
+    mine.draw_lock_bytes(2)
+    connection = UnsyncedConnection(mine._connection, tmp_path / "catalog.db")
+    connection.failures = 1
+    mine._connection.execute("PRAGMA busy_timeout = 0")
+    mine._connection = connection  # type: ignore[assignment]
+    with others.reading():
+        others.defaults()
+        with pytest.raises(OSError, match="disk I/O error"):
+            committed(mine)
+        for change in (lambda: committed(mine), mine.sync_found):
+            with pytest.raises(StateError, match="could not be made durable"):
+                change()
+    assert committed(mine) > 3
+    mine.sync_found()
+    for catalog in (mine, others):
+        catalog.close()

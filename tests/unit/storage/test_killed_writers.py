@@ -17,7 +17,9 @@ import onionskin
 from onionskin.base.states import DATA
 from onionskin.cli.app import onionskin as command_line
 from onionskin.images import export_image, import_image
+from onionskin.operations.unflushed import has_unflushed
 from onionskin.storage.layout import Layout
+from onionskin.storage.open_head import OpenHead
 
 BLOCK = 4096
 BLOCKS = 32
@@ -328,6 +330,92 @@ def test_what_a_head_had_pending_does_not_come_back_in_another(root: Path, verb:
         assert web.read(0, web.size_bytes) == (
             EXPECTED if verb == "flatten" else filled("a", 8) + filled("\0", BLOCKS - 8)
         )
+
+
+def reverted(root: Path) -> None:
+    with onionskin.Store(root) as store, store.open("web") as web:
+        assert web.read(0, web.size_bytes) == EXPECTED
+        web.revert("one")
+
+
+def reverted_and_killed_behind_the_commit(root: Path) -> None:
+    """As by a process that is killed before it can empty the file of the head that it left."""
+
+    def work() -> None:
+        OpenHead.switch = lambda *_: kill_me()  # type: ignore[method-assign]
+        with onionskin.Store(root) as store:
+            web = store.open("web")
+            change(web)
+            web.revert("one")
+
+    assert not killed(work)
+    assert dirty_file(root).stat().st_size > 0
+
+
+def opened_and_closed(root: Path) -> None:
+    with onionskin.Store(root) as store:
+        store.open("web").close()
+
+
+def assert_has_nothing_unflushed(root: Path) -> None:
+    """The disk reads as its snapshot, and all that asks a closed head for its map answers."""
+    assert dirty_file(root).stat().st_size == 0
+    for verb in (["map"], ["usage"], ["diff", f"{root}/web@one"]):
+        asked = CliRunner().invoke(command_line, [*verb, f"{root}/web"])
+        assert asked.exit_code == 0, asked.stderr
+    with onionskin.Store(root) as store, store.open("web", mode="r") as web:
+        assert not has_unflushed(store._opened, web._opened.row.id)
+        assert web.read(0, web.size_bytes) == filled("a", 8) + filled("\0", BLOCKS - 8)
+        assert web.diff("one").tolist() == []
+
+
+def test_what_a_killed_writer_left_is_gone_with_the_head_that_a_revert_drops(root: Path) -> None:
+    write_and_die(root)
+    reverted(root)
+    assert_has_nothing_unflushed(root)
+
+
+def test_what_was_written_before_a_revert_is_gone_with_its_head_where_the_reverter_is_killed_later(root: Path) -> None:
+    def work() -> None:
+        with onionskin.Store(root) as store:
+            web = store.open("web")
+            change(web)
+            web.revert("one")
+            kill_me()
+
+    assert not killed(work)
+    assert_has_nothing_unflushed(root)
+
+
+def test_an_opening_drops_what_was_left_of_a_head_where_the_reverter_was_killed_behind_its_commit(root: Path) -> None:
+    reverted_and_killed_behind_the_commit(root)
+    opened_and_closed(root)
+    assert_has_nothing_unflushed(root)
+
+
+def hard_linked(file: Path, beside: Path) -> None:
+    beside.hardlink_to(file)
+
+
+def symbolic(file: Path, beside: Path) -> None:
+    file.rename(beside)
+    file.symlink_to(beside)
+
+
+def of_others(file: Path, beside: Path) -> None:
+    beside.write_bytes(b"mine" + file.read_bytes())
+    beside.rename(file)
+
+
+@pytest.mark.parametrize("disguise", [hard_linked, symbolic, of_others])
+def test_an_opening_empties_no_file_that_is_not_the_volume_s_alone(
+    root: Path, tmp_path: Path, disguise: Callable[[Path, Path], None]
+) -> None:
+    reverted_and_killed_behind_the_commit(root)
+    disguise(dirty_file(root), tmp_path / "beside")
+    left = dirty_file(root).read_bytes()
+    opened_and_closed(root)
+    assert left and dirty_file(root).read_bytes() == left
 
 
 def snapshot(web: onionskin.Volume) -> None:
