@@ -9,12 +9,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from support.guests import SECONDS_MAX, Console, configuration, until
 
 import onionskin
 from onionskin.errors import StateError
+from onionskin.machine import fork as fork_process
 from onionskin.machine.fork import start_all
 from onionskin.machine.hypervisor import Configuration
 from onionskin.machine.machine import Machine
@@ -172,6 +174,44 @@ def test_the_process_that_starts_forks_ends_with_the_one_that_asked_for_them(lab
     assert supervisor and supervisor.is_alive
     started = Path(f"/proc/{parent_of(supervisor.pid)}/cmdline").read_bytes()
     assert b"onionskin.machine.fork" not in started
+
+
+def test_a_call_that_is_interrupted_leaves_no_fork_whose_start_was_under_way(
+    lab: Machine, store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stops: list[str] = []
+    stop = Machine.stop
+
+    def stop_those_that_are_seen(self: Machine, timeout: float | None = None, *, force: bool = False) -> None:
+        stops.append(self.name)
+        if len(stops) > 2:  # until then their supervisors have not opened them
+            stop(self, timeout, force=force)
+
+    def start_and_interrupt(*given: Any, **named: Any) -> None:
+        start_all(*given, **named)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Machine, "stop", stop_those_that_are_seen)
+    monkeypatch.setattr(fork_process, "start_all", start_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        lab.fork("ready", count=2)
+    assert len(stops) == 4
+    assert [one.name for one in store.machines()] == ["lab"]
+
+
+def test_the_next_call_does_not_hear_the_answer_to_one_that_was_interrupted(
+    lab: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    process = fork_process._forking_process()
+    with monkeypatch.context() as patches:
+        patches.setattr(fork_process.socket, "send_fds", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            lab.fork("ready")
+    assert process.fileno() == -1  # it is closed
+    assert [one.state for one in lab.fork("ready")] == ["running"]
 
 
 def test_no_process_is_left_behind_a_fork(lab: Machine) -> None:

@@ -96,12 +96,14 @@ def _ask(process: socket.socket, what: dict[str, object], writers: list[int]) ->
     """Have machines started. Return False if it was not heard. Who was not started closes its pipe without an answer."""
     global _there
     heard = done = b""
-    with suppress(OSError):
-        socket.send_fds(process, [json.dumps(what).encode()], writers)
-        heard = process.recv(16)
-        done = process.recv(16) if heard else b""
-    if not done:
-        _end_process()
+    try:
+        with suppress(OSError):
+            socket.send_fds(process, [json.dumps(what).encode()], writers)
+            heard = process.recv(16)
+            done = process.recv(16) if heard else b""
+    finally:
+        if not done:  # or this was interrupted: the next call would take the answer of this one for its own
+            _end_process()
     return bool(heard)
 
 

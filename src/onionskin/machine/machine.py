@@ -699,10 +699,19 @@ class Machine:
             return ""
 
     def _remove(self, forks: "list[Machine]") -> None:
-        with ExitStack() as stack:  # where one cannot be ended, the others are
-            for fork in forks:
-                stack.callback(fork.stop, force=True)
-        self._store.delete_machines(*(fork._name for fork in forks), recursive=True)
+        """End forks that were made, and leave nothing of them, also where their start is under way: Ctrl-C ended the call."""
+        deadline = time.monotonic() + STARTING_SECONDS
+        while True:
+            with ExitStack() as stack:  # where one cannot be ended, the others are
+                for fork in forks:
+                    stack.callback(fork.stop, force=True)
+            try:
+                self._store.delete_machines(*(fork._name for fork in forks), recursive=True)
+                break
+            except StateError:
+                has_begun = any(machines.is_running(self._store._opened, fork._row) for fork in forks)
+                if not has_begun or time.monotonic() > deadline:
+                    raise
         for fork in forks:
             record.remove_directory(fork._directory)
 
