@@ -302,6 +302,29 @@ def test_a_file_that_is_not_sound_is_ignored_as_a_whole(root: Path, at: int, dat
         assert store.check() == []
 
 
+def test_what_an_opening_through_another_mount_could_not_take_comes_back_in_no_later_one(root: Path) -> None:
+    """It freed the blocks, so the records would name zeros."""
+    write_and_die(root)
+    descriptor = os.open(dirty_file(root), os.O_RDWR)
+    device = os.pread(descriptor, 8, DEVICE)
+    os.pwrite(descriptor, b"another!", DEVICE)
+    with onionskin.Store(root) as store, store.open("web") as web:
+        found = web.read(0, web.size_bytes)
+    os.pwrite(descriptor, device, DEVICE)
+    os.close(descriptor)
+    with onionskin.Store(root) as store, store.open("web") as web:
+        assert web.read(0, web.size_bytes) == found
+
+
+def test_an_opening_drops_what_was_left_before_another_boot(root: Path) -> None:
+    write_and_die(root)
+    with open(dirty_file(root), "r+b") as file:
+        file.seek(BOOT_ID)
+        file.write(b"another boot")
+    opened_and_closed(root)
+    assert dirty_file(root).stat().st_size == 0
+
+
 def test_a_map_that_is_older_than_what_was_pending_takes_none_of_it(root: Path) -> None:
     with onionskin.Store(root) as store:
         head = store._opened.catalog.layer(store._opened.catalog.volume("web").head)
