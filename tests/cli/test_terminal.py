@@ -24,7 +24,8 @@ def on_terminal(spawn: Spawn, answer: bytes, *arguments: object, columns: int = 
     """Run a command on a terminal of its own, type an answer, and give its status and what it showed."""
     ours, its = pty.openpty()
     termios.tcsetwinsize(its, (24, columns))
-    process = spawn(*arguments, stdin=its, stdout=its, stderr=its, env={"TERM": "xterm-256color"})
+    environment = {"TERM": "xterm-256color", "COLUMNS": "", "LINES": ""}  # the width is that of the terminal
+    process = spawn(*arguments, stdin=its, stdout=its, stderr=its, env=environment)
     os.close(its)
     os.write(ours, answer)
     shown = b""
