@@ -1916,7 +1916,12 @@ class Store:
             raise VolumeNotFoundError(f"machine {machine.name!r} of {self.path} was deleted meanwhile")
         if machines.is_running(self._opened, machine):
             raise StateError(machines.said_to_run(self._opened, machine))
-        return self._open_to_write(ram.name, for_machine=True)
+        try:
+            return self._open_to_write(ram.name, for_machine=True)
+        except StateError:
+            if machines.is_running(self._opened, machine):  # of two starts at once this is the other one
+                raise StateError(machines.said_to_run(self._opened, machine)) from None
+            raise
 
     def _put_back(self, volume: str, snapshot: str, guid: str, machine: MachineRow) -> None:
         """Put a volume of a machine back to a snapshot, whoever holds it."""
