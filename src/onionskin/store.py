@@ -90,6 +90,7 @@ if TYPE_CHECKING:
 _log = logger(__name__)
 
 _CUT_WAIT_SECONDS = 1.0
+_MOMENT_SECONDS = 1.0  # that somebody who only looks at a machine keeps others from starting it
 
 Lock = TypeVar("Lock", VolumeLock, ReadersLock)
 
@@ -1916,12 +1917,16 @@ class Store:
             raise VolumeNotFoundError(f"machine {machine.name!r} of {self.path} was deleted meanwhile")
         if machines.is_running(self._opened, machine):
             raise StateError(machines.said_to_run(self._opened, machine))
-        try:
-            return self._open_to_write(ram.name, for_machine=True)
-        except StateError:
-            if machines.is_running(self._opened, machine):  # of two starts at once this is the other one
-                raise StateError(machines.said_to_run(self._opened, machine)) from None
-            raise
+        deadline = time.monotonic() + _MOMENT_SECONDS
+        while True:
+            try:
+                return self._open_to_write(ram.name, for_machine=True)
+            except StateError:
+                if machines.is_running(self._opened, machine):  # of two starts at once this is the other one
+                    raise StateError(machines.said_to_run(self._opened, machine)) from None
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.01)  # who looks for what a killed supervisor left holds it for a moment
 
     def _put_back(self, volume: str, snapshot: str, guid: str, machine: MachineRow) -> None:
         """Put a volume of a machine back to a snapshot, whoever holds it."""
