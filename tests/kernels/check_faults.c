@@ -32,8 +32,8 @@ enum fault { NONE, FULL, SYNC };
 static enum fault fault;
 static int fault_at, calls, hit;
 static char root[200], segments_directory[300], layers_directory[300], map_path[320], next_path[320], dirty_path[320];
-/* Once the snapshot has failed the spare is the head's second segment, as the catalog would say. */
-static const unsigned char own[2][ONION_UUID_BYTES] = {"own", "spare"}, spare[ONION_UUID_BYTES] = "next",
+/* Each snapshot that fails behind its cut leaves its spare to the head, as the catalog would say. */
+static const unsigned char own[4][ONION_UUID_BYTES] = {"own", "spare", "next", "last"},
                            map_id[ONION_UUID_BYTES] = "map", next_id[ONION_UUID_BYTES] = "next";
 static struct onion_volume *volume;
 static unsigned char now[BLOCKS], flushed[BLOCKS]; /* what each block is filled with */
@@ -131,8 +131,16 @@ static int flush(void) {
     return status;
 }
 
-static void history(void) {
+/* What is sealed is written behind the cut, into room that the log has. A disk that overwrites nothing in place can be full
+ * even there: then the spare is the head's, and the next try needs another one. */
+static int seal(void) {
     struct onion_sealed sealed;
+    if (!onion_volume_has_spare(volume))
+        CHECK(onion_volume_set_spare(volume, own[2]) == 0);
+    return onion_volume_seal(volume, next_path, next_id, &sealed);
+}
+
+static void history(void) {
     TRY(write_filled(0, 8, 1));
     TRY(write_halves(9, 2));
     TRY(flush());
@@ -142,7 +150,7 @@ static void history(void) {
     TRY(flush());
     TRY(write_filled(0, 12, 5));
     TRY(zero(6, 3));
-    TRY(onion_volume_seal(volume, next_path, next_id, &sealed));
+    TRY(seal());
     TRY(write_filled(4, 4, 6));
     TRY(write_halves(10, 7));
     TRY(onion_volume_seal_abort(volume));
@@ -153,13 +161,23 @@ static void history(void) {
     TRY(flush());
 }
 
+/* Whether the file of a segment is there, whose id begins with these digits and ends with zeros. */
+static int has_segment(const char *digits) {
+    char path[400];
+    int length = snprintf(path, sizeof path, "%s/", segments_directory), end = length + 2 * ONION_UUID_BYTES;
+    length += snprintf(path + length, sizeof path - (size_t)length, "%s", digits);
+    while (length < end)
+        path[length++] = '0';
+    snprintf(path + length, sizeof path - (size_t)length, ".seg");
+    return access(path, F_OK) == 0;
+}
+
 static void open_volume(void) {
-    char used[400];
-    snprintf(used, sizeof used, "%s/73706172650000000000000000000000.seg", segments_directory); /* "spare" */
+    uint32_t own_count = has_segment("6e657874") ? 3 : has_segment("7370617265") ? 2 : 1; /* "next", "spare" */
     struct onion_head_source source = {
-        .map_path = map_path, .own = own, .own_count = access(used, F_OK) ? 1 : 2, .dirty_path = dirty_path};
+        .map_path = map_path, .own = own, .own_count = own_count, .dirty_path = dirty_path};
     memcpy(source.map_id, map_id, sizeof map_id);
-    memcpy(source.spare, source.own_count == 1 ? own[1] : spare, sizeof spare);
+    memcpy(source.spare, own[own_count], sizeof own[0]);
     CHECK(onion_volume_new(BLOCK, BLOCKS * BLOCK, segments_directory, layers_directory, 1, 1, &volume) == 0);
     CHECK(onion_volume_open_head(volume, &source) == 0);
     CHECK(onion_volume_free_own_slots(volume) == 0);
