@@ -103,7 +103,8 @@ def factors(readme: str) -> list[tuple[str, list[tuple[str, float]]]]:
     """Read the table: for each thing that was done, the other ways and their factors; in few words, as room is scarce."""
     groups: list[tuple[str, list[tuple[str, float]]]] = []
     table = readme.partition("## How fast")[2].partition("\n## ")[0]
-    for what, way, factor in re.findall(r"^\| ([^|]*) \| ([^|]+) \| [^|]+ \| ([\d.]+)(?: x)? \|$", table, re.MULTILINE):
+    row = r"^\| ([^|]*) \| ([^|]+) \| [^|]+ \| ([\d.]+)(?: x)?(?: \([^|]+\))? \|$"  # a range stands behind the median
+    for what, way, factor in re.findall(row, table, re.MULTILINE):
         if what.strip():
             groups.append((_short(what.strip()), []))
         if way != "onionskin":
