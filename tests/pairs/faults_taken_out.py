@@ -87,13 +87,13 @@ FAULTS = [
             catalog.insert(row)
 
     store.change(put)
-    restart_over(volume, read_chain(catalog, flat.id), None, also=lambda: None)
+    restart_on(volume, flat.id, lambda: None)
 """,
             ),
             Edit(
                 "src/onionskin/operations/flatten.py",
                 "from onionskin.operations.seal import",
-                "from onionskin.operations.restart import restart_over\nfrom onionskin.operations.seal import",
+                "from onionskin.operations.restart import restart_on\nfrom onionskin.operations.seal import",
             ),
         ),
         _pairs("flatten", "write", "same", "threads", "release"),

@@ -113,16 +113,6 @@ def restart_together(heads: Sequence[tuple[OpenHead, bytes]], also: Callable[[],
         raise
 
 
-def restart_over(volume: OpenHead, below: Chain, base_lock: "BaseLock | None", *, also: Callable[[], None]) -> None:
-    """Replace the head by an empty child of the top of a chain whose files are locked.
-
-    `also` runs in the transaction, before layers are freed.
-    """
-    restart = _Restart(volume)
-    restart.prepare(below, base_lock)
-    _change([restart], also)
-
-
 def _change(restarts: Sequence[_Restart], also: Callable[[], None]) -> None:
     if not restarts:
         return
