@@ -295,7 +295,8 @@ EXPORT int pthread_join(pthread_t thread, void **result) {
 }
 
 static int nap(void) {
-    const struct timespec moment = {.tv_nsec = 200000};
+    /* As long that IDLE_STEPS_MAX of them take longer than the second for which a fork asks again for a volume. */
+    const struct timespec moment = {.tv_nsec = 3000000};
     report('S', own_slot, 0, "sleeps", "");
     wait_for_go();
     syscall(SYS_nanosleep, &moment, NULL);
