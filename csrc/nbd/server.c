@@ -14,6 +14,7 @@
 #include "nbd/internal.h"
 
 #define STACK_BYTES (512 << 10)
+#define LEAVING_MS 2000 /* for so long a new connection waits for one that gives way to be gone */
 
 /* ---- life ---- */
 
@@ -163,18 +164,34 @@ static int start_thread(struct onion_nbd_connection *connection) {
     return status;
 }
 
+/* Waits until fewer than so many connections are left, or the time is over. The caller holds the server's lock. */
+static void wait_for_fewer(struct onion_nbd_server *server, uint64_t count, uint64_t grace_ms) {
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec += (time_t)(grace_ms / 1000);
+    until.tv_nsec += (long)(grace_ms % 1000) * 1000000;
+    if (until.tv_nsec >= 1000000000) {
+        until.tv_sec++;
+        until.tv_nsec -= 1000000000;
+    }
+    while (server->connection_count >= count && pthread_cond_timedwait(&server->closed, &server->lock, &until) == 0)
+        ;
+}
+
 /* Returns whether there is room for one more connection. If not, the oldest connection that still negotiates is ended
- * to make room: otherwise a few silent clients would keep all others out until their time is over. The caller holds the
- * server's lock. */
+ * to make room: otherwise a few silent clients would keep all others out until their time is over. Those that are being
+ * ended still count, and there are at most as many of them: behind that, a new one waits for the first of them to be gone,
+ * which a busy machine may not have let run yet. The caller holds the server's lock, which is released meanwhile. */
 static int has_room(struct onion_nbd_server *server) {
     struct onion_nbd_connection *oldest = NULL;
     uint64_t max = server->options.connections_max;
+    wait_for_fewer(server, 2 * max, LEAVING_MS);
     if (server->connection_count < max)
         return 1;
     for (struct onion_nbd_connection *at = server->connections; at; at = at->next)
         if (at->negotiating && !at->gives_way && (!oldest || at->id < oldest->id))
             oldest = at;
-    if (!oldest || server->connection_count >= 2 * max) /* the connections that are being ended still count */
+    if (!oldest || server->connection_count >= 2 * max)
         return 0;
     oldest->gives_way = 1;
     shutdown(oldest->fd, SHUT_RDWR);
@@ -188,7 +205,8 @@ int64_t onion_nbd_serve(struct onion_nbd_server *server, int fd, const char *pee
         return -ENOMEM;
     }
     pthread_mutex_lock(&server->lock);
-    int64_t id = server->stopping ? -ESHUTDOWN : has_room(server) ? (int64_t)++server->next_id : -EMFILE;
+    int room = has_room(server); /* it may be stopped while it waits */
+    int64_t id = server->stopping ? -ESHUTDOWN : room ? (int64_t)++server->next_id : -EMFILE;
     if (id > 0) {
         connection->id = (uint64_t)id;
         link_connection(server, connection);
@@ -252,20 +270,6 @@ int onion_nbd_count_export(struct onion_nbd_server *server, const char *name, st
 
 /* ---- stop ---- */
 
-/* Waits until no connection is left, or the time is over. The caller holds the server's lock. */
-static void wait_for_connections(struct onion_nbd_server *server, uint64_t grace_ms) {
-    struct timespec until;
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_sec += (time_t)(grace_ms / 1000);
-    until.tv_nsec += (long)(grace_ms % 1000) * 1000000;
-    if (until.tv_nsec >= 1000000000) {
-        until.tv_sec++;
-        until.tv_nsec -= 1000000000;
-    }
-    while (server->connection_count && pthread_cond_timedwait(&server->closed, &server->lock, &until) == 0)
-        ;
-}
-
 static void shut_all(struct onion_nbd_server *server, int how) {
     for (struct onion_nbd_connection *at = server->connections; at; at = at->next) {
         if (how == SHUT_RDWR)
@@ -299,7 +303,7 @@ int onion_nbd_stop(struct onion_nbd_server *server, uint64_t grace_ms) {
     server->stopping = 1;
     /* The connections still read and answer what has arrived, and then find the end of the stream. */
     shut_all(server, SHUT_RD);
-    wait_for_connections(server, grace_ms);
+    wait_for_fewer(server, 1, grace_ms);
     shut_all(server, SHUT_RDWR);
     for (struct onion_nbd_export *export = server->exports; export; export = export->next) {
         pthread_mutex_lock(&export->lock);

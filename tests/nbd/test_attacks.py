@@ -6,6 +6,7 @@ import random
 import select
 import socket
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,27 @@ def test_thousands_of_half_open_connections_keep_nobody_out(served: Served) -> N
     for connection in half_open:
         connection.close()
     wait_for_the_end_of_all(at)
+
+
+def test_a_client_waits_until_one_that_gives_way_to_another_is_gone(tmp_path: Path) -> None:
+    is_asked, may_answer = threading.Event(), threading.Event()
+
+    def find(name: str) -> bool:
+        is_asked.set()
+        return may_answer.wait()
+
+    with served_volume(tmp_path, size=SIZE, connections_max=1) as (at, _), Client(at.path) as busy:
+        at.server.on_unknown_export = find
+        busy.send_option(GO, struct.pack(">I7sH", 7, b"unknown", 0))
+        is_asked.wait()
+        with silent(at.path):
+            while len(at.server.connections()) < 2:
+                select.select([at.server.event_fd], [], [], 0.01)
+            answers = threading.Timer(0.2, may_answer.set)
+            answers.start()
+            with Client(at.path) as third:
+                assert third.go("web").size == SIZE
+            answers.join()
 
 
 def test_clients_that_use_an_export_do_not_give_way(tmp_path: Path) -> None:
