@@ -974,7 +974,7 @@ def test_a_server_that_stops_at_a_step_fails_the_group_and_the_others_go_on(
     phony = Phony(at, "db", step, is_gone=is_gone)
     with store.open("log") as log:
         try:
-            with pytest.raises(onionskin.StateError, match="'db'|'web', did not cut it within"):
+            with pytest.raises(onionskin.StateError, match=r"'db'|'web', did not cut it within"):
                 store.snapshot_group({"web": "s", "db": "s", "log": "s"})
         finally:
             phony.close()
