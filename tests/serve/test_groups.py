@@ -419,7 +419,11 @@ def lose_patience_at(monkeypatch: pytest.MonkeyPatch, step: str, seconds: float 
     """Have servers wait for a moment only for what a caller says behind a step; all before it may take its time."""
     hear, cut = groups.Talk.hear, groups.cut_when_told
     heard: list[str] = []
-    behind = {"entered": ["enter", "enter"], "done": ["enter", "begin", "sync"], "synced": ["enter", "begin", "sync", "end"]}
+    behind = {
+        "entered": ["enter", "enter"],
+        "done": ["enter", "begin", "sync"],
+        "synced": ["enter", "begin", "sync", "end"],
+    }
 
     def hear_soon(self: groups.Talk, *steps: str) -> dict[str, Any]:
         heard.append(steps[0])
