@@ -28,7 +28,7 @@ def fork(booted: Machine) -> Iterator[Machine]:
 
 
 def screen_of(machine: Machine) -> Console:
-    return Console(machine._directory / "console", seconds=120)
+    return Console(machine._directory / "console")
 
 
 def test_a_restored_guest_goes_on_at_the_next_count(booted: Machine, fork: Machine) -> None:
@@ -60,6 +60,7 @@ def test_a_guest_shuts_down_when_it_is_asked(fork: Machine) -> None:
     with screen_of(fork) as screen:
         wait_counts(screen, 3)
         fork.stop(240)
+        screen.wait_end()
         assert "goodbye" in screen.text
     assert fork.state == "off"
 

@@ -5,12 +5,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.guests import SECONDS_MAX, Console, configuration
+from support.guests import SECONDS_MAX, Console, configuration, stop_process, until
 
 import onionskin
 from onionskin.errors import MachineExistsError, StateError
@@ -21,6 +20,12 @@ from onionskin.machine.record import Record
 from onionskin.operations import forks, machine_forks
 
 pytestmark = pytest.mark.slow  # each starts several processes
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have forks wait for the pool, however busy the host is: they would do without."""
+    monkeypatch.setattr(pools, "TAKE_SECONDS", float(SECONDS_MAX))
 
 
 @pytest.fixture
@@ -49,14 +54,6 @@ def lab(store: onionskin.Store, qemu: list[str]) -> Machine:
     machine.snapshot("ready")
     machine.stop(force=True)
     return machine
-
-
-def until(what: Callable[[], bool]) -> None:
-    """Wait until something holds that another process does."""
-    deadline = time.monotonic() + SECONDS_MAX
-    while not what():
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.02)
 
 
 def record_of(machine: Machine) -> Record:
@@ -182,11 +179,14 @@ def test_what_no_fork_took_ends_and_the_pool_is_full_again(lab: Machine, store: 
     assert [info.name for info in store.machines()] == ["lab"]
 
 
-def test_a_pool_that_does_not_answer_keeps_no_fork_from_starting(lab: Machine, store: onionskin.Store) -> None:
+def test_a_pool_that_does_not_answer_keeps_no_fork_from_starting(
+    lab: Machine, store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with lab.pool("ready", warm=1) as pool:
         pid = pool.status()["pid"]
         (warm,) = waiting(store)
-        os.kill(pid, signal.SIGSTOP)
+        stop_process(pid)
+        monkeypatch.setattr(pools, "TAKE_SECONDS", 0.2)
         try:
             (fork,) = lab.fork("ready")
             assert fork._id != warm._id

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import pytest
 from support.nbd_client import NbdClient
-from support.servers import Serve
+from support.servers import Serve, stop
 
 import onionskin
 from onionskin.base.sockets import UnixListener, connect_unix
@@ -51,6 +51,12 @@ def at(tmp_path: Path) -> Path:
 def store(at: Path) -> Iterator[onionskin.Store]:
     with onionskin.Store(at) as store:
         yield store
+
+
+@pytest.fixture(autouse=True)
+def long_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the servers in this process, which is busy with both ends, time for a cut."""
+    monkeypatch.setattr(groups, "HOLD_SECONDS", 60)
 
 
 Here = Callable[..., Server]
@@ -311,7 +317,6 @@ def test_a_server_that_says_too_early_that_its_writers_wait_puts_one_volume_ahea
     store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = here("db")
-    monkeypatch.setattr(groups, "HOLD_SECONDS", 60)
     with store.open("web") as web:
 
         def cut_late(paths: Any, names: Any, peer: int, words: Any, _: float) -> int:
@@ -410,6 +415,43 @@ class Caller:
         self._stack.close()
 
 
+def lose_patience_at(monkeypatch: pytest.MonkeyPatch, step: str, seconds: float = 0.3) -> None:
+    """Have servers wait for a moment only for what a caller says behind a step; all before it may take its time."""
+    hear, cut = groups.Talk.hear, groups.cut_when_told
+    heard: list[str] = []
+    behind = {
+        "entered": ["enter", "enter"],
+        "done": ["enter", "begin", "sync"],
+        "synced": ["enter", "begin", "sync", "end"],
+    }
+
+    def hear_soon(self: groups.Talk, *steps: str) -> dict[str, Any]:
+        heard.append(steps[0])
+        if step in behind and len(heard) == len(behind[step]):
+            monkeypatch.setattr(groups, "STEP_SECONDS", seconds)
+        return hear(self, *steps)
+
+    def cut_soon(paths: Any, names: Any, peer: int, words: Any, within: float) -> int:
+        words = (*words[:4], seconds if step == "held" else words[4])
+        return cut(paths, names, peer, words, seconds if step == "begun" else within)
+
+    monkeypatch.setattr(groups.Talk, "hear", hear_soon)
+    monkeypatch.setattr(groups, "cut_when_told", cut_soon)
+
+
+def lose_patience_with(monkeypatch: pytest.MonkeyPatch, volume: str) -> None:
+    """Have callers wait for a moment only for the server of one volume; all others may take their time."""
+    monkeypatch.setattr(frames, "WORD_SECONDS", 0.05)
+    begin = groups.GroupServer.__init__
+
+    def begin_in_haste(self: groups.GroupServer, opened: OpenStore, live: Any, candidates: Any) -> None:
+        begin(self, opened, live, candidates)
+        if live.name == volume:
+            self._deadline = time.monotonic() + 0.5
+
+    monkeypatch.setattr(groups.GroupServer, "__init__", begin_in_haste)
+
+
 def test_a_caller_that_holds_nothing_more_again_and_again_is_stopped(store: onionskin.Store, here: Here) -> None:
     server = here("web")
     caller = Caller(store, "web")
@@ -483,7 +525,7 @@ def test_a_volume_goes_on_whose_caller_says_nothing_at_a_step(
     store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     server = here("web")
-    monkeypatch.setattr(groups, "STEP_SECONDS", 0.5)
+    lose_patience_at(monkeypatch, step)
     caller = Caller(store, "web")
     caller.go_to(step)
     goes_on(store, server, "web")
@@ -496,10 +538,15 @@ def test_a_volume_goes_on_whose_caller_takes_nothing(
     store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = here("web")
-    monkeypatch.setattr(groups, "STEP_SECONDS", 0.5)
     caller = Caller(store, "web")
     caller.go_to("done")
-    pack = groups.pack_sealed
+    pack, say = groups.pack_sealed, groups.Talk.say
+
+    def say_soon(self: groups.Talk, step: str, **values: Any) -> None:
+        self._connection.settimeout(0.5)
+        say(self, step, **values)
+
+    monkeypatch.setattr(groups.Talk, "say", say_soon)
     monkeypatch.setattr(groups, "pack_sealed", lambda what: pack(what) | {"more": "x" * (4 << 20)})
     monkeypatch.setattr(caller.server, "synced", lambda: None)
     caller.go_on("synced")
@@ -521,7 +568,10 @@ def forked_child() -> Iterator[int]:
         os.waitpid(child, 0)
 
 
-def test_a_volume_goes_on_whose_caller_left_and_has_a_forked_child(store: onionskin.Store, here: Here) -> None:
+def test_a_volume_goes_on_whose_caller_left_and_has_a_forked_child(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "STEP_SECONDS", 3600)
     server = here("web")
     caller = Caller(store, "web")
     caller.go_to("synced")
@@ -529,7 +579,7 @@ def test_a_volume_goes_on_whose_caller_left_and_has_a_forked_child(store: onions
     with forked_child():
         caller.close()
         flush.start()
-        flush.join(groups.STEP_SECONDS / 2)
+        flush.join(300)
         assert not flush.is_alive()
     goes_on(store, server, "web")
 
@@ -557,14 +607,14 @@ def test_a_flush_does_not_wait_for_a_caller_that_never_ends_its_step(
     store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = here("web")
+    lose_patience_at(monkeypatch, "synced", 1)
     caller = Caller(store, "web")
-    monkeypatch.setattr(groups, "STEP_SECONDS", 1)
     caller.go_to("synced")
     flush = threading.Thread(target=volume_of(server, "web").flush)
     flush.start()
     connection = caller.connection
     connection.sendall((1 << 20).to_bytes(4, "big"))
-    for _ in range(100):  # each byte comes well within the time that the server waits for something
+    for _ in range(1000):  # each byte comes well within the time that the server waits for something
         with suppress(BrokenPipeError):
             connection.sendall(b" ")
         flush.join(0.2)
@@ -589,10 +639,7 @@ def test_a_volume_goes_on_whose_caller_says_something_else_at_a_step(
     caller.close()
 
 
-def test_a_write_that_begins_while_writers_wait_is_not_in_the_cut(
-    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(groups, "HOLD_SECONDS", 60)
+def test_a_write_that_begins_while_writers_wait_is_not_in_the_cut(store: onionskin.Store, here: Here) -> None:
     volume = volume_of(here("web"), "web")
     stamp(volume, 1)
     caller = Caller(store, "web")
@@ -608,7 +655,10 @@ def test_a_write_that_begins_while_writers_wait_is_not_in_the_cut(
     assert (number_in(store, "web", "s"), number_in_head(volume)) == (1, 2)
 
 
-def test_writers_that_wait_go_on_soon_and_the_volume_is_not_cut_then(store: onionskin.Store, here: Here) -> None:
+def test_writers_that_wait_go_on_soon_and_the_volume_is_not_cut_then(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lose_patience_at(monkeypatch, "held")
     server = here("web")
     caller = Caller(store, "web")
     caller.go_to("held")
@@ -641,7 +691,7 @@ def test_a_volume_whose_caller_was_gone_after_its_commit_goes_on_with_the_new_he
 def test_a_caller_that_was_stopped_before_its_commit_cannot_commit_any_more(
     store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(groups, "STEP_SECONDS", 0.3)
+    lose_patience_at(monkeypatch, "synced")
     server = here("web")
     volume = volume_of(server, "web")
     stamp(volume, 1)
@@ -815,7 +865,7 @@ def test_a_description_that_claims_the_segments_of_another_volume_is_refused(
 def test_a_volume_waits_for_a_caller_inside_its_transaction(
     store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(groups, "STEP_SECONDS", 0.2)
+    lose_patience_at(monkeypatch, "synced", 0.2)
     server = here("web")
     volume = volume_of(server, "web")
     caller = Caller(store, "web")
@@ -860,12 +910,10 @@ def test_a_volume_whose_server_was_killed_is_opened_with_the_head_of_the_catalog
 def test_a_server_that_was_stopped_fails_the_group_and_all_go_on(
     at: Path, store: onionskin.Store, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(groups, "SILENCE_SECONDS", 0.3)
-    monkeypatch.setattr(frames, "WORD_SECONDS", 0.05)
-    monkeypatch.setattr(frames, "SILENCE_SECONDS", 0.3)
+    lose_patience_with(monkeypatch, "db")
     server = here("web")
     with Serve(at / "db", "--socket", tmp_path / "s", log=tmp_path / "log") as other:
-        other.process.send_signal(signal.SIGSTOP)
+        stop(other)
         with pytest.raises(onionskin.StateError, match=f"process {other.process.pid}"):
             store.snapshot_group({"web": "s", "db": "s"})
         goes_on(store, server, "web")
@@ -922,14 +970,15 @@ class Phony:
 def test_a_server_that_stops_at_a_step_fails_the_group_and_the_others_go_on(
     at: Path, store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch, step: str, is_gone: bool
 ) -> None:
-    monkeypatch.setattr(groups, "SILENCE_SECONDS", 0.3)
-    monkeypatch.setattr(frames, "WORD_SECONDS", 0.05)
+    lose_patience_with(monkeypatch, "db")
+    if step in ("held", "done"):
+        monkeypatch.setattr(groups, "HOLD_SECONDS", 1)
     server = here("web")
     stamp(volume_of(server, "web"), 1)
     phony = Phony(at, "db", step, is_gone=is_gone)
     with store.open("log") as log:
         try:
-            with pytest.raises(onionskin.StateError, match="'db'"):
+            with pytest.raises(onionskin.StateError, match=r"'db'|'web', did not cut it within"):
                 store.snapshot_group({"web": "s", "db": "s", "log": "s"})
         finally:
             phony.close()
@@ -961,7 +1010,7 @@ class Trickling(Phony):
 def test_a_server_that_trickles_fails_the_group_in_the_end(
     at: Path, store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch, step: str, what: str
 ) -> None:
-    monkeypatch.setattr(groups, "GROUP_SECONDS", 0.5)
+    lose_patience_with(monkeypatch, "db")
     server = here("web")
     phony = Trickling(at, "db", step, what=what)
     try:

@@ -14,11 +14,12 @@ import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterable
+from itertools import count
 from pathlib import Path
 
 import numpy
 import pytest
-from support.servers import Serve, onionskin, short_socket
+from support.servers import END_SECONDS, Serve, onionskin, short_socket
 
 KILLS = 50
 PARTS = 6
@@ -63,7 +64,7 @@ class Fio:
 
     def end(self, writing: "subprocess.Popen[str]") -> tuple[set[int], set[int]]:
         """Wait for the end of what `start_writing` began; the parts that were answered for as a whole, and those begun."""
-        writing.communicate(timeout=60)
+        writing.communicate(timeout=END_SECONDS)
         os.close(self._ended)
         text = (self.directory / "write.json").read_text()
         jobs = json.loads(text[text.index("{\n") :])["jobs"]  # behind what went wrong
@@ -101,7 +102,7 @@ def _part(part: int, seed: int) -> list[str]:
 
 
 def _ended_well(fio: "subprocess.Popen[str]") -> None:
-    output, _ = fio.communicate(timeout=60)
+    output, _ = fio.communicate(timeout=END_SECONDS)
     assert fio.returncode == 0, output
 
 
@@ -140,7 +141,9 @@ def test_fio_finds_all_it_was_answered_for_after_each_of_fifty_kills(
     fio.fill_load()
     answered: dict[int, int] = {}
     in_the_middle = 0
-    for round_ in range(KILLS):
+    for round_ in count():
+        if round_ >= KILLS and in_the_middle > KILLS // 2:  # on a busy host many a kill comes late
+            break
         if not flushes:
             onionskin("snapshot", f"{tmp_path}/vms/web@{round_}")
         seeds = {part: rng.randrange(1, 1 << 31) for part in range(PARTS)}
@@ -156,5 +159,4 @@ def test_fio_finds_all_it_was_answered_for_after_each_of_fifty_kills(
         fio.verify(answered)
         with server.client() as client:
             check_whole_blocks(client.read(LOAD_OFFSET, LOAD_BYTES))
-    assert in_the_middle > KILLS // 2
     assert onionskin("check", f"{tmp_path}/vms").stdout.endswith("no problem found\n")

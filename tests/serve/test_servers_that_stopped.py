@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy
 import pytest
-from support.servers import Serve, onionskin
+from support.servers import Serve, onionskin, stop
 
 import onionskin as library
 from onionskin.base.sockets import UnixListener, connect_unix
@@ -23,7 +23,7 @@ MIB = 1 << 20
 
 @contextmanager
 def stopped(server: Serve) -> Iterator[int]:
-    server.process.send_signal(signal.SIGSTOP)
+    stop(server)
     try:
         yield server.process.pid
     finally:

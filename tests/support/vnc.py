@@ -14,7 +14,7 @@ _RAW, _DESKTOP_SIZE = 0, -223
 class VncClient:
     """Asks for update after update, in a thread of its own. A context manager."""
 
-    def __init__(self, path: Path, *, seconds: float = 120) -> None:
+    def __init__(self, path: Path, *, seconds: float = 300) -> None:
         self._seconds = seconds
         self._socket = connect_unix(path, seconds=seconds)
         self._news = threading.Condition()

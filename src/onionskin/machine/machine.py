@@ -771,16 +771,17 @@ class Machine:
             if (control := MachineControl.find(self._directory / record.CONTROL, self._name)) is not None:
                 return control
             found = Record.read(self._directory)
-            if found is None or found.hypervisor is None or not found.hypervisor.is_alive:
-                if not machines.is_running(self._store._opened, self._row):
-                    self._end_leftovers(found)
-                    return None
-            elif found.supervisor is None or not found.supervisor.is_alive:
-                self._start()  # it takes over what runs
+            is_there = found is not None and found.hypervisor is not None and found.hypervisor.is_alive
+            if not is_there and not machines.is_running(self._store._opened, self._row):
+                self._end_leftovers(found)
+                return None
             # Somebody starts it or ends it just now, or did until a moment ago.
             if time.monotonic() > deadline:
                 raise self._silent(found)
-            time.sleep(0.02)
+            if is_there and found is not None and (found.supervisor is None or not found.supervisor.is_alive):
+                self._start()  # it takes over what runs, and is looked for again however long that took
+            else:
+                time.sleep(0.02)
 
     def _silent(self, found: Record | None) -> StateError:
         """Say that somebody has the machine who cannot be reached, and what ends that."""

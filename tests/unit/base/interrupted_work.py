@@ -67,7 +67,7 @@ def work(directory: Path) -> None:
     snapshots: dict[str, bytes] = {}
     number = 0
     sniper, end = Sniper(), time.monotonic() + SECONDS
-    while time.monotonic() < end:
+    while time.monotonic() < end or number <= 10:  # a busy host does less in that time
         number += 1
         web.write(chance.randrange(24) * BLOCK, os.urandom(4 * BLOCK))
         before = web.read(0, web.size_bytes)
@@ -81,7 +81,6 @@ def work(directory: Path) -> None:
         snapshots = {name: disk for name, disk in snapshots.items() if name in left}
         if f"s{number}" in left:
             snapshots[f"s{number}"] = before
-    assert number > 10
     last = web.read(0, web.size_bytes)
     store.close()
     with onionskin.Store(directory / "store") as store, store.open("web") as web:

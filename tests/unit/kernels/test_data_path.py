@@ -1,6 +1,7 @@
 """The data path alone, by its own verbs: what the classes above it never do, or do in another order."""
 
 import os
+import select
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -100,7 +101,7 @@ def test_nobody_waits_for_ever_for_a_seal_whose_outcome_is_unknown(
     thread.join(0.05)
     assert thread.is_alive(), "it waits for the outcome"
     getattr(path, end)()
-    thread.join(10)
+    thread.join(300)
     assert not thread.is_alive()
     assert isinstance(raised[0], StateError)
 
@@ -110,7 +111,7 @@ def test_a_poisoned_seal_refuses_at_once(files: Files, path: DataPath, name: str
     files.seal(path)
     path.poison()
     thread, raised = in_thread(waiter(path, files, name))
-    thread.join(10)
+    thread.join(300)
     assert not thread.is_alive()
     assert isinstance(raised[0], StateError)
 
@@ -147,14 +148,10 @@ def test_the_child_of_a_fork_waits_for_no_lock(files: Files, path: DataPath) -> 
 
 def wait_for(child: int) -> int:
     """Return the exit status of a child that must end soon."""
-    for _ in range(500):
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            return os.waitstatus_to_exitcode(status)
-        threading.Event().wait(0.02)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-    raise AssertionError("the child hangs")
+    with open(os.pidfd_open(child)) as ended:
+        if not select.select([ended], [], [], 300)[0]:
+            os.kill(child, 9)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])  # of one that hung: -9
 
 
 def test_slots_of_a_segment_just_inherited_are_live_until_what_replaced_them_is_durable(files: Files) -> None:
@@ -268,14 +265,20 @@ def test_each_opening_draws_a_salt_of_its_own(files: Files) -> None:
 
 
 def test_python_goes_on_while_a_verb_waits_for_the_gate(files: Files, path: DataPath) -> None:
-    """A resize to 4 TiB holds the gate for a while; who asks for it meanwhile must not hold the interpreter."""
-    begun = time.monotonic()
-    growing, _ = in_thread(lambda: path.resize(4 << 40))
-    time.sleep(0.01)
-    asking, _ = in_thread(lambda: path.segments())
-    ticks = 0
-    while growing.is_alive():
-        time.sleep(0.001)
-        ticks += 1
-    asking.join()
-    assert ticks > 20 * (time.monotonic() - begun), "the interpreter stood still"
+    """A resize to 4 TiB holds the gate for a while; who asks for it meanwhile must not hold the interpreter.
+
+    On a busy host one may be over before anybody looks, but not each.
+    """
+    for _ in range(50):
+        growing, _ = in_thread(lambda: path.resize(4 << 40))
+        asking, _ = in_thread(lambda: path.segments())
+        ticks = 0
+        while growing.is_alive() and ticks < 5:
+            time.sleep(0.001)
+            ticks += 1
+        growing.join()
+        asking.join()
+        if ticks == 5:
+            return
+        path.resize(64 * BLOCK)
+    raise AssertionError("the interpreter stood still")

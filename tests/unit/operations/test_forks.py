@@ -750,7 +750,7 @@ def test_a_fork_that_waits_for_a_held_disk_keeps_no_fork_of_another_one_waiting(
     one.start()
     waits.wait()
     other.start()
-    other.join(30)
+    other.join(300)
     is_waiting = other.is_alive()
     goes_on.set()
     one.join()

@@ -14,7 +14,7 @@ from onionskin.operations import fold, new_map, seal
 from onionskin.operations.staging import StagedFiles
 
 BLOCK = 4096
-HANG_SECONDS = 20
+HANG_SECONDS = 300
 
 
 def ends(call: Callable[[], object]) -> None:

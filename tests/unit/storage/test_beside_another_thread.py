@@ -269,7 +269,7 @@ def test_the_files_of_a_next_head_may_be_wanted_while_writers_are_held_back_for_
     assert is_blocked(threads[1])
     goes_on.set()
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
         assert not thread.is_alive()
     web.close()
 
