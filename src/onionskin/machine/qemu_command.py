@@ -223,6 +223,11 @@ def _escaped(text: "str | Path") -> str:
     return str(text).replace(",", ",,")
 
 
+def node_name(number: int) -> str:
+    """Return what QEMU calls a disk."""
+    return f"node{number}"
+
+
 def _node(number: int, uri: str, directory: Path) -> str:
     path, export = nbd_address(uri)
     if path.parent == directory:
@@ -230,7 +235,7 @@ def _node(number: int, uri: str, directory: Path) -> str:
     if len(os.fsencode(path)) > SOCKET_BYTES_MAX:
         raise StateError(f"the socket {path} of a disk has more than {SOCKET_BYTES_MAX} bytes; use a shorter path")
     return (
-        f"driver=nbd,node-name=node{number},server.type=unix,server.path={_escaped(path)},export={_escaped(export)},"
+        f"driver=nbd,node-name={node_name(number)},server.type=unix,server.path={_escaped(path)},export={_escaped(export)},"
         f"reconnect-delay={RECONNECT_SECONDS},discard=unmap"
     )
 
