@@ -23,7 +23,7 @@ VICTIMS = ("supervisor", "server", "hypervisor")
 OF_A_SNAPSHOT = (
     *("GuestRam.stream", "MachineCut.check", "QemuProcess.prepare_state", "GuestRam.collect", "QemuProcess.pause"),
     *("MachineCut.seal", "QemuProcess.save_state", "QemuProcess.resume", "QemuProcess.finish_state"),
-    *("UnsavedRam.save", "StateFile.save", "Volume.flush", "MachineCut.commit"),
+    *("UnsavedRam.save", "StateFile.save", "MachineCut._insert_pins", "MachineCut._write", "MachineCut.commit"),
 )
 OF_A_START = (
     *("QemuHypervisor.check", "RamFiles.use", "fork", "be_supervisor", "Prepared.__init__", "DiskServer.begin"),
@@ -110,7 +110,8 @@ def test_a_kill_in_a_gap_of_the_start_of_forks_leaves_whole_forks_or_none(lab: M
             made = lab.fork("ready", count=2)
         except (OnionskinError, OSError):
             assert [one.name for one in lab._store.machines()] == ["lab"], where
-        gap.disarm()  # where the victim is not there yet, nobody is killed
+        met = gap.disarm()  # where the victim is not there yet, nobody is killed
+        assert met or victim != "supervisor", f"{where}: the start of a fork does not come there"
         directories = {path.name for path in lab._directory.parent.iterdir()}
         known = {one._directory.name for one in (lab, *made)}
         assert directories == known, where

@@ -204,11 +204,32 @@ def test_without_tracking_its_ram_is_a_shared_file_of_its_own(
         (("-netdev", "vhost-user,id=n"), "vhost-user"),
         (("-incoming", "defer"), "-incoming"),
         (("alone",), "belongs to no option"),
+        (("-nodefaults", "disk.raw"), "belongs to no option"),  # QEMU takes it for a disk
+        (("-nodefaults", "-daemonize"), "-daemonize"),
+        (("-device", "-snapshot"), "-snapshot"),
+        (("--preconfig",), "-preconfig"),
+        (("-readconfig", "machine.cfg"), "-readconfig"),
+        (("-hda", "disk.raw"), "a disk of the machine"),
+        (("-drive", "file=disk.raw,if=virtio"), "a disk of the machine"),
+        (("-blockdev", '{"driver":"file","filename":"disk.raw","node-name":"a"}'), "a disk of the machine"),
     ],
 )
 def test_an_argument_that_no_snapshot_would_survive_is_refused_by_name(given: tuple[str, ...], named: str) -> None:
     with pytest.raises(StateError, match=named):
         QemuHypervisor().check(Configuration(16 * MIB, qemu_args=given), 1)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("-drive", "file=seed.iso,media=cdrom"),
+        ("-drive", "file=seed.raw,if=virtio,readonly=on"),
+        ("-blockdev", '{"driver":"file","filename":"seed.raw","node-name":"a","read-only":true}'),
+        ("-nodefaults", "-cdrom", "seed.iso"),
+    ],
+)
+def test_what_the_guest_can_only_read_may_be_given(given: tuple[str, ...]) -> None:
+    QemuHypervisor().check(Configuration(16 * MIB, qemu_args=given), 1)
 
 
 def test_a_program_that_is_missing_or_no_qemu_is_refused_in_words() -> None:

@@ -98,6 +98,26 @@ def test_a_machine_starts_from_a_snapshot_as_often_as_one_likes(lab: LabMachine)
         lab.console.wait_ticks(1)
 
 
+def test_a_disk_that_was_resized_goes_back_with_a_process_that_knows_its_size(lab: LabMachine) -> None:
+    capture.snapshot(lab.running, "small")
+    lab.stop()
+    with lab.store.open("data") as volume:
+        volume.resize("2M")
+    lab.start()
+    lab.console.wait_ticks(2)
+    capture.snapshot(lab.running, "large")
+    restore.revert(lab.running, "large")
+    lab.console.wait_ticks(2)
+    with pytest.raises(StateError, match="disk 'data' had 1 MiB then, and has 2 MiB"):
+        restore.revert(lab.running, "small")
+    lab.console.wait_ticks(2)
+    lab.stop()
+    lab.store._revert_machine("lab", "small")
+    lab.start()
+    assert lab.process.disk_bytes() == [1 << 20, 1 << 20]
+    lab.console.wait_ticks(2)
+
+
 def test_forks_share_one_ram_file_and_nothing_else(lab: LabMachine, tmp_path: Path) -> None:
     capture.snapshot(lab.running, "ready")
     lab.running.files.finish()

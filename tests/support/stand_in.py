@@ -40,6 +40,7 @@ class StandIn:
         self.ram_file = ram_file
         self.devices = "as it booted"
         self.is_paused = True
+        self.sizes: list[int] = []
         self.fails_at: str | None = None
         self.when_stopped: Callable[[], None] = lambda: None
         self._prepared: Path | None = None
@@ -113,6 +114,9 @@ class StandIn:
 
     def resume(self) -> None:
         self.is_paused = False
+
+    def disk_bytes(self) -> list[int]:
+        return self.sizes
 
     def prepare_state(self, path: Path) -> None:
         self._fail("prepare_state")

@@ -20,6 +20,13 @@ SYNC_SECONDS = 10.0  # a guest of a busy host is slow, and one call at a time ha
 CALL_SECONDS = 10.0
 FREEZE_SECONDS = 20.0
 _LINE_BYTES_MAX = 1 << 20
+_TEXT_MAX = 4096  # of what a guest may say, in a log or on a terminal
+_RELEASE_MAX = 64  # characters that Linux has for it
+
+
+def _shown(text: object) -> str:
+    """Make one line of what a guest said, without anything that a terminal would obey."""
+    return "".join(one if one.isprintable() else "\ufffd" for one in str(text)[:_TEXT_MAX])
 
 
 class NoAgent(StateError):
@@ -73,7 +80,7 @@ class GuestAgent:
         answer = self._line(deadline)
         if "error" in answer:
             why = answer["error"].get("desc") if isinstance(answer["error"], dict) else answer["error"]
-            raise StateError(f"the guest agent of machine {self._name!r} refused {command!r}: {why}")
+            raise StateError(f"the guest agent of machine {self._name!r} refused {command!r}: {_shown(why)}")
         return answer.get("return")
 
     def freeze(self) -> list[str]:
@@ -88,7 +95,9 @@ class GuestAgent:
             found = [str(one["mountpoint"]) for one in self.call("guest-get-fsinfo", seconds=1.0)]
         except (StateError, KeyError, TypeError):
             found = []
-        return found if len(found) == count else [f"{count} file systems"]
+        if len(found) == count and sum(map(len, found)) <= _TEXT_MAX:
+            return [_shown(one) for one in found]
+        return [f"{count if type(count) is int else 'some'} file systems"]
 
     def thaw(self) -> None:
         """Thaw the guest's file systems."""
@@ -140,13 +149,13 @@ class GuestAgent:
                 part = self._socket.recv(65536)
             except (TimeoutError, ConnectionError):
                 raise self._silent() from None
-            if not part or len(self._pending) > _LINE_BYTES_MAX:
-                raise self._silent()
+            if not part or len(self._pending) > _LINE_BYTES_MAX or time.monotonic() > deadline:
+                raise self._silent()  # it may send without end, too
             self._pending += part
         line, _, self._pending = self._pending.partition(b"\n")
         try:
             value = json.loads(line.rpartition(b"\xff")[2])
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
         return value if isinstance(value, dict) else {}
 
@@ -168,6 +177,8 @@ def tell_identity(
             step()
         except StateError as error:
             failed.append(f"{what}: {error}")
+        except (KeyError, TypeError, AttributeError):
+            failed.append(f"{what}: the guest agent gave an answer that no agent gives")
 
     if clock_ns is not None:
         attempt("its clock", lambda: agent.call("guest-set-time", time=clock_ns))
@@ -185,7 +196,7 @@ def kernel_of(agent: GuestAgent) -> str:
     except StateError:
         return ""
     release = found.get("kernel-release") if isinstance(found, dict) else None
-    return release if isinstance(release, str) else ""
+    return _shown(release) if isinstance(release, str) and len(release) <= _RELEASE_MAX else ""
 
 
 def _set_mac(agent: GuestAgent, mac: str) -> None:

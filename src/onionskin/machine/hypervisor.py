@@ -261,6 +261,9 @@ class Process(Protocol):
     def is_paused(self) -> bool:
         """Whether it is stopped now."""
 
+    def disk_bytes(self) -> list[int]:
+        """Return how large its disks are for the guest, in their order: as they were when it was started."""
+
     def prepare_state(self, path: Path) -> None:
         """Make the file for the state of its devices, and do all that can be done before it is stopped."""
 

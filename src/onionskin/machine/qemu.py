@@ -305,6 +305,12 @@ class QemuProcess:
         """Ask the guest to shut down (ACPI)."""
         self.monitor.execute("system_powerdown")
 
+    def disk_bytes(self) -> list[int]:
+        """Return how large its disks are for the guest, in their order: as they were when it was started."""
+        found = self.monitor.execute("query-named-block-nodes", {"flat": True})
+        sizes = {one["node-name"]: int(one["image"]["virtual-size"]) for one in found}
+        return [sizes[name] for number in range(len(sizes)) if (name := qemu_command.node_name(number)) in sizes]
+
     # ---- the state of the devices ----
 
     def prepare_state(self, path: Path) -> None:

@@ -25,7 +25,17 @@ AGENT_PORT = "org.qemu.guest_agent.0"
 _OURS = {
     **dict.fromkeys(("-m", "-M", "-machine", "-cpu", "-smp", "-numa"), "it is set by the configuration"),
     **dict.fromkeys(("-kernel", "-initrd", "-append"), "give it to the configuration"),
-    **dict.fromkeys(("-S", "-daemonize", "-incoming", "-loadvm", "-pidfile", "-name"), "onionskin starts the machine"),
+    **dict.fromkeys(
+        ("-S", "-daemonize", "-incoming", "-loadvm", "-pidfile", "-name", "-preconfig"), "onionskin starts the machine"
+    ),
+    **dict.fromkeys(("-readconfig", "-set"), "what it sets would not be looked at; give that as arguments"),
+    **dict.fromkeys(
+        ("-hda", "-hdb", "-hdc", "-hdd", "-fda", "-fdb", "-sd", "-mtdblock"),
+        _NO_DISK := (
+            "a snapshot would not have what the guest writes there; make it a disk of the machine, or give -drive with "
+            "readonly=on"
+        ),
+    ),
     **dict.fromkeys(("-snapshot", "-replay", "-icount"), "the disks and the time of the machine are onionskin's"),
     **dict.fromkeys(("-mem-path", "-mem-prealloc", "-chroot", "-runas"), "its RAM is onionskin's"),
     "-pflash": "UEFI and its variable store are not supported: a snapshot would not have them; boot with SeaBIOS or kernel=",
@@ -34,7 +44,13 @@ _UEFI = re.compile(r"if=pflash|pflash[01]=|ovmf|edk2|\.fd\b", re.IGNORECASE)
 _PAST_TRACKING = re.compile(r"vhost-user|vfio|vdpa|ivshmem|virtio-mem|virtio-pmem|pc-dimm|nvdimm|memory-backend")
 # Arguments that make devices.
 _OF_DEVICES = ("-device", "-vga", "-nic", "-net", "-usb", "-usbdevice", "-global", "-soundhw", "-audio", "-tpmdev")
-_ALONE = {"-usb", "-enable-kvm", "-no-reboot", "-no-shutdown", "-no-acpi", "-no-hpet", "-no-fd-bootchk", "-nographic"}
+# Options that take no value: what comes behind them is another option.
+_ALONE = {
+    *("-usb", "-enable-kvm", "-no-reboot", "-no-shutdown", "-no-acpi", "-no-hpet", "-no-fd-bootchk", "-nographic"),
+    *("-nodefaults", "-no-user-config", "-only-migratable", "-s", "-full-screen", "-portrait", "-singlestep"),
+    *("-enable-sync-profile", "-h", "-help", "-version", "-audio-help", "-xen-attach", "-xen-domid-restrict"),
+}
+_IS_READ_ONLY = re.compile(r"\bread-?only=on\b|\bmedia=cdrom\b|\"read-only\"\s*:\s*true")
 # Of a device, what may be another one each time.
 _OF_CARDS = ("model=", "none", "nic")
 _MAY_DIFFER = ("drive=", "netdev=", "chardev=", "mac=", "macaddr=", "guid=", "serial=")
@@ -50,9 +66,9 @@ def words(configuration: Configuration) -> list[tuple[str, str | None]]:
     """
     found: list[tuple[str, str | None]] = []
     for word in configuration.qemu_args:
-        if word.startswith("-") and not (found and found[-1][1] is None and found[-1][0] not in _ALONE):
+        if len(word) > 1 and word.startswith("-"):  # no value of an option begins so: one that is refused hides nowhere
             found.append(("-" + word.lstrip("-"), None))
-        elif found and found[-1][1] is None:
+        elif found and found[-1][1] is None and found[-1][0] not in _ALONE:
             found[-1] = (found[-1][0], word)
         else:
             raise StateError(
@@ -73,6 +89,8 @@ def _refuse(option: str, value: str) -> None:
         raise StateError(f"the argument {option} for QEMU cannot be given: {why}")
     if option in ("-drive", "-bios", "-blockdev", "-global") and _UEFI.search(value):
         raise StateError(f"the argument {option} {value} for QEMU cannot be given: {_OURS['-pflash']}")
+    if option in ("-drive", "-blockdev") and not _IS_READ_ONLY.search(value):
+        raise StateError(f"the argument {option} {value} for QEMU cannot be given: {_NO_DISK}")
     if found := _PAST_TRACKING.search(value):
         raise StateError(
             f"the argument {option} {value} for QEMU cannot be given: {found[0]} writes RAM, or has some, that snapshots do "
@@ -205,6 +223,11 @@ def _escaped(text: "str | Path") -> str:
     return str(text).replace(",", ",,")
 
 
+def node_name(number: int) -> str:
+    """Return what QEMU calls a disk."""
+    return f"node{number}"
+
+
 def _node(number: int, uri: str, directory: Path) -> str:
     path, export = nbd_address(uri)
     if path.parent == directory:
@@ -212,7 +235,7 @@ def _node(number: int, uri: str, directory: Path) -> str:
     if len(os.fsencode(path)) > SOCKET_BYTES_MAX:
         raise StateError(f"the socket {path} of a disk has more than {SOCKET_BYTES_MAX} bytes; use a shorter path")
     return (
-        f"driver=nbd,node-name=node{number},server.type=unix,server.path={_escaped(path)},export={_escaped(export)},"
+        f"driver=nbd,node-name={node_name(number)},server.type=unix,server.path={_escaped(path)},export={_escaped(export)},"
         f"reconnect-delay={RECONNECT_SECONDS},discard=unmap"
     )
 

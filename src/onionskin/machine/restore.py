@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from onionskin.base.sizes import format_size
 from onionskin.errors import OnionskinError, StateError
 from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine.hypervisor import Configuration, Recorded, compare
@@ -216,6 +217,7 @@ def revert(running: Running, snapshot: str) -> None:
     with running.guard:
         saved = find_saved(running.store, running.machine, snapshot)
         compare(saved.recorded, running.recorded)
+        _refuse_resized(running, snapshot)
         going_back = machine_tree.RevertInPlace(running.store._opened, running.name, snapshot)
         with (
             open_layer(running.store, saved.volume, saved.layer) as view,
@@ -243,6 +245,23 @@ def revert(running: Running, snapshot: str) -> None:
                 going_back.put_ram_back(running.ram_volume._opened.to_write())  # the guest may write from here on
             running.recorded = replace(running.recorded, guest_kernel=saved.recorded.guest_kernel)
             running.is_broken = False
+
+
+def _refuse_resized(running: Running, snapshot: str) -> None:
+    """Raise StateError where a disk has another size in a snapshot: a hypervisor learns that of a disk when it starts."""
+    catalog = running.store._opened.catalog
+    with catalog.reading():
+        machine = running.machine
+        taken = catalog.disks_of_machine_snapshot(machines.find_snapshot(catalog, machine, snapshot).id)
+        before = [catalog.layer(disk.layer).size_bytes for disk in taken]
+        names = [disk.name for disk in catalog.disks_of_machine(machine.id)]
+    for name, then, now in zip(names, before, running.process.disk_bytes(), strict=False):
+        if then != now:
+            raise StateError(
+                f"snapshot {snapshot!r} of machine {running.name!r} cannot be gone back to while it runs: disk {name!r} had "
+                f"{format_size(then)} then, and has {format_size(now)} in the process that runs; stop the machine, with "
+                "'onionskin machine stop', and revert it then; nothing was changed"
+            )
 
 
 @contextmanager

@@ -30,9 +30,10 @@ STEPS = {
     "onionskin.machine.restore": ("Prepared.__init__", "settle"),
     "onionskin.machine.supervisor": ("Supervisor.adopt",),
     "onionskin.machine.running": ("StateFile.save",),
-    "onionskin.operations.machine_snapshots": ("MachineCut.check", "MachineCut.seal", "MachineCut.commit"),
+    "onionskin.operations.machine_snapshots": (
+        *("MachineCut.check", "MachineCut.seal", "MachineCut.commit", "MachineCut._insert_pins", "MachineCut._write"),
+    ),
     "onionskin.operations.machines": ("note_running",),
-    "onionskin.volume": ("Volume.flush",),
 }
 _found: dict[str, Callable[[], int]] = {"supervisor": os.getpid}
 

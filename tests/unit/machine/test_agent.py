@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from onionskin.errors import StateError
-from onionskin.machine.agent import GuestAgent, NoAgent, tell_identity
+from onionskin.machine.agent import GuestAgent, NoAgent, kernel_of, tell_identity
 
 
 class Agent:
@@ -130,3 +130,60 @@ def test_a_refusal_of_an_agent_is_an_error_in_its_words(answering: Callable[...,
     _, path = answering({"guest-ping": {"error": {"desc": "not now"}}})
     with GuestAgent(path, "lab") as guest, pytest.raises(StateError, match="refused 'guest-ping': not now"):
         guest.call("guest-ping")
+
+
+class Endless:
+    """A connection on which lines come without end."""
+
+    def __init__(self) -> None:
+        self._lines = iter(range(1_000_000))
+
+    def settimeout(self, seconds: float) -> None: ...
+
+    def sendall(self, data: bytes) -> None: ...
+
+    def close(self) -> None: ...
+
+    def recv(self, length: int) -> bytes:
+        next(self._lines)
+        return b"{}\n"
+
+
+def test_an_agent_that_sends_without_end_is_silent_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onionskin.machine.agent.connect_unix", lambda path, seconds: Endless())
+    with pytest.raises(NoAgent):
+        GuestAgent(Path("agent"), "lab", seconds=0.05)
+
+
+@pytest.mark.parametrize("answer", [None, 7, "text", [[]], {"pid": []}, {"exited": {}}])
+def test_a_guest_whose_agent_answers_something_else_is_not_told_and_that_is_listed(
+    answering: Callable[..., tuple[Agent, Path]], answer: Any
+) -> None:
+    _, path = answering({name: {"return": answer} for name in ("guest-exec", "guest-network-get-interfaces")})
+    with GuestAgent(path, "lab") as guest:
+        failed = tell_identity(guest, hostname="fork-1", mac="52:54:00:00:00:01")
+    assert len(failed) == 2
+
+
+def test_what_a_guest_says_reaches_the_terminal_as_a_short_line(answering: Callable[..., tuple[Agent, Path]]) -> None:
+    said = "\x1b[2J\n" + "x" * 100_000
+    _, path = answering(
+        {
+            "guest-fsfreeze-freeze": {"return": 1},
+            "guest-get-fsinfo": {"return": [{"mountpoint": said}]},
+            "guest-ping": {"error": {"desc": said}},
+            "guest-get-osinfo": {"return": {"kernel-release": said}},
+        }
+    )
+    with GuestAgent(path, "lab") as guest:
+        assert guest.freeze() == ["1 file systems"]
+        assert kernel_of(guest) == ""
+        with pytest.raises(StateError) as refused:
+            guest.call("guest-ping")
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 5000
+
+
+def test_an_answer_that_is_nested_without_end_is_none(answering: Callable[..., tuple[Agent, Path]]) -> None:
+    _, path = answering({"guest-ping": {"return": "mine"}}, b"[" * 100_000 + b"\n")
+    with GuestAgent(path, "lab") as guest:
+        assert guest.call("guest-ping") == "mine"

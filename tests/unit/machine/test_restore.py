@@ -128,6 +128,17 @@ def test_a_snapshot_that_cannot_run_here_is_refused_before_anything_is_touched(
         restore.prepare(running.store, running.machine, "a", running.recorded)
 
 
+def test_a_machine_that_runs_with_a_disk_of_another_size_is_not_put_back_in_place(
+    running: Running, process: StandIn
+) -> None:
+    ram = snapshot(running, process, "a", {1: 1})
+    with running.store.open("data") as volume:
+        process.sizes = [volume.size_bytes, volume.size_bytes * 2]
+    with pytest.raises(StateError, match=r"disk 'data' had .*stop the machine"):
+        restore.revert(running, "a")
+    assert not process.is_paused and is_at(running, process, "a", ram)
+
+
 def test_a_machine_whose_last_note_fails_stays_stopped_until_it_is_put_back(
     running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
