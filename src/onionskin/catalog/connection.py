@@ -42,7 +42,7 @@ from onionskin.catalog.schema import (
     VALUES,
 )
 from onionskin.catalog.sqlite_errors import CommitUnknownError, damaged, primary_code, translated
-from onionskin.errors import FormatError, OnionskinError, StateError, VolumeNotFoundError
+from onionskin.errors import FormatError, OnionskinError, StateError, VolumeNotFoundError, moved_error
 
 if TYPE_CHECKING:
     from tempfile import TemporaryDirectory
@@ -89,6 +89,7 @@ class Connection:
         self._lock_byte_taken = 0
         self._syncs_commits = True  # as it was connected
         self._synced_version: int | None = None  # the commits of others up to this version are durable
+        self._inode: tuple[int, int] | None = None  # of the file that is open; None: nothing is opened yet
         self._is_log_lost = False  # whether a sync of earlier commits failed, and the log was not replaced since
         if not path.exists():
             if not create:
@@ -101,6 +102,7 @@ class Connection:
             self._connection, self._copy = connect_to_read(path)
         else:
             self._connection = _connect(path)
+        self._inode = self._inode_there()
         forking.register(self)
         try:
             with self._errors():
@@ -108,6 +110,21 @@ class Connection:
         except BaseException:
             self.close()
             raise
+
+    def _inode_there(self) -> "tuple[int, int] | None":
+        try:
+            found = os.stat(self.path)  # noqa: PTH116 - half the time of FilePath.stat
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def refuse_moved(self) -> None:
+        """Raise StateError if another store, or none, is where this one was opened: its files are reached by their names.
+
+        A copy that was put there has files of the same names, which would be freed for what this catalog says.
+        """
+        if self._inode_there() != self._inode:
+            raise moved_error(self.path.parent)
 
     def _check_version(self) -> None:
         (application,) = self._connection.execute("PRAGMA application_id").fetchone()
@@ -168,6 +185,7 @@ class Connection:
         Where a sync of the log fails, the kernel takes what it could not write for written, and the next sync says nothing.
         Later commits would stand behind the gap, and go with it. So all is moved out of the log, and it is begun anew.
         """
+        self.refuse_moved()
         self.bury_unknown()
         seen = self._version_of_others()
         if seen == self._synced_version and not self._is_log_lost:
@@ -256,6 +274,7 @@ class Connection:
             try:
                 self._have_commits_synced(is_synced)
                 self._connection.execute("BEGIN IMMEDIATE")
+                self.refuse_moved()
                 yield
                 self._connection.execute("UPDATE store SET stamp = ?", (stamp,))
                 seen = self._version_of_others()  # nobody else commits before this transaction ends
@@ -382,7 +401,7 @@ class Connection:
         """
         if not self._forked:
             with self._guard:
-                self._connection.close()
+                self._connection.close()  # where the catalog was moved, SQLite leaves the log at the path alone
             if self._copy:
                 self._copy.cleanup()
 

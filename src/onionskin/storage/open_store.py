@@ -202,6 +202,7 @@ class OpenStore:
         try:
             chain, base_lock = self._lock_layer(layer, locks, verify)
             path = open_chain(self.layout, chain, writable=writable, base_lock=base_lock, dirty=dirty)
+            self.catalog.refuse_moved()  # what was opened by name is in this store
         except BaseException:
             locks.close()
             if base_lock:
