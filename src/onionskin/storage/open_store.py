@@ -289,6 +289,7 @@ class OpenStore:
                 return
             self._closed = True
         with ExitStack() as stack:  # if the flush of one volume fails, the others are closed all the same
+            stack.callback(self.reserve.make_again)  # the catalog's log is gone by then
             stack.callback(self.catalog.close)
             stack.callback(self.locks.close)
             stack.callback(self._background.end)
