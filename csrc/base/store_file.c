@@ -5,6 +5,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -57,6 +59,58 @@ int onion_make_file(const char *path) {
     int status = -errno;
     close(fd);
     unlink(path);
+    return status;
+}
+
+int onion_store_note(struct onion_store *store, const char *segments_directory) {
+    struct stat info;
+    if (asprintf(&store->catalog, "%s/../catalog.db", segments_directory) < 0) {
+        store->catalog = NULL;
+        return -ENOMEM;
+    }
+    if (stat(store->catalog, &info)) {
+        onion_store_forget(store);
+        return 0;
+    }
+    store->device = info.st_dev;
+    store->inode = info.st_ino;
+    return 0;
+}
+
+void onion_store_forget(struct onion_store *store) {
+    free(store->catalog);
+    store->catalog = NULL;
+}
+
+int onion_store_check(const struct onion_store *store) {
+    struct stat info;
+    if (!store->catalog)
+        return 0;
+    if (stat(store->catalog, &info))
+        return errno == ENOENT || errno == ENOTDIR ? ONION_E_MOVED : -errno;
+    return info.st_dev == store->device && info.st_ino == store->inode ? 0 : ONION_E_MOVED;
+}
+
+/* The store is looked at once the file is open: what is moved later takes the file along. */
+int onion_store_open_file(const struct onion_store *store, const char *path, int flags) {
+    int fd = onion_open_file(path, flags);
+    int status = fd < 0 && fd != -ENOENT ? 0 : onion_store_check(store);
+    if (status == 0)
+        return fd;
+    if (fd >= 0)
+        close(fd);
+    return status;
+}
+
+int onion_store_make_file(const struct onion_store *store, const char *path) {
+    int fd = onion_make_file(path);
+    int status = fd < 0 && fd != -ENOENT ? 0 : onion_store_check(store);
+    if (status == 0)
+        return fd;
+    if (fd >= 0) {
+        unlink(path);
+        close(fd);
+    }
     return status;
 }
 

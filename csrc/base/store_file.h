@@ -17,6 +17,22 @@ int onion_open_file(const char *path, int flags);
  * shared with its group: one with the set-group-ID bit whose group may write. */
 int onion_make_file(const char *path);
 
+/* Which store is at a path, told by the inode of its catalog. A store may be moved while it is open, and a copy of it,
+ * which has files of the same names, may be put in its place: what is made or read by name is in the copy then. */
+struct onion_store {
+    char *catalog; /* NULL: there was none, and nothing is compared */
+    uint64_t device, inode;
+};
+
+/* Notes which store the directory of segments is in. 0, or -ENOMEM. */
+int onion_store_note(struct onion_store *store, const char *segments_directory);
+void onion_store_forget(struct onion_store *store);
+/* Whether that store is still there: 0, ONION_E_MOVED, or -errno. */
+int onion_store_check(const struct onion_store *store);
+/* As onion_open_file and onion_make_file, for a file of that store. ONION_E_MOVED: nothing was opened or made. */
+int onion_store_open_file(const struct onion_store *store, const char *path, int flags);
+int onion_store_make_file(const struct onion_store *store, const char *path);
+
 struct onion_map_bytes {
     unsigned char *bytes; /* anonymous memory; parts that were never written cost none */
     uint64_t length;

@@ -28,7 +28,7 @@ int onion_head_log_create(struct onion_volume *volume, struct onion_head_log *lo
                                   .compatible = volume->wipe_zero ? ONION_FEATURE_WIPE_ZERO : 0};
     memcpy(header.uuid, log->map_id, ONION_UUID_BYTES);
     onion_header_encode(&header, ONION_MAGIC_MAP, bytes);
-    int fd = onion_make_file(log->path);
+    int fd = onion_store_make_file(&volume->store, log->path);
     if (fd < 0)
         return fd;
     log->room_end = sizeof bytes;

@@ -92,6 +92,7 @@ struct onion_volume {
     uint64_t log_bytes,
         compact_map_at; /* atomic: the log's length, and the length above which a rewrite may be worthwhile */
     char *segments_directory, *layers_directory;
+    struct onion_store store; /* which one these were in at the opening */
 
     struct onion_map index;
     struct onion_build build; /* the changes that were replayed, until the index is made from them */

@@ -69,12 +69,14 @@ int onion_volume_new(uint32_t block_size, uint64_t size_bytes, const char *segme
     volume->layers_directory = strdup(layers_directory);
     volume->segments = onion_sparse_table(SEGMENTS_BYTES);
     static const unsigned char no_id[ONION_UUID_BYTES];
-    (void)onion_segment_new("", no_id, 0, shift, &volume->vacant); /* NULL: no memory */
+    (void)onion_segment_new(&volume->store, "", no_id, 0, shift, &volume->vacant); /* NULL: no memory */
     /* The index covers whole ranges, and grows with the volume. */
     uint64_t ranges = (size_bytes + (1ull << ONION_RANGE_BYTES_SHIFT) - 1) >> ONION_RANGE_BYTES_SHIFT;
     status = onion_map_init(&volume->index, (ranges ? ranges : 1) << (ONION_RANGE_BYTES_SHIFT - shift), shift);
     if (status == 0)
         status = onion_build_init(&volume->build, &volume->index);
+    if (status == 0)
+        status = onion_store_note(&volume->store, segments_directory);
     if (status == 0 &&
         (!volume->segments_directory || !volume->layers_directory || !volume->segments || !volume->vacant))
         status = -ENOMEM;
@@ -158,6 +160,7 @@ void onion_volume_free(struct onion_volume *volume) {
     free(volume->next_numbers);
     onion_segment_free(volume->vacant);
     onion_sparse_table_free(volume->segments, SEGMENTS_BYTES);
+    onion_store_forget(&volume->store);
     free(volume->segments_directory);
     free(volume->layers_directory);
     free(volume);

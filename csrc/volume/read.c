@@ -174,7 +174,7 @@ int onion_volume_read_blocks(struct onion_volume *volume, const uint64_t *block_
 static int map_data(struct onion_volume *volume, const struct onion_source *source, char *at) {
     const char *path = source->segment->path;
     uint64_t file_offset = onion_slot_offset(volume->block_shift, source->slot) + source->offset;
-    int fd = onion_open_file(path, O_RDONLY);
+    int fd = onion_store_open_file(&volume->store, path, O_RDONLY);
     if (fd < 0)
         return onion_site_set(fd, path, 0);
     void *got = mmap(at, source->length, PROT_READ, MAP_SHARED | MAP_FIXED, fd, (off_t)file_offset);

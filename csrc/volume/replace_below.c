@@ -69,8 +69,8 @@ static int load_layer(struct onion_volume *volume, struct onion_below *below, co
     below->added = calloc(source->segment_count + 1, sizeof(struct onion_segment *));
     int status = needs_memory(below->added);
     for (uint32_t i = 0; i < source->segment_count && status == 0; i++) {
-        status = onion_segment_new(volume->segments_directory, source->segments[i].uuid, 0, volume->block_shift,
-                                   &below->added[i]);
+        status = onion_segment_new(&volume->store, volume->segments_directory, source->segments[i].uuid, 0,
+                                   volume->block_shift, &below->added[i]);
         if (status == 0) {
             below->added_count++;
             status = onion_segment_check(below->added[i], source->segments[i].slots);

@@ -121,7 +121,8 @@ static int make_room_for_spare(struct onion_volume *volume) {
     int status = onion_volume_take_mappings(volume, 1);
     if (status < 0)
         return status;
-    return onion_segment_new(volume->segments_directory, no_id, 0, volume->block_shift, &volume->next_spare);
+    return onion_segment_new(&volume->store, volume->segments_directory, no_id, 0, volume->block_shift,
+                             &volume->next_spare);
 }
 
 /* ---- the stages ---- */

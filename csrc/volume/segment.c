@@ -13,7 +13,6 @@
 
 #include "base/sigbus.h"
 #include "base/site.h"
-#include "base/store_file.h"
 #include "base/whole_io.h"
 
 /* A growing segment is mapped beyond its end, and each time twice as far, so that not every write needs a new
@@ -30,8 +29,8 @@ void onion_segment_rename(struct onion_segment *segment, const unsigned char *uu
     memcpy(segment->uuid, uuid, ONION_UUID_BYTES);
 }
 
-int onion_segment_new(const char *directory, const unsigned char *uuid, uint32_t number, uint32_t block_shift,
-                      struct onion_segment **out) {
+int onion_segment_new(const struct onion_store *store, const char *directory, const unsigned char *uuid,
+                      uint32_t number, uint32_t block_shift, struct onion_segment **out) {
     struct onion_segment *segment = calloc(1, sizeof *segment);
     if (!segment)
         return -ENOMEM;
@@ -40,6 +39,7 @@ int onion_segment_new(const char *directory, const unsigned char *uuid, uint32_t
         return -ENOMEM;
     }
     onion_segment_rename(segment, uuid);
+    segment->store = store;
     segment->number = number;
     segment->block_shift = block_shift;
     segment->fd = -1;
@@ -174,7 +174,7 @@ int onion_segment_open_own(struct onion_segment *segment, uint64_t slots_named) 
 }
 
 int onion_segment_create(struct onion_segment *segment) {
-    int fd = onion_make_file(segment->path);
+    int fd = onion_store_make_file(segment->store, segment->path);
     int status = fd < 0 ? fd : write_header(segment, fd);
     if (status < 0 && fd >= 0) {
         unlink(segment->path);
@@ -210,7 +210,7 @@ static int map_until(struct onion_segment *segment, struct onion_epoch *epoch, u
     struct onion_mapping *mapping = malloc(sizeof *mapping);
     if (!mapping)
         return -ENOMEM;
-    int fd = segment->fd >= 0 ? segment->fd : onion_open_file(segment->path, O_RDONLY);
+    int fd = segment->fd >= 0 ? segment->fd : onion_store_open_file(segment->store, segment->path, O_RDONLY);
     int status = fd < 0 ? fd : 0;
     if (status == 0) {
         mapping->length = length;

@@ -14,6 +14,7 @@
 #include <stdint.h>
 
 #include "base/epoch.h"
+#include "base/store_file.h"
 #include "layer/map_log.h"
 
 struct onion_mapping {
@@ -50,6 +51,7 @@ struct onion_segment {
     int reclaim_wanted;  /* slots became free, and no flush gives them back */
     unsigned char uuid[ONION_UUID_BYTES];
     char *path;
+    const struct onion_store *store; /* of the volume; NULL: of no volume */
     uint32_t block_shift;
     uint64_t features;   /* the features for the header, when the file is made */
     int fd;              /* open for writing, or -1 */
@@ -68,9 +70,10 @@ static inline uint64_t onion_slot_offset(uint32_t block_shift, uint64_t slot) {
     return ONION_HEADER_BYTES + (slot << block_shift);
 }
 
-/* Allocates the description of the segment `uuid` in `directory`, and opens nothing. -ENOMEM. */
-int onion_segment_new(const char *directory, const unsigned char *uuid, uint32_t number, uint32_t block_shift,
-                      struct onion_segment **out);
+/* Allocates the description of the segment `uuid` in `directory`, and opens nothing. -ENOMEM. `store` is the store of that
+ * directory, and stays valid as long as the segment. */
+int onion_segment_new(const struct onion_store *store, const char *directory, const unsigned char *uuid,
+                      uint32_t number, uint32_t block_shift, struct onion_segment **out);
 /* Gives a segment that was not opened yet another id. */
 void onion_segment_rename(struct onion_segment *segment, const unsigned char *uuid);
 /* Closes and unmaps. No thread may be reading. NULL is allowed. */

@@ -41,7 +41,7 @@ int onion_volume_add_segment(struct onion_volume *volume, const unsigned char *u
     struct onion_segment *segment;
     if (!onion_volume_numbers_left(volume))
         return ONION_E_NUMBERS;
-    int status = onion_segment_new(volume->segments_directory, uuid, 0, volume->block_shift, &segment);
+    int status = onion_segment_new(&volume->store, volume->segments_directory, uuid, 0, volume->block_shift, &segment);
     if (status == 0)
         *number = onion_volume_number_segment(volume, segment);
     return status;

@@ -48,3 +48,11 @@ class MachineExistsError(OnionskinError):
 
 class VerifyError(OnionskinError):
     """Bytes read back are not the bytes that were written, or a digest does not match."""
+
+
+def moved_error(what: object) -> StateError:
+    """Make the error of a store that was moved while it was open. A copy in its place has files of the same names."""
+    return StateError(
+        f"{what}: the store is not where it was opened: it was moved, or another one was put in its place; put it back, "
+        "or end what has it open"
+    )

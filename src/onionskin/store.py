@@ -443,6 +443,7 @@ class Store:
                 row = self._opened.catalog.volume(name)
                 if row.id == id:
                     if isinstance(lock, VolumeLock):
+                        self._opened.catalog.refuse_moved()  # the lock was opened by its name
                         if not self._opened.layout.volume_lock(id).exists():
                             self._opened.catalog.sync_found()  # a crash must not undo the row and leave the file
                         self._opened.reserve.retry(lock.make_file)

@@ -16,6 +16,7 @@ import pytest
 from click.testing import Result
 
 import onionskin as onionskin_package
+from onionskin.base import lazy
 from onionskin.cli import arguments, exit_status
 from onionskin.cli.app import onionskin
 from onionskin.errors import FormatError, StateError, VerifyError, VolumeNotFoundError
@@ -691,3 +692,44 @@ def test_a_verb_that_looks_changes_no_file_of_the_store(run: Run, vms: Path, tmp
     before = state()
     assert run(*(word.format(s=vms, t=tmp_path) for word in words)).exit_code == 0
     assert state() == before
+
+
+def test_a_catalog_that_needs_more_descriptors_than_there_are_says_so(tmp_path: Path) -> None:
+    Store(tmp_path / "store", create=True).close()
+    said = set()
+    for spare in range(8):
+        script = (
+            "import os, resource, sys\nfrom onionskin import Store\nfrom onionskin.cli.exit_status import line_of\n"
+            f"resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir('/proc/self/fd'))) + {spare}, 4096))\n"
+            "try:\n    Store(sys.argv[1])\nexcept OSError as error:\n    print(line_of(error).partition(': ')[2])"
+        )
+        ended = subprocess.run(
+            [sys.executable, "-c", script, tmp_path / "store"], check=True, capture_output=True, text=True
+        )
+        said |= set(ended.stdout.splitlines())
+    assert said == {"Too many open files; raise the limit of open files (ulimit -n)"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("Original error was: libfast.so: failed to map segment from shared object"),
+        ImportError("libfast.so: Cannot allocate memory"),
+        SystemError("compile() returned NULL without setting an exception"),
+    ],
+)
+def test_a_library_that_has_no_room_in_memory_is_said_to_lack_memory(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr("importlib.import_module", fail)
+    with pytest.raises(MemoryError) as raised:
+        lazy.Later("numpy").array  # noqa: B018
+    assert exit_status.line_of(raised.value) == "out of memory; close other programs and run it again"
+
+
+def test_a_library_that_is_not_there_is_not_said_to_lack_memory() -> None:
+    with pytest.raises(ImportError):
+        lazy.Later("no_such_library").name  # noqa: B018

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     import logging
 
 
+# What the loader of libraries says where the limit of memory (ulimit -v) is reached.
+_NO_MEMORY = ("failed to map segment", "cannot allocate memory")
+
+
 class Later:
     """A module that is imported when one of its names is first used. Any thread may use it first."""
 
@@ -18,7 +22,13 @@ class Later:
         self._module = module
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(importlib.import_module(self._module), name)
+        try:
+            module = importlib.import_module(self._module)
+        except (ImportError, SystemError) as error:  # a library that is not mapped, a module that is not compiled
+            if isinstance(error, SystemError) or any(said in str(error).lower() for said in _NO_MEMORY):
+                raise MemoryError(f"no memory to load {self._module}") from error
+            raise
+        value = getattr(module, name)
         setattr(self, name, value)  # from now on it is found without coming here
         return value
 

@@ -42,7 +42,7 @@ from onionskin.catalog.schema import (
     VALUES,
 )
 from onionskin.catalog.sqlite_errors import CommitUnknownError, damaged, primary_code, translated
-from onionskin.errors import FormatError, OnionskinError, StateError, VolumeNotFoundError
+from onionskin.errors import FormatError, OnionskinError, StateError, VolumeNotFoundError, moved_error
 
 if TYPE_CHECKING:
     from tempfile import TemporaryDirectory
@@ -75,6 +75,42 @@ class _Errors:
             raise damaged(self._of.path, error) from error
 
 
+class _Inherited:
+    """The connections that a forked child has of its parent.
+
+    SQLite keeps one note of its locks for all connections of a process to a file. In the child it says that locks are held
+    which only the parent has. So the parent would take the child's log away, with what the child committed, or the child
+    would wait for its own process for ever. Therefore the child closes what it inherited before it opens a catalog itself.
+    """
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._connections: list[sqlite3.Connection] = []
+        self._are_whole = True
+
+    def add(self, connection: sqlite3.Connection | None, *, is_whole: bool) -> None:
+        """Note a connection. In the child, right behind the fork."""
+        self._guard = threading.Lock()  # another thread of the parent may have held the old one
+        self._are_whole &= is_whole
+        if connection is not None:
+            self._connections.append(connection)
+
+    def close(self) -> None:
+        """Close them all. Raises StateError where a thread of the parent was in SQLite: then no call of it can end."""
+        with self._guard:
+            if not self._are_whole:
+                raise StateError(
+                    "this process was forked while its parent was changing or opening a store, so it can open none; start a "
+                    "new process instead of forking (multiprocessing: spawn)"
+                )
+            while self._connections:
+                self._connections[-1].close()
+                self._connections.pop()
+
+
+_inherited = _Inherited()
+
+
 class Connection:
     """One connection to a store's catalog. Any thread may call the methods."""
 
@@ -89,25 +125,49 @@ class Connection:
         self._lock_byte_taken = 0
         self._syncs_commits = True  # as it was connected
         self._synced_version: int | None = None  # the commits of others up to this version are durable
+        self._inode: tuple[int, int] | None = None  # of the file that is open; None: nothing is opened yet
         self._is_log_lost = False  # whether a sync of earlier commits failed, and the log was not replaced since
-        if not path.exists():
+        self._rests = False  # whether the thread that forks holds the guard
+        forking.register(self)
+        forking.register_resting(self)
+        with self._guard:  # a fork waits
+            _inherited.close()
+            self._open(create)
+
+    def _open(self, create: bool) -> None:
+        if not self.path.exists():
             if not create:
                 raise VolumeNotFoundError(
-                    f"{path.parent} is not a store; 'onionskin create {path.parent}/VOLUME --size SIZE' makes one with its "
-                    "first volume"
+                    f"{self.path.parent} is not a store; 'onionskin create {self.path.parent}/VOLUME --size SIZE' makes one "
+                    "with its first volume"
                 )
-            _make(path)
+            _make(self.path)
         if self.read_only:
-            self._connection, self._copy = connect_to_read(path)
+            self._connection, self._copy = connect_to_read(self.path)
         else:
-            self._connection = _connect(path)
-        forking.register(self)
+            self._connection = _connect(self.path)
+        self._inode = self._inode_there()
         try:
             with self._errors():
                 self._check_version()
         except BaseException:
             self.close()
             raise
+
+    def _inode_there(self) -> "tuple[int, int] | None":
+        try:
+            found = os.stat(self.path)  # noqa: PTH116 - half the time of FilePath.stat
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def refuse_moved(self) -> None:
+        """Raise StateError if another store, or none, is where this one was opened: its files are reached by their names.
+
+        A copy that was put there has files of the same names, which would be freed for what this catalog says.
+        """
+        if self._inode_there() != self._inode:
+            raise moved_error(self.path.parent)
 
     def _check_version(self) -> None:
         (application,) = self._connection.execute("PRAGMA application_id").fetchone()
@@ -168,6 +228,7 @@ class Connection:
         Where a sync of the log fails, the kernel takes what it could not write for written, and the next sync says nothing.
         Later commits would stand behind the gap, and go with it. So all is moved out of the log, and it is begun anew.
         """
+        self.refuse_moved()
         self.bury_unknown()
         seen = self._version_of_others()
         if seen == self._synced_version and not self._is_log_lost:
@@ -256,6 +317,7 @@ class Connection:
             try:
                 self._have_commits_synced(is_synced)
                 self._connection.execute("BEGIN IMMEDIATE")
+                self.refuse_moved()
                 yield
                 self._connection.execute("UPDATE store SET stamp = ?", (stamp,))
                 seen = self._version_of_others()  # nobody else commits before this transaction ends
@@ -382,16 +444,34 @@ class Connection:
         """
         if not self._forked:
             with self._guard:
-                self._connection.close()
+                self._connection.close()  # where the catalog was moved, SQLite leaves the log at the path alone
             if self._copy:
                 self._copy.cleanup()
 
     def after_fork(self) -> None:
         """Mark the connection as unusable in a forked child, and replace the lock, which a parent's thread may hold."""
         self._forked = True
+        _inherited.add(getattr(self, "_connection", None), is_whole=self._is_whole())
         if self._copy:
             self._copy._finalizer.detach()  # type: ignore[attr-defined]  # the parent removes it
         self._guard = threading.RLock()
+
+    def rest(self) -> None:
+        """Wait until no thread is in SQLite or in a transaction, so that a child can close what it inherits."""
+        self._rests = self._guard.acquire(timeout=_BUSY_SECONDS)
+
+    def go_on(self) -> None:
+        """Let other threads into SQLite again."""
+        if self._rests:
+            self._rests = False
+            self._guard.release()
+
+    def _is_whole(self) -> bool:
+        """Whether nothing was under way when this process was forked. Called in the child."""
+        try:
+            return self._rests and not self._connection.in_transaction
+        except (AttributeError, sqlite3.Error):  # it was not opened, or closed again
+            return self._rests
 
     # ---- rows that fulfil an SQL condition: for the modules of this package ----
 

@@ -49,7 +49,7 @@ def _cannot_make(path: FilePath, count: int) -> int:
     Space that a file system reports as free may be reserved, under a quota, or in pieces that are too small.
     """
     if not count:
-        return 0
+        return _cannot_open(path.parent)
     probe = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.{count}.probe")
     try:
         descriptor = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -63,6 +63,15 @@ def _cannot_make(path: FilePath, count: int) -> int:
     finally:
         os.close(descriptor)
         probe.unlink()
+
+
+def _cannot_open(path: FilePath) -> int:
+    """Try to open what there is. Return 0 or the errno: the catalog itself needs a descriptor besides its log and index."""
+    try:
+        os.close(os.open(path, os.O_PATH | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno or 0
+    return 0
 
 
 def primary_code(error: sqlite3.Error) -> int | None:

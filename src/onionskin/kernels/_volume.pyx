@@ -17,7 +17,7 @@ from libc.string cimport memcpy, memset
 import os
 from operator import index
 
-from onionskin.errors import FormatError, StateError
+from onionskin.errors import FormatError, StateError, moved_error
 from onionskin.base.lazy import dtypes, numpy
 
 cdef extern from "Python.h":
@@ -190,6 +190,7 @@ cdef extern from "base/status.h" nogil:
         ONION_E_FULL_SEGMENT
         ONION_E_CUT_LOG
         ONION_E_NOT_A_FILE
+        ONION_E_MOVED
         ONION_E_NUMBERS
         ONION_E_MAPPINGS
 
@@ -243,6 +244,8 @@ cdef object _refusal(int status, object what):
         return StateError(f"{what}: only the head of a volume can be written, and only a snapshot has views")
     if status == ONION_E_FORKED:
         return StateError(f"{what}: this handle was opened before fork(); open the volume again in the child")
+    if status == ONION_E_MOVED:
+        return moved_error(what)
     if status == ONION_E_NUMBERS:
         return StateError(
             f"{what}: the disk stands on as many segments as a volume can have; merge or discard snapshots, and open the "

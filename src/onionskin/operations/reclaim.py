@@ -205,6 +205,7 @@ def unlink_files_of(store: OpenStore, volumes: Collection[bytes]) -> None:
 
     If one cannot be unlinked, the others are unlinked all the same, and the error is raised at the end.
     """
+    store.catalog.refuse_moved()
     for volume in store.catalog.which_are_volumes(volumes):
         raise FormatError(f"{store.catalog.path} is damaged: it frees the files of {volume.hex()}, which is a volume")
     failed: OSError | None = None
@@ -251,13 +252,25 @@ def open_to_free(path: "str | os.PathLike[str]") -> int | None:
     return descriptor
 
 
+def _open_own_to_free(store: OpenStore, path: FilePath) -> int | None:
+    """Open a file to free it, and make sure then that it is in the store that was opened, and in no copy of it."""
+    descriptor = open_to_free(path)
+    try:
+        store.catalog.refuse_moved()
+    except BaseException:
+        if descriptor is not None:
+            os.close(descriptor)
+        raise
+    return descriptor
+
+
 def _free_file(store: OpenStore, row: WorkRow, *, unlink: bool) -> None:
     """Wipe a file if it has policy `zero`, and unlink it if `unlink` is true.
 
     Unlinking is separate because freeing the pages and blocks takes as long as writing the zeros.
     """
     path = store.layout.map_file(row.target) if row.kind == "map" else store.layout.segment_file(row.target)
-    descriptor = open_to_free(path)
+    descriptor = _open_own_to_free(store, path)
     if descriptor is None:
         return
     try:
@@ -304,7 +317,7 @@ def _reclaim_slots(store: OpenStore, row: WorkRow, slots: SlotsOfLayers) -> bool
         return False
     for volume in store.open_handles():
         volume.wait_for_readers()  # a read may still copy from a slot that it looked up before the slot was freed
-    descriptor = open_to_free(store.layout.segment_file(segment.id))
+    descriptor = _open_own_to_free(store, store.layout.segment_file(segment.id))
     if descriptor is None:
         return True
     try:

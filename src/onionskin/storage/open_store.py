@@ -202,6 +202,7 @@ class OpenStore:
         try:
             chain, base_lock = self._lock_layer(layer, locks, verify)
             path = open_chain(self.layout, chain, writable=writable, base_lock=base_lock, dirty=dirty)
+            self.catalog.refuse_moved()  # what was opened by name is in this store
         except BaseException:
             locks.close()
             if base_lock:
@@ -288,6 +289,7 @@ class OpenStore:
                 return
             self._closed = True
         with ExitStack() as stack:  # if the flush of one volume fails, the others are closed all the same
+            stack.callback(self.reserve.make_again)  # the catalog's log is gone by then
             stack.callback(self.catalog.close)
             stack.callback(self.locks.close)
             stack.callback(self._background.end)

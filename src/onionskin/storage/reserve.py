@@ -17,6 +17,7 @@ from onionskin.storage.locks import locked_directory
 Result = TypeVar("Result")
 
 RESERVE_BYTES = 8 << 20
+_MISSING_BYTES = (0, 64 << 10, 256 << 10, 1 << 20, 4 << 20)  # tried in turn
 CATALOG_ROOM_BYTES = 256 << 10
 CATALOG_INDEX_BYTES = 48 << 10  # 32 KiB, and the room for the log and for the names of both files
 
@@ -33,6 +34,7 @@ class Reserve:
     def __init__(self, layout: Layout, *, read_only: bool) -> None:
         self._layout = layout
         self.read_only = read_only
+        self._is_owed = False  # whether the room was given up here, and not set aside again since
 
     def retry(self, change: "Callable[[], Result]") -> "Result":
         """Run a change that frees space, at once or later. If the disk is full, give the reserve up and run it again.
@@ -88,7 +90,17 @@ class Reserve:
 
     def _give_up(self) -> None:
         """Free the room that is set aside, if there is any. The caller has locked the directory."""
-        self._layout.reserve.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            self._layout.reserve.unlink()
+            self._is_owed = True
+
+    def make_again(self) -> None:
+        """Set aside the room that was given up here, at the end of an opening that may only have looked.
+
+        Else whoever fills the disk has it, and the next one that would free something cannot.
+        """
+        if self._is_owed:
+            self._make()
 
     def _is_made(self) -> bool:
         """Whether room is set aside. After a kill, or in a copy that keeps holes, the file may have no blocks."""
@@ -103,7 +115,12 @@ class Reserve:
 
         That operation sets the room aside again when it has ended.
         """
-        if self.read_only or self._is_made():
+        if not self.read_only:
+            self._make()
+
+    def _make(self) -> None:
+        if self._is_made():
+            self._is_owed = False
             return
         with suppress(OSError), locked_directory(self._layout.root, alone=True) as is_unused:
             if not is_unused:
@@ -111,8 +128,22 @@ class Reserve:
             self._give_up()
             descriptor = make_file(self._layout.reserve)
             try:
-                os.posix_fallocate(descriptor, 0, RESERVE_BYTES)
-            except OSError:
-                self._layout.reserve.unlink()
+                if self._allocate(descriptor):
+                    self._is_owed = False
+                else:
+                    self._layout.reserve.unlink()
             finally:
                 os.close(descriptor)
+
+    def _allocate(self, descriptor: int) -> bool:
+        """Give the file its room. What was given up here is rarely there to the last block: a little less is taken then.
+
+        A file that is shorter than it should be is made anew when there may be room.
+        """
+        for missing in _MISSING_BYTES if self._is_owed else (0,):
+            with suppress(OSError):
+                os.posix_fallocate(descriptor, 0, RESERVE_BYTES - missing)
+                return True
+            with suppress(OSError):
+                os.truncate(descriptor, 0)
+        return False

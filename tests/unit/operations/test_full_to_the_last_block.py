@@ -70,6 +70,14 @@ def test_all_that_reads_and_all_that_frees_works_in_processes_of_their_own(root:
     assert (tmp_path / "a.raw").read_bytes()[: 4 * MIB] == b"a" * (4 * MIB)
 
 
+def test_who_only_looks_sets_the_room_aside_again_that_it_gave_up(root: Path) -> None:
+    fill(root)
+    with onionskin.Store(root / "store") as store:
+        assert list(store) == ["web"]
+        assert not store._opened.layout.reserve.exists()
+    assert store._opened.layout.reserve.stat().st_blocks * 512 >= RESERVE_BYTES - MIB
+
+
 def test_a_store_that_is_open_goes_on(root: Path) -> None:
     with onionskin.Store(root / "store") as store, store.open("web") as web:
         web.write(0, b"c" * MIB)
