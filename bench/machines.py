@@ -20,16 +20,21 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import onionskin
+from onionskin.machine import restore
 from onionskin.machine.monitor import Monitor
 from onionskin.machine.record import Record
+from onionskin.machine.supervisor import Supervisor
 
 SECONDS_MAX = 120.0
 DISKS = {"d1": "64M", "d2": "8M"}
-TICK = re.compile(rb"tick \d+ [^\n]*\n")
+TICK = re.compile(rb"tick (\d+) [^\n]*\n")
 
 
 class Console:
@@ -48,6 +53,7 @@ class Console:
                     raise
                 time.sleep(0.002)
         self.text = b""
+        self._parts: list[tuple[int, float]] = []  # up to which byte it was read, and when
         self._news = threading.Condition()
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
@@ -56,6 +62,7 @@ class Console:
         while part := self._socket.recv(65536):
             with self._news:
                 self.text += part
+                self._parts.append((len(self.text), time.monotonic()))
                 self._news.notify_all()
 
     def wait_ticks(self, count: int = 1, *, since: int | None = None) -> None:
@@ -64,6 +71,29 @@ class Console:
             at = len(self.text) if since is None else since
             if not self._news.wait_for(lambda: len(TICK.findall(self.text, at)) >= count, SECONDS_MAX):
                 raise TimeoutError(f"the guest says nothing: {self.text[-200:]!r}")
+
+    def time_back(self, since: int) -> float:
+        """Return when the first whole tick behind a place in the text came whose number is less than the one before it."""
+
+        def find() -> float | None:
+            before = 0
+            for tick in TICK.finditer(self.text, since):
+                if int(tick[1]) < before:
+                    return next(when for read, when in self._parts if read >= tick.end())
+                before = int(tick[1])
+            return None
+
+        with self._news:
+            if not self._news.wait_for(lambda: find() is not None, SECONDS_MAX):
+                raise TimeoutError(f"the guest did not go back: {self.text[-200:]!r}")
+            found = find()
+            assert found is not None
+            return found
+
+    def last_tick(self) -> int:
+        """Return where the last whole tick begins."""
+        with self._news:
+            return [tick.start() for tick in TICK.finditer(self.text)][-1]
 
 
 class Times:
@@ -90,7 +120,7 @@ class Times:
     def lines(self) -> list[str]:
         """Return the table."""
         return [
-            f"{row:44} {statistics.median(ms):8.1f} ms   [{min(ms):.1f} to {max(ms):.1f}]   n={len(ms)}"
+            f"{row:50} {statistics.median(ms):8.1f} ms   [{min(ms):.1f} to {max(ms):.1f}]   n={len(ms)}"
             for row, ms in self.rows.items()
         ]
 
@@ -140,10 +170,18 @@ class Peer:
         self.monitor.close()
 
 
-def pss_mib(pid: int) -> float:
-    """Return how much memory a process has, shared pages by halves."""
-    (found,) = re.findall(r"^Pss: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
-    return int(found) / 1024
+def pss_mib(pid: int) -> tuple[float, float]:
+    """Return how much memory a process has, and how much of that is its guest's; shared pages by halves."""
+    whole = guests = 0
+    is_guests = False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            is_guests = bool(re.search(r"/ram\.empty|/ram/", line))
+        elif line.startswith("Pss:"):
+            size = int(line.split()[1])
+            whole += size
+            guests += size if is_guests else 0
+    return whole / 1024, guests / 1024
 
 
 def pid_of(machine: "onionskin.Machine") -> int:
@@ -158,12 +196,15 @@ def console_of(machine: "onionskin.Machine") -> Console:
     return Console(machine._directory / "console")
 
 
-def measure_turns(times: Times, lab: "onionskin.Machine", root: Path, given: argparse.Namespace) -> dict[str, float]:
+def measure_turns(
+    times: Times, store: "onionskin.Store", lab: "onionskin.Machine", root: Path, given: argparse.Namespace
+) -> dict[str, float]:
     """Take turns: snapshots beside savevm, reverts beside loadvm."""
     console = console_of(lab)
     console.wait_ticks(30)
-    found = {"booted PSS MiB": pss_mib(pid_of(lab))}
-    times.take("first snapshot, durable", lambda: lab.snapshot("first"))
+    found = dict(zip(("booted: PSS MiB", "booted: of which guest RAM"), pss_mib(pid_of(lab)), strict=True))
+    first = times.take("first snapshot, durable", lambda: lab.snapshot("first"))
+    times.add("its pause", first.pause_seconds)
     lab.pause()
     peer = Peer(root, given)
     try:
@@ -176,27 +217,70 @@ def measure_turns(times: Times, lab: "onionskin.Machine", root: Path, given: arg
             lab.resume()
             time.sleep(given.seconds)
             taken = times.take("second snapshot, durable", lambda: lab.snapshot(f"s{number}"))  # noqa: B023
-            times.add("its pause", taken.pause_seconds)
+            times.add("pause of the second", taken.pause_seconds)
             stored.append(taken.bytes_stored / 2**20)
             time.sleep(given.seconds / 2)
-            begun = time.monotonic()
-            lab.revert(f"s{number}")
-            console.wait_ticks()
-            times.add("revert to first output", time.monotonic() - begun)
+            since, begun = console.last_tick(), time.monotonic()
+            times.take("revert, call", lambda: lab.revert(f"s{number}"))  # noqa: B023
+            times.add("revert to first output", console.time_back(since) - begun)
             lab.pause()
             peer.monitor.execute("cont")
             time.sleep(given.seconds)
             times.take("second savevm", lambda: peer.say(f"savevm s{number}"))  # noqa: B023
             time.sleep(given.seconds / 2)
-            begun = time.monotonic()
-            peer.say(f"loadvm s{number}")
-            peer.console.wait_ticks()
-            times.add("loadvm to first output", time.monotonic() - begun)
+            since, begun = peer.console.last_tick(), time.monotonic()
+            times.take("loadvm, call", lambda: peer.say(f"loadvm s{number}"))  # noqa: B023
+            times.add("loadvm to first output", peer.console.time_back(since) - begun)
             peer.monitor.execute("stop")
-        found["stored MiB, median"] = statistics.median(stored)
+        changed = changed_mib(store, ["first", *(f"s{number}" for number in range(given.rounds))], given.memory)
+        found["second snapshots: stored MiB, median"] = statistics.median(stored)
+        found["second snapshots: stored / changed RAM, median"] = statistics.median(
+            one / other for one, other in zip(stored, changed, strict=True)
+        )
     finally:
         peer.end()
     return found
+
+
+def changed_mib(store: "onionskin.Store", names: list[str], memory: int) -> list[float]:
+    """Return how much of RAM differs between each of these snapshots and the one before it."""
+    found = []
+    for before, after in pairwise(names):
+        with store.open("lab.ram", snapshot=before) as one, store.open("lab.ram", snapshot=after) as other:
+            pages = 0
+            for at in range(0, memory << 20, 8 << 20):
+                pair = [np.frombuffer(volume.read(at, 8 << 20), np.uint64).reshape(-1, 512) for volume in (one, other)]
+                pages += int((pair[0] != pair[1]).any(1).sum())
+        found.append(pages * 4096 / 2**20)
+    return found
+
+
+def measure_ram_part(times: Times, store: "onionskin.Store", given: argparse.Namespace) -> None:
+    """Time the part of a revert that puts RAM back, where the RAM file of that snapshot is mapped, and where another is."""
+    lab = store.open_machine("lab")
+    lab.stop(force=True)
+    store._revert_machine("lab", "first")  # so that its next start goes on from there
+    supervisor = Supervisor(onionskin.Store(store.path), "lab", lambda _: None)
+    supervisor.begin()
+    real = restore._put_back
+    try:
+        console = Console(supervisor._directory / "console")
+        for row, name in (("RAM part of a revert, its file mapped", "first"), ("... another file mapped", "own")):
+            if name == "own":
+                console.wait_ticks(3)
+                supervisor.snapshot(lambda: None, name, "", None, False)
+                supervisor.running.files.finish()
+            supervisor.revert(lambda: None, name)
+            for _ in range(given.rounds):
+                console.wait_ticks(3)
+                time.sleep(given.seconds / 2)
+                restore._put_back = lambda *a: times.take(row, lambda: real(*a))  # noqa: B023
+                supervisor.revert(lambda: None, name)
+                restore._put_back = real
+    finally:
+        restore._put_back = real
+        supervisor._process.quit(0)
+        supervisor.end()
 
 
 def measure_forks(times: Times, lab: "onionskin.Machine", root: Path, given: argparse.Namespace) -> dict[str, float]:
@@ -220,11 +304,14 @@ def fork(times: Times, lab: "onionskin.Machine", count: int, row: str) -> dict[s
     for console in consoles:
         console.wait_ticks(since=0)
     times.add(row, time.monotonic() - begun)
-    memory = sum(pss_mib(pid_of(one)) for one in forks)
+    memory = [pss_mib(pid_of(one)) for one in forks]
     for one in forks:
         one.stop(force=True)
         one.delete()
-    return {f"{row}: PSS MiB": memory}
+    return {
+        f"{row}: PSS MiB": sum(whole for whole, _ in memory),
+        f"{row}: of which guest RAM": sum(guests for _, guests in memory),
+    }
 
 
 def load_peers(times: Times, count: int, root: Path, given: argparse.Namespace) -> None:
@@ -282,19 +369,22 @@ def main() -> int:
         )
         try:
             lab.start()
-            found |= measure_turns(times, lab, Path(directory), given)
+            found |= measure_turns(times, store, lab, Path(directory), given)
             lab.resume()
             for _ in range(given.pauses):
                 time.sleep(0.3)
                 times.add("pause of a live snapshot", lab.snapshot().pause_seconds)
             found |= measure_forks(times, lab, Path(directory), given)
+            measure_ram_part(times, store, given)
         finally:
             for info in store.machines():
                 store.open_machine(info.name).stop(force=True)
     if given.json:
         print(json.dumps({"ms": times.rows, "other": found}))
     else:
-        print("\n".join([*times.lines(), *(f"{what:44} {value:8.1f}" for what, value in found.items())]))
+        print("\n".join([*times.lines(), *(f"{what:50} {value:8.1f}" for what, value in found.items())]))
+        print(f"first savevm / snapshot: {times.median('first savevm') / times.median('first snapshot, durable'):.1f}")
+        print(f"first savevm / pause: {times.median('first savevm') / times.median('its pause'):.1f}")
         print(f"savevm / snapshot: {times.median('second savevm') / times.median('second snapshot, durable'):.1f}")
         print(f"loadvm / revert: {times.median('loadvm to first output') / times.median('revert to first output'):.1f}")
         for count in (1, given.forks):

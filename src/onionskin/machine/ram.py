@@ -15,8 +15,9 @@ stopped. A RAM file that machines map privately is never written to by a machine
 import mmap
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -274,7 +275,7 @@ class GuestRam(UnsavedRam):
         self._unread = np.zeros(
             len(self._unsaved), np.bool_
         )  # of the unsaved: what neither the copy nor the volume has as it is now
-        self._room = page_aligned(PIECE_PAGES)
+        self._rooms = (page_aligned(PIECE_PAGES), page_aligned(PIECE_PAGES))
 
     def add_private(self, *, swapped: bool) -> None:
         """Count all pages as unsaved that do not read as the RAM file: what was written before writes were noted.
@@ -305,23 +306,43 @@ class GuestRam(UnsavedRam):
     def stream(self, volume: "Volume") -> int:
         """Write what was written since the last call to the volume, while the machine runs. Return how many pages.
 
-        They go through a small buffer, which stays in the processor's cache, and on to the disk at once. So when the machine
-        is stopped, little is left to copy, and little to write behind that.
+        They go through small buffers, which stay in the processor's cache, and on to the disk at once. So when the machine
+        is stopped, little is left to copy, and little to write behind that. While one piece is written, the next is read: a
+        page that the machine writes meanwhile is found by the next scan, as one that it writes before it is read.
         """
         self._refuse_closed()
         self.note_written()
         count = 0
-        for piece in pieces_of(runs_of(self._unread)):
-            numbers = blocks_of(piece)
-            pages = self._room[: len(numbers)]
-            self._tracker.read(piece, pages.reshape(-1))
-            self._save_pages(volume, numbers, pages)
-            self._unread[numbers] = False
-            self._copied[numbers] = False
-            count += len(numbers)
-            if len(numbers) >= _START_WRITING_PAGES:
-                volume._opened.on_path(lambda path: path.start_writing())
+        with closing(self._read_ahead(list(pieces_of(runs_of(self._unread))))) as ahead:
+            for numbers, pages in ahead:
+                self._save_pages(volume, numbers, pages)
+                self._unread[numbers] = False
+                self._copied[numbers] = False
+                count += len(numbers)
+                if len(numbers) >= _START_WRITING_PAGES:
+                    volume._opened.on_path(lambda path: path.start_writing())
         return count
+
+    def _read_ahead(self, pieces: list[NDArray[Any]]) -> Generator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+        """Read pieces of RAM, the next one while the caller uses the one before. Give their page numbers and their pages."""
+
+        def read(place: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+            piece = pieces[place]
+            numbers = blocks_of(piece)
+            pages = self._rooms[place % 2][: len(numbers)]
+            self._tracker.read(piece, pages.reshape(-1))
+            return numbers, pages
+
+        if len(pieces) == 1:
+            yield read(0)
+        elif pieces:
+            with ThreadPoolExecutor(1, "onionskin RAM") as thread:  # at its end, nobody uses the tracker
+                ahead = thread.submit(read, 0)
+                for place in range(len(pieces)):
+                    found = ahead.result()
+                    if place + 1 < len(pieces):
+                        ahead = thread.submit(read, place + 1)
+                    yield found
 
     def note_written(self) -> NDArray[Any]:
         """Count as unsaved what was written since the last call, without a look at what it holds. Return its runs."""

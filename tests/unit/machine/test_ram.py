@@ -1,10 +1,13 @@
 """Guest RAM without a guest: a child process maps a file, as QEMU does, and the preload library maps it privately."""
 
+import errno
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -154,6 +157,57 @@ def test_what_is_streamed_while_the_machine_runs_is_collected_again_after_a_snap
         assert ram.unsaved_pages == 1499 and ram.collect() == 1499
         assert ram.save(volume) == 1499 * PAGE_BYTES
         assert [volume.read(page * PAGE_BYTES, 1)[0] for page in (1, 700, 1499)] == [77, 201, 250]
+
+
+def test_a_piece_of_ram_is_read_while_the_one_before_is_written_and_no_write_in_between_is_lost(
+    child: Child, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker, ram = tracked(child)
+    reads, save = [threading.Event(), threading.Event()], ram._save_pages
+    numbers_of_pieces: list[int] = []
+
+    def read(runs: np.ndarray, to: np.ndarray) -> None:
+        tracker.read(runs, to)
+        next(one for one in reads if not one.is_set()).set()
+
+    def save_and_write(volume: onionskin.Volume, numbers: np.ndarray, pages: np.ndarray) -> None:
+        if not numbers_of_pieces:
+            assert reads[1].wait(30), "the next piece is not read before this one is written"
+            child.write(10, 77)  # of this piece
+            child.write(3000, 78)  # of the next one
+        numbers_of_pieces.append(len(numbers))
+        save(volume, numbers, pages)
+
+    with onionskin.Store(tmp_path / "vms") as store, store.create("ram", size=LENGTH) as volume:
+        for page in range(1, 3001):
+            child.write(page, 1 + page % 250)
+        monkeypatch.setattr(ram, "_tracker", SimpleNamespace(read=read, written=tracker.written, close=tracker.close))
+        monkeypatch.setattr(ram, "_save_pages", save_and_write)
+        assert ram.stream(volume) == 3000 and numbers_of_pieces == [2048, 952]
+        assert [volume.read(page * PAGE_BYTES, 1)[0] for page in (10, 2049, 3000)] == [11, 50, 1]
+        monkeypatch.setattr(ram, "_tracker", tracker)
+        assert ram.collect() == 2
+        ram.save(volume)
+        assert [volume.read(page * PAGE_BYTES, 1)[0] for page in (10, 2049, 3000)] == [77, 50, 78]
+
+
+def test_pieces_of_ram_that_could_not_be_written_are_collected_for_the_next_snapshot(
+    child: Child, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, ram = tracked(child)
+
+    def save(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    with onionskin.Store(tmp_path / "vms") as store, store.create("ram", size=LENGTH) as volume:
+        for page in range(1, 3001):
+            child.write(page, 1 + page % 250)
+        monkeypatch.setattr(ram, "_save_pages", save)
+        with pytest.raises(OSError, match="no room"):
+            ram.stream(volume)
+        monkeypatch.undo()
+        ram.collect_again()
+        assert ram.stream(volume) == 3000 and volume.read(3000 * PAGE_BYTES, 1)[0] == 1
 
 
 def test_a_page_that_is_zero_again_before_the_snapshot_takes_no_room(child: Child, tmp_path: Path) -> None:
