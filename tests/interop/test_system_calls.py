@@ -1,12 +1,16 @@
-"""What snapshot and flush ask of the system, counted with strace: the cost must not grow with the disk."""
+"""What writes, snapshots and flushes ask of the system, counted with strace: the cost must not grow with the disk."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from support.nbd_client import NbdClient
+from support.servers import COMMAND, short_socket
 
 import onionskin
 
@@ -26,6 +30,7 @@ os.close(os.open("/dev/null", os.O_RDONLY))  # begin
 os.close(os.open("/dev/zero", os.O_RDONLY))  # end
 """
 CALL = re.compile(r"^(?:\[pid +\d+\] |\d+ +)?(\w+)\(")
+ENDED = re.compile(r"^\d+ +(?:<\.\.\. )?(\w+)(?:\((?!.*<unfinished)| resumed)")
 
 
 def calls(tmp_path: Path, body: str, *, size: str = "1G", prepare: str = "") -> Counter[str]:
@@ -41,8 +46,69 @@ def calls(tmp_path: Path, body: str, *, size: str = "1G", prepare: str = "") -> 
     return Counter(match[1] for line in lines[first + 1 : last] if (match := CALL.match(line)))
 
 
+def ended_calls(trace: Path) -> Counter[str]:
+    """Count the system calls that have returned so far in a program that runs."""
+    return Counter(match[1] for line in trace.read_text().splitlines() if (match := ENDED.match(line)))
+
+
 def syncs(found: Counter[str]) -> int:
     return found["fdatasync"] + found["fsync"]
+
+
+# As many records have room in the file of pending records at first; then the room doubles, by one call for the file and one
+# for the mapping.
+FIRST_RECORDS = 16384 // 24
+OF_MEMORY = ("brk", "mmap", "munmap", "mprotect", "madvise", "futex")
+
+
+def expected_for_first_writes(count: int) -> dict[str, int]:
+    doublings = (count // FIRST_RECORDS).bit_length()
+    return {"pwrite64": count, "fallocate": doublings, "mremap": doublings}
+
+
+def of_files(found: Counter[str]) -> dict[str, int]:
+    return {call: count for call, count in found.items() if call not in OF_MEMORY}
+
+
+def test_the_record_of_a_write_is_no_call(tmp_path: Path) -> None:
+    """Blocks in no order, so that each write has a record of its own."""
+    body = "for number in range(3000): disk.write((1000 + number * 7919 % 200_000) * 4096, block)"
+    found = calls(tmp_path, body, prepare='block = b"n" * 4096; disk.write(1 << 20, block)')
+    found["close"] -= 1  # of what marks the beginning
+    assert of_files(+found) == expected_for_first_writes(3000)
+
+
+def test_an_overwrite_is_one_call(tmp_path: Path) -> None:
+    found = calls(
+        tmp_path, "for number in range(3000): disk.write(number % 16 * 4096, block)", prepare="block = b'n' * 4096"
+    )
+    found["close"] -= 1
+    assert of_files(+found) == {"pwrite64": 3000}
+
+
+def test_a_write_to_a_server_is_a_request_an_answer_and_one_call(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "vms") as store:
+        store.create("web", size="1G").close()
+    trace, socket = tmp_path / "trace", short_socket(tmp_path)
+    served = [*COMMAND, "serve", f"{tmp_path}/vms/web", "--socket", str(socket), "--json"]
+    with subprocess.Popen(["strace", "-f", "-o", trace, *served], stdout=subprocess.PIPE) as traced:
+        assert traced.stdout is not None
+        try:
+            assert traced.stdout.readline()  # it is ready
+            with NbdClient.unix(socket, "web") as client:
+                client.write(1 << 20, b"n" * 4096)
+                before = ended_calls(trace)
+                for number in range(1000):
+                    client.write((1000 + number * 7919 % 200_000) * 4096, b"n" * 4096)
+                found = of_files(ended_calls(trace) - before)
+        finally:
+            # The server itself, since strace waits for it.
+            children = Path(f"/proc/{traced.pid}/task/{traced.pid}/children").read_text().split()
+            for child in children:
+                os.kill(int(child), signal.SIGTERM)
+    requests, answers = found.pop("recvfrom"), found.pop("sendmsg")
+    assert answers == 1000 and abs(requests - answers) <= 1  # the next request is waited for already, or not yet
+    assert found == expected_for_first_writes(1000)
 
 
 def test_a_flush_of_overwrites_is_one_sync(tmp_path: Path) -> None:

@@ -433,11 +433,16 @@ def _is_half_merged(world: World) -> bool:
 
 
 class AftermathExplorer:
-    """Goes through first verbs, and tries in what each left behind the second verbs that were tried there the least."""
+    """Goes through first verbs, and tries in what each left behind the second verbs that were tried there the least.
+
+    Of those that were tried there equally often, the ones come first that were tried behind this first verb the least, in
+    whatever it left. So every pair was tried before one of them is tried in a second state.
+    """
 
     def __init__(self, explorer: Explorer) -> None:
         self.explorer, self.given, self.random = explorer, explorer.given, explorer.random
         self.tried: Counter[tuple[str, str, str]] = Counter()
+        self.pairs: Counter[tuple[str, str]] = Counter()
         self.states: set[tuple[str, str, str, str]] = set()
         self.cases: Counter[str] = Counter()
         self.seconds: set[str] = set()
@@ -450,7 +455,8 @@ class AftermathExplorer:
 
         # So that a merge into a small base is done in several stretches, each of which the catalog notes.
         merge_into_base.FIRST_STRETCH_BYTES = merge_into_base.STRETCH_BYTES_MIN = 8 * PAGE_BYTES
-        firsts = self.given.first or [verb.name for verb in FIRST_VERBS]
+        part, parts = map(int, self.given.part.split("/"))
+        firsts = (self.given.first or [verb.name for verb in FIRST_VERBS])[part::parts]
         if self.given.step >= 0:
             self._repeat()
             return
@@ -483,7 +489,9 @@ class AftermathExplorer:
                 continue
             names = self.given.second or [verb.name for verb in SECOND_VERBS]
             at = f"{first} {how} {_kind_of(remains.label)} {len(remains.events)} {world.wipe}"
-            order = sorted(names, key=lambda name: (self.tried[first, at, name], self.random.random()))
+            order = sorted(
+                names, key=lambda name: (self.tried[first, at, name], self.pairs[first, name], self.random.random())
+            )
             cases = [(name, self.random.choice(self._relations())) for name in order[:SECONDS_IN_A_STATE]]
             self._in(world, remains, cases, at)
             if how == "kill" and not self.given.second and not self.explorer.is_over():
@@ -519,6 +527,7 @@ class AftermathExplorer:
         for (second, relation), told in aftermath.run(cases):
             wrong, lines = aftermath.judge(second, relation, told)
             self.tried[remains.first, at, second] += 1
+            self.pairs[remains.first, second] += 1
             self.cases[f"{remains.how} twice" if then else remains.how] += 1
             self.seconds.add(second)
             for line in lines[len(remains.told) :]:
@@ -599,7 +608,7 @@ class AftermathExplorer:
         """Say what was tried."""
         print(
             f"aftermath: first verbs {len({first for first, *_ in self.states})}, states {len(self.states)}, "
-            f"second verbs {len(self.seconds)}, runs {sum(self.cases.values())} "
+            f"second verbs {len(self.seconds)}, pairs {len(self.pairs)}, runs {sum(self.cases.values())} "
             f"({', '.join(f'{how} {count}' for how, count in sorted(self.cases.items()))})"
         )
 
