@@ -28,7 +28,7 @@ def test_an_image_of_any_name_is_written_and_read(run: Run, vms: Path, tmp_path:
 def test_a_name_that_the_locale_cannot_write_is_told_with_what_it_can(spawn: Spawn, vms: Path, tmp_path: Path) -> None:
     image = tmp_path / os.fsdecode(b"not \xff utf-8")
     process = spawn("export", f"{vms}/web", image, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"LC_ALL": "C"})
-    out, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=300)
     assert (process.returncode, errors) == (0, b"")
     assert b"not ? utf-8" in out
     assert image.exists()
@@ -47,4 +47,4 @@ def test_clients_find_the_socket_by_the_address_that_is_printed(
         assert int(asked.stdout) == 1 << 20
     finally:
         server.terminate()
-        server.communicate(timeout=60)
+        server.communicate(timeout=300)

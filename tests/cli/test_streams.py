@@ -26,7 +26,7 @@ def shell(script: str, **words: object) -> "subprocess.CompletedProcess[bytes]":
     """Run a line of the shell, in which `os` is the command."""
     command = re.sub(r"\bos\b", "python -m onionskin", script.format(**words))
     path = f"{Path(os.sys.executable).parent}:{os.environ['PATH']}"  # type: ignore[attr-defined]
-    return subprocess.run(["bash", "-c", command], capture_output=True, env=os.environ | {"PATH": path}, timeout=60)
+    return subprocess.run(["bash", "-c", command], capture_output=True, env=os.environ | {"PATH": path}, timeout=300)
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_an_image_to_stdout_is_not_whole_where_the_base_changed_meanwhile(
     assert process.stdout is not None
     assert process.stdout.read(1)  # it has begun, and waits
     overwrite(base)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 6
     assert b"has changed" in said
 
@@ -141,7 +141,7 @@ def test_all_goes_through_a_stdout_that_takes_a_part_at_a_time(
     os.close(writer)
     with open(reader, "rb") as file:
         got = file.read()
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
     if verb[0] == "delta":
         assert run("create", f"{vms}/copy", "--size", "1M").exit_code == 0
         assert run("apply", f"{vms}/copy", input=got).exit_code == 0

@@ -29,7 +29,7 @@ def stamps(store: Path, source: Path | None = None) -> tuple[int, int]:
     """Return what the snapshots of the first and the third have of a write to the first and a later one to the third."""
     environment = {**os.environ, **({"PYTHONPATH": str(source)} if source else {})}
     done = subprocess.run(
-        [sys.executable, PROGRAM, store], env=environment, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, PROGRAM, store], env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
     first, third = map(int, done.stdout.split())

@@ -36,7 +36,7 @@ def shell(root: Path, line: str) -> "subprocess.CompletedProcess[str]":
         "RESTIC_CACHE_DIR": str(root / "cache"),
     }
     return subprocess.run(
-        ["bash", "-o", "pipefail", "-c", line], cwd=root, env=environment, capture_output=True, text=True, timeout=120
+        ["bash", "-o", "pipefail", "-c", line], cwd=root, env=environment, capture_output=True, text=True, timeout=300
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.linux_guest import kernel_package
 
-SECONDS_MAX = 400  # of a busy machine
+SECONDS_MAX = 1500  # of a busy machine
 
 
 def demo(temporary: Path, *arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -37,7 +37,7 @@ def processes_with(text: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_the_demo_of_a_machine_proves_what_it_shows_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "packages").mkdir()
     (tmp_path / "temporary").mkdir()

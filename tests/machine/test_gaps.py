@@ -18,7 +18,7 @@ from onionskin.errors import OnionskinError
 from onionskin.machine import pool as pools
 from onionskin.machine.machine import Machine
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 VICTIMS = ("supervisor", "server", "hypervisor")
 OF_A_SNAPSHOT = (
     *("GuestRam.stream", "MachineCut.check", "QemuProcess.prepare_state", "GuestRam.collect", "QemuProcess.pause"),

@@ -16,7 +16,7 @@ import onionskin
 from onionskin.errors import StateError
 from onionskin.machine.machine import Machine
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture

@@ -75,6 +75,7 @@ def test_many_reverts_in_place_put_ram_and_disks_back_and_keep_console_and_vnc(f
         fork.snapshot("ready")
         hypervisor = fork.status()["pids"]["hypervisor"]
         at, secret = stamp_of(fork, "ready"), secret_of(console.text)
+        console.wait(lambda: counts(console.text)[-1] > at + 1)  # lines from before the snapshot may be read behind it
         for number in range(rounds(3, 100)):
             wait_counts(console, 3)
             since = len(console.text)

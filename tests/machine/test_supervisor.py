@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.guests import SECONDS_MAX, Console, configuration, count_in, stop_process, until
@@ -339,6 +340,25 @@ def test_a_machine_whose_supervisor_was_killed_is_taken_over_by_the_next_command
         screen.wait_ticks(5)
     lab.stop(SECONDS_MAX)
     assert lab.state == "off"
+
+
+def test_a_takeover_that_took_longer_than_somebody_is_waited_for_is_found(
+    lab: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.start()
+    record = found(lab)
+    os.kill(record.supervisor.pid, signal.SIGKILL)
+    until(lambda: not record.supervisor.is_alive)
+    start, late = Machine._start, [0.0]
+
+    def start_slowly(machine: Machine) -> None:
+        start(machine)
+        late[0] += 3600
+
+    monkeypatch.setattr(Machine, "_start", start_slowly)
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late[0], sleep=time.sleep)
+    monkeypatch.setattr("onionskin.machine.machine.time", clock)
+    assert lab.state == "running" and late == [3600]
 
 
 def test_a_machine_that_a_killed_supervisor_left_standing_still_goes_on(lab: Machine) -> None:

@@ -146,7 +146,7 @@ def in_this_process(server: Server, socket: Path) -> Iterator[None]:
     thread = threading.Thread(target=server.run, args=(ready.set,))
     thread.start()
     try:
-        assert ready.wait(60)
+        assert ready.wait(300)
         yield
     finally:
         server.stop()
@@ -176,6 +176,6 @@ def test_what_a_clients_flush_freed_is_wiped_at_once(tmp_path: Path, monkeypatch
         monkeypatch.setattr(reclaim, "reclaim_slots", reclaim_and_tell)
         client.trim(0, BLOCK)
         client.flush()
-        assert wiped.wait(60)
+        assert wiped.wait(300)
         assert secret[:24] not in segment.read_bytes()
         assert client.read(BLOCK, 1) == b"x"

@@ -1,6 +1,7 @@
 """Groups whose volumes others serve: one cut, all or none, and an end to every wait, whoever stops or dies at which step."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -270,9 +271,20 @@ def two_servers(at: Path, tmp_path: Path) -> Iterator[list[NbdClient]]:
         yield clients
 
 
+def cut_in_the_end(store: onionskin.Store, name: str) -> None:
+    """Take a group. One for which servers were too slow, as the host is busy, took nothing: it is tried again."""
+    while True:
+        try:
+            store.snapshot_group({"web": name, "db": name})
+            return
+        except onionskin.StateError as error:
+            if not re.search("did not cut it within|not cut in time", str(error)):
+                raise
+
+
 def cut_again_and_again(store: onionskin.Store, cuts: int) -> None:
     for number in range(cuts):
-        store.snapshot_group({"web": f"s{number}", "db": f"s{number}"})
+        cut_in_the_end(store, f"s{number}")
         ahead = number_in(store, "web", f"s{number}") - number_in(store, "db", f"s{number}")
         assert ahead in (0, 1)
 
@@ -886,14 +898,25 @@ def test_a_volume_waits_for_a_caller_inside_its_transaction(
 # ---- a server that is killed or stopped ----
 
 
+def caller_that_was_quick(store: onionskin.Store) -> Caller:
+    """A caller that has come to the last step, quickly enough for a server of its own, which is said by its answer."""
+    while True:
+        caller = Caller(store, "web")
+        try:
+            caller.go_to("synced")
+        except AssertionError:
+            caller.close()
+        else:
+            return caller
+
+
 @pytest.mark.parametrize("committed", [True, False])
 def test_a_volume_whose_server_was_killed_is_opened_with_the_head_of_the_catalog(
     at: Path, store: onionskin.Store, tmp_path: Path, committed: bool
 ) -> None:
     with Serve(at / "web", "--socket", tmp_path / "s", log=tmp_path / "log") as server, server.client() as client:
         stamp(client, 1)
-        caller = Caller(store, "web")
-        caller.go_to("synced")
+        caller = caller_that_was_quick(store)
         stamp(client, 2)
         server.kill()
         if committed:
@@ -919,7 +942,7 @@ def test_a_server_that_was_stopped_fails_the_group_and_all_go_on(
         goes_on(store, server, "web")
         other.process.send_signal(signal.SIGCONT)
         monkeypatch.undo()
-        store.snapshot_group({"web": "s", "db": "s"})
+        cut_in_the_end(store, "s")
 
 
 class Phony:

@@ -34,7 +34,7 @@ def server() -> Iterator[Server]:
 
 def client_of(server: Server, export: str) -> NbdClient:
     ours, theirs = socket.socketpair()
-    ours.settimeout(60)
+    ours.settimeout(300)
     server.serve(theirs, "test")
     return NbdClient(ours, export)
 
@@ -233,7 +233,7 @@ def held_up(monkeypatch: pytest.MonkeyPatch, snapshot: str) -> Iterator[tuple[th
     def open_slowly(self: library.Store, name: str, **options: Any) -> library.Volume:
         if options.get("snapshot") == snapshot:
             began.set()
-            assert go_on.wait(60)
+            assert go_on.wait(300)
         return opened(self, name, **options)
 
     monkeypatch.setattr(library.Store, "open", open_slowly)
@@ -270,7 +270,7 @@ def slow(tmp_path: Path, server: Server) -> Server:
 def test_a_view_that_takes_long_to_open_delays_no_other_client(slow: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     with held_up(monkeypatch, "slow") as (began, go_on):
         thread, results = in_thread(lambda: client_of(slow, "web@slow"))
-        assert began.wait(60)
+        assert began.wait(300)
         with client_of(slow, "web") as volume, client_of(slow, "web@fast") as fast:
             assert volume.read(0, 4) == fast.read(0, 4) == b"fast"
         assert slow.exports.names() == ["web", "web@fast", "web@slow"]
@@ -287,7 +287,7 @@ def test_two_clients_that_ask_for_one_snapshot_at_once_get_one_view(
 ) -> None:
     with held_up(monkeypatch, "slow") as (began, go_on):
         threads = [in_thread(lambda: client_of(slow, "web@slow")) for _ in range(2)]
-        assert began.wait(60)
+        assert began.wait(300)
         go_on.set()
         for thread, results in threads:
             thread.join()
@@ -306,7 +306,7 @@ def test_a_merge_waits_for_a_view_that_is_just_being_opened_and_that_is_refused_
         library.connect(slow.exports.table.served["web"].volume.store, "web") as web,
     ):
         opening, refused = in_thread(lambda: client_of(slow, "web@slow"))
-        assert began.wait(60)
+        assert began.wait(300)
         barred = threading.Event()
         wait_for = slow.exports.table.changed.wait_for
 
@@ -316,7 +316,7 @@ def test_a_merge_waits_for_a_view_that_is_just_being_opened_and_that_is_refused_
 
         monkeypatch.setattr(slow.exports.table.changed, "wait_for", wait_and_tell)
         merging, merged = in_thread(lambda: web.merge("slow"))
-        assert barred.wait(60)
+        assert barred.wait(300)
         assert merging.is_alive()
         go_on.set()
         merging.join()

@@ -159,7 +159,7 @@ def here() -> Iterator[Server]:
 
 def client_of(server: Server, export: str) -> NbdClient:
     ours, theirs = socket.socketpair()
-    ours.settimeout(60)
+    ours.settimeout(300)
     server.serve(theirs, "test")
     return NbdClient(ours, export)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-SECONDS_MAX = 240
+SECONDS_MAX = 300  # of a busy machine: only what hangs takes so long
 FILE_BYTES = 65536
 MODULES = (
     *("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_blk"),
@@ -117,7 +117,7 @@ class Guest:
 
     def __init__(self, image: GuestImage, socket: Path, log: Path) -> None:
         accelerator = ("kvm", "host") if has_kvm() else ("tcg", "max")
-        disk = f"driver=nbd,node-name=disk,server.type=unix,server.path={socket},export=web,reconnect-delay=30"
+        disk = f"driver=nbd,node-name=disk,server.type=unix,server.path={socket},export=web,reconnect-delay=300"
         self._log = log
         self.process = subprocess.Popen(
             [

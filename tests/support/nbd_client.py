@@ -27,7 +27,7 @@ class NbdClient:
     @classmethod
     def unix(cls, path: Path, export: str) -> Self:
         connection = socket.socket(socket.AF_UNIX)
-        connection.settimeout(60)
+        connection.settimeout(300)
         connection.connect(str(path))
         return cls(connection, export)
 

@@ -44,7 +44,7 @@ class Client:
 
     def __init__(self, path: Path, *, client_flags: int = 3, greeting: bool = True) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(30)
+        self.socket.settimeout(300)
         self.socket.connect(str(path))
         self.structured = False
         self.no_zeroes = bool(client_flags & 2)

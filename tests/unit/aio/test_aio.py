@@ -51,7 +51,7 @@ class Held:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.begun.set()
-        assert self.go_on.wait(60)
+        assert self.go_on.wait(300)
         return self.function(*args, **kwargs)
 
 
@@ -123,7 +123,7 @@ def test_two_tasks_that_await_a_store_open_it_once(tmp_path: Path) -> None:
         make = store._make
 
         def make_and_tell() -> onionskin.Store:
-            both_wait.wait(60)
+            both_wait.wait(300)
             made.append(make())
             return made[-1]
 

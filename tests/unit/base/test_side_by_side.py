@@ -12,7 +12,7 @@ def test_all_calls_run_at_the_same_time() -> None:
     together = threading.Barrier(4)
     with side_by_side(4) as beside:
         for _ in range(2):
-            beside.run([lambda: together.wait(60)] * 4)
+            beside.run([lambda: together.wait(300)] * 4)
 
 
 def test_more_calls_than_threads_all_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ with onionskin.Store(sys.argv[1] + "/store") as store, store.create("web", size=
 
 def run(directory: Path, how: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM, directory, how], check=False, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", PROGRAM, directory, how], check=False, capture_output=True, text=True, timeout=300
     )
 
 

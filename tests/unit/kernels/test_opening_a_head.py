@@ -262,7 +262,7 @@ print("alive")
 
 def test_faulthandler_does_not_take_the_guard_away(tmp_path: Path) -> None:
     program = FAULT.format(folder=str(Path(__file__).parent), root=str(tmp_path))
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "alive\n"
 
@@ -272,7 +272,7 @@ def test_the_guard_that_was_replaced_is_back_at_the_next_opening(tmp_path: Path)
         "faulthandler.enable()", "import signal; signal.signal(7, signal.SIG_DFL); head.open_to_read()"
     )
     program = program.format(folder=str(Path(__file__).parent), root=str(tmp_path))
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
 
 
@@ -287,6 +287,6 @@ mapped[0]
 for _ in range(2):"""
     program = FAULT.replace("\nfor _ in range(2):", fault)
     program = program.format(folder=str(Path(__file__).parent), root=str(tmp_path))
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert run.returncode == -7
     assert "Bus error" in run.stderr

@@ -181,7 +181,7 @@ def test_who_waits_for_a_supervisor_that_ends_is_answered_and_not_interrupted(tm
         server.close()
         may_end.set()
         asking.join()
-    server.join(60)
+    server.join(300)
     assert answers == ["taken"]
 
 
@@ -207,6 +207,6 @@ def test_what_a_caller_that_has_gone_asked_for_is_given_up(tmp_path: Path) -> No
     is_asked.wait()
     control.close()
     may_end.set()
-    server.join(60)
+    server.join(300)
     server.close()
     assert ended == ["given up"]

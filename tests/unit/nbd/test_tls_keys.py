@@ -63,7 +63,7 @@ if getattr(ssl, "HAS_PSK", False):
         context.minimum_version = context.maximum_version = version
         context.set_ciphers("kECDHEPSK")
         context.set_psk_client_callback(lambda hint: (name, key))
-        ours.settimeout(60)
+        ours.settimeout(300)
         ours.recv(18, socket.MSG_WAITALL)
         ours.sendall(struct.pack(">I", 3) + b"IHAVEOPT" + struct.pack(">II", 5, 0))
         ours.recv(20, socket.MSG_WAITALL)

@@ -396,7 +396,7 @@ def test_a_block_that_a_fork_has_come_to_read_is_not_given_up(
 
     def wait(*arguments: Any) -> tuple[int, int, int]:
         found.set()
-        assert forked.wait(60)
+        assert forked.wait(300)
         return write_map(*arguments)
 
     monkeypatch.setattr(hidden_blocks, "write_map", wait)
@@ -405,7 +405,7 @@ def test_a_block_that_a_fork_has_come_to_read_is_not_given_up(
     def hide() -> None:
         write_durably(web)
         giving_up.start()
-        assert found.wait(60)
+        assert found.wait(300)
 
     when_found_empty(monkeypatch, hide)
     names = store.fork("web")

@@ -333,5 +333,5 @@ def take():
 
 threading.Thread(target=take).start()
 """
-    subprocess.run([sys.executable, "-c", program, store.path], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program, store.path], check=True, timeout=300)
     assert [snapshot.name for name in ("web", "db", "log") for snapshot in store.snapshots(name)] == ["s"] * 3
