@@ -75,6 +75,7 @@ def test_what_is_given_behind_two_dashes_goes_to_the_hypervisor(run: Run, vms: s
         (["merge", "{vms}/lab@a", "{vms}/other@b"], 2, "of several machines"),
         (["merge", "{vms}/lab@a", "--dry-run"], 3, "has no snapshot 'a'"),
         (["delete", "{vms}/lab", "/other/lab"], 2, "not of one store"),
+        (["rename", "{vms}/lab", "/other/lab"], 2, "renamed within its store"),
         (["console", "{vms}/lab"], 5, "is off"),
         (["pause", "{vms}/lab"], 5, "is off"),
         (["start", "{vms}"], 2, "'{vms}' is a store: write {vms}/MACHINE"),

@@ -654,7 +654,8 @@ machine.add_command(pool)
 def rename(name: Name, new_name: str, as_json: bool) -> None:
     """Give a machine that is off another name in its store."""
     new = NEW_MACHINE.convert(new_name, None, None) if "/" in new_name else Name(name.store, new_name)
-    same_store(name, new)
+    if new.store.resolve() != name.store.resolve():
+        raise click.UsageError(f"{new} is not of the store of {name}: a machine is renamed within its store")
     with name.open_store() as store:
         store.rename_machine(name.volume, new.volume)
         about = store.machine_info(new.volume)

@@ -160,11 +160,11 @@ class Record:
 
     def write(self, directory: Path) -> None:
         """Replace the record of a machine."""
-        write_json(directory / RECORD, asdict(self))
+        write_json(directory / RECORD, asdict(self) | {"home": _home(directory)})
 
     @classmethod
     def read(cls, directory: Path) -> "Record | None":
-        """Return the record of a machine, or None if there is none.
+        """Return the record of a machine, or None if there is none, or if it came with a copy of the store.
 
         Raises
         ------
@@ -179,6 +179,8 @@ class Record:
         except (OSError, ValueError):
             value = None
         try:
+            if value.get("home", "") not in ("", _home(directory)):
+                return None  # the processes are those of the machine in the store that was copied
             for name in ("supervisor", "hypervisor", "server"):
                 if value[name] is not None:
                     value[name] = ProcessId.checked(value[name])
@@ -189,9 +191,16 @@ class Record:
             ) from None
 
 
+def _home(directory: Path) -> str:
+    """Say which directory that is, on this boot of the host: a copy is another one, and one that was moved is not."""
+    found = directory.stat()
+    return f"{found.st_dev}:{found.st_ino}"
+
+
 def read_json(path: Path) -> object:
     """Read a small file. Raise ValueError where it is large, or has something else."""
-    with path.open("rb") as file:
+    # Of a FIFO that somebody put there, nobody waits for the other end.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         text = file.read(JSON_BYTES_MAX + 1)
     if len(text) > JSON_BYTES_MAX:
         raise ValueError(f"{path} is too large")

@@ -92,6 +92,7 @@ def delete(
                 f"volumes of {store.path} were renamed meanwhile, and a name means another one now; nothing was changed; "
                 "look at them, and try again"
             )
+        ownership.refuse_removed(catalog, ids.values())  # before its machine, which may run, is found in the way
         with locked_to_remove(store.layout, {id: name for name, id in ids.items()}):
             removed = store.change(remove)
             if removed is not None:

@@ -31,6 +31,22 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert Record.read(tmp_path) == ONE
 
 
+def test_a_record_that_came_with_a_copy_of_the_store_means_no_process(tmp_path: Path) -> None:
+    for name in ("store", "copy"):
+        (tmp_path / name).mkdir()
+    ONE.write(tmp_path / "store")
+    (tmp_path / "copy" / RECORD).write_bytes((tmp_path / "store" / RECORD).read_bytes())
+    assert Record.read(tmp_path / "copy") is None
+    (tmp_path / "store").rename(tmp_path / "moved")
+    assert Record.read(tmp_path / "moved") == ONE
+
+
+def test_nobody_waits_for_a_fifo_in_the_place_of_a_record(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / RECORD)
+    with pytest.raises(FormatError, match="cannot be read"):
+        Record.read(tmp_path)
+
+
 @pytest.mark.parametrize(
     "text", ["", "null", "[]", "{}", "[" * 200_000, '{"supervisor": 5}', "{" + " " * (1 << 20) + "}"]
 )

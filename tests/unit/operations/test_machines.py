@@ -23,6 +23,11 @@ def store(tmp_path: Path) -> Iterator[onionskin.Store]:
         yield store
 
 
+def test_a_disk_that_is_in_use_is_said_to_belong_to_its_machine_before_anything_else(store: onionskin.Store) -> None:
+    with store.open("web"), pytest.raises(StateError, match="belongs to machine 'lab'"):
+        store.delete("web")
+
+
 def test_a_machine_is_listed_with_its_disks_and_its_ram_only_if_asked(store: onionskin.Store) -> None:
     (about,) = store.machines()
     assert about == store.machine_info("lab")
