@@ -126,6 +126,7 @@ class Connection:
         self._syncs_commits = True  # as it was connected
         self._synced_version: int | None = None  # the commits of others up to this version are durable
         self._inode: tuple[int, int] | None = None  # of the file that is open; None: nothing is opened yet
+        self._inode_of_log: tuple[int, int] | None = None  # None: the catalog is only read
         self._is_log_lost = False  # whether a sync of earlier commits failed, and the log was not replaced since
         self._rests = False  # whether the thread that forks holds the guard
         forking.register(self)
@@ -146,28 +147,28 @@ class Connection:
             self._connection, self._copy = connect_to_read(self.path)
         else:
             self._connection = _connect(self.path)
-        self._inode = self._inode_there()
+        self._inode = _inode_at(self.path)
         try:
             with self._errors():
                 self._check_version()
+            if not self.read_only:
+                self._inode_of_log = _inode_at(f"{self.path}-wal")  # SQLite has it open since the first question
         except BaseException:
             self.close()
             raise
-
-    def _inode_there(self) -> "tuple[int, int] | None":
-        try:
-            found = os.stat(self.path)  # noqa: PTH116 - half the time of FilePath.stat
-        except OSError:
-            return None
-        return found.st_dev, found.st_ino
 
     def refuse_moved(self) -> None:
         """Raise StateError if another store, or none, is where this one was opened: its files are reached by their names.
 
         A copy that was put there has files of the same names, which would be freed for what this catalog says.
         """
-        if self._inode_there() != self._inode:
+        if _inode_at(self.path) != self._inode:
             raise moved_error(self.path.parent)
+        if self._inode_of_log is not None and _inode_at(f"{self.path}-wal") != self._inode_of_log:
+            raise StateError(
+                f"{self.path}-wal was removed or replaced while the store was open, so what is committed from now on would "
+                "be lost; close the store and open it again"
+            )
 
     def _check_version(self) -> None:
         (application,) = self._connection.execute("PRAGMA application_id").fetchone()
@@ -675,6 +676,14 @@ def check_rows(kind: type, columns: Sequence[str], rows: Sequence[Sequence[Any]]
 
 def _shown(id: object) -> str:
     return id.hex() if isinstance(id, bytes) else str(id)
+
+
+def _inode_at(path: "FilePath | str") -> "tuple[int, int] | None":
+    try:
+        found = os.stat(path)  # noqa: PTH116 - half the time of FilePath.stat
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _may_be_whole(error: sqlite3.Error) -> bool:

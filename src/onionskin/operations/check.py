@@ -152,10 +152,12 @@ def _check_segments(
 
 def _segment_fault(path: FilePath, id: bytes, block_size: int, slots: int) -> str | None:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         return str(error)
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return "it is not a regular file"
         header = decode_header(os.pread(descriptor, HEADER_BYTES, 0), MAGIC_SEGMENT, path=str(path))
         size = os.fstat(descriptor).st_size
     except (OSError, FormatError) as error:
@@ -192,7 +194,7 @@ def _data_without_map(
 def _data_from(path: FilePath, offset: int) -> int | None:
     """Return where the first data at or behind an offset of a file lies, or None if there is no data or no file."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None  # `_check_segments` reports a file that is needed
     try:

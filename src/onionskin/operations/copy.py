@@ -260,7 +260,7 @@ def _by_segments(
                     continue
                 source = sources[int(number)]
                 if isinstance(source, FilePath):
-                    source = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+                    source = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
                     descriptors.append(source)
                 part["source"][segment[mine] == number] = source
         except BaseException:

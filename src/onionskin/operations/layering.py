@@ -149,7 +149,7 @@ def _base_ranges(base: BaseRow | None, is_merging: bool, size_bytes: int) -> "Ar
     if base is None:
         return numpy.empty((0, 2), numpy.int64)
     try:
-        descriptor = os.open(base.path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(base.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise ChainError(f"the base {base.path} is gone: {_BASE_ADVICE}") from None
     try:

@@ -116,7 +116,7 @@ def check_base(catalog: Catalog, base: BaseRow, *, verify: bool = False) -> None
     """
     half_merged = bool(_merges_into(catalog, FilePath(base.path)))
     try:
-        descriptor = os.open(base.path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(base.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise ChainError(f"the base {base.path} is gone: {_BASE_ADVICE}") from None
     try:

@@ -44,8 +44,12 @@ class Layout:
     @property
     def files(self) -> tuple[FilePath, ...]:
         """The files directly in the store's directory, those that SQLite makes included."""
-        beside = (self.catalog.with_name(f"{CATALOG}{suffix}") for suffix in ("-wal", "-shm", "-journal"))
-        return (self.catalog, *beside, self.lock, self.reserve)
+        return (self.catalog, *self.made_by_sqlite, self.lock, self.reserve)
+
+    @property
+    def made_by_sqlite(self) -> tuple[FilePath, ...]:
+        """The files that SQLite makes beside the catalog, and removes."""
+        return tuple(self.catalog.with_name(f"{CATALOG}{suffix}") for suffix in ("-wal", "-shm", "-journal"))
 
     def map_file(self, map_id: bytes) -> FilePath:
         """The block map with this id."""

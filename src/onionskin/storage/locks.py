@@ -565,7 +565,7 @@ class BaseLock:
     def __init__(self, path: FilePath) -> None:
         self.path = path
         self.half_merged: BaseLooks | None = None
-        self.descriptor: int = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.descriptor: int = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         if not _set_lock(self.descriptor, fcntl.F_RDLCK, _READERS_BYTE, 1):
             self.after_fork()
             raise StateError(f"a merge is writing the base {path}; wait for it to end, and open again")
@@ -625,7 +625,7 @@ class BaseLock:
 def is_being_merged_into(path: FilePath) -> bool:
     """Whether a merge in any process writes the base at a path now."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         return False
     try:

@@ -317,13 +317,19 @@ def refuse_foreign(layout: Layout) -> None:
 def refuse_links(layout: Layout) -> None:
     """Refuse a store in which a link, or something else of the wrong kind, stands for one of its files or directories.
 
-    A link would lead out of the store.
+    A link would lead out of the store. So would a second name of a file that SQLite writes in place beside the catalog.
     """
     for path in (*(layout.root / name for name in DIRECTORIES), *layout.files):
         try:
-            mode = path.lstat().st_mode
+            found = path.lstat()
         except (FileNotFoundError, NotADirectoryError):
             continue
+        mode = found.st_mode
+        if stat.S_ISREG(mode) and found.st_nlink > 1 and path in layout.made_by_sqlite:
+            raise StateError(
+                f"{path} has another name too (a hard link), and what is written to it would be in that file; look at what "
+                "it is, and remove it"
+            )
         wanted = stat.S_ISDIR(mode) if path.name in DIRECTORIES else stat.S_ISREG(mode)
         if not wanted:
             is_link = stat.S_ISLNK(mode)

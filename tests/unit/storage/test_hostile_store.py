@@ -207,3 +207,41 @@ def test_another_user_cannot_keep_the_owner_out() -> None:
                 assert b"Permission denied" in ended.stderr, path
     finally:
         shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.mark.parametrize("name", ["catalog.db-wal", "catalog.db-shm", "catalog.db-journal"])
+def test_a_file_of_sqlite_that_has_another_name_too_is_refused_and_not_written(
+    root: Path, victim: Path, name: str
+) -> None:
+    before = victim.read_bytes()
+    (root / name).unlink(missing_ok=True)
+    os.link(victim, root / name)
+    with pytest.raises(onionskin.StateError, match="hard link"):
+        onionskin.Store(root)
+    assert victim.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["segments", "layers"])
+def test_a_check_waits_for_no_pipe(root: Path, kind: str) -> None:
+    for path in list((root / kind).iterdir()):
+        path.unlink()
+        os.mkfifo(path)
+    with onionskin.Store(root) as store:
+        assert any("regular file" in problem.what for problem in store.check())
+
+
+def test_a_base_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    base = tmp_path / "base.raw"
+    base.write_bytes(bytes(1 << 20))
+    with onionskin.Store(tmp_path / "other") as store:
+        store.create("web", base=base).close()
+        base.unlink()
+        os.mkfifo(base)
+        for look in (lambda: store.open("web"), lambda: store.open("web", mode="r"), lambda: store.layering("web")):
+            with pytest.raises(onionskin.ChainError, match="relocate"):
+                look()
+        assert [problem.where for problem in store.check()] == [str(base)]
+        with pytest.raises((onionskin.OnionskinError, OSError, ValueError)):
+            store.create("new", base=base)
+        with pytest.raises((onionskin.OnionskinError, OSError, ValueError)):
+            store.relocate("web", base=base)

@@ -128,3 +128,14 @@ def test_a_store_that_is_put_back_goes_on(path: Path) -> None:
         volume.write(0, b"b" * BLOCK)
     assert contents(path, "b")[:BLOCK] == b"a" * BLOCK
     assert has_no_problem(path)
+
+
+def test_nothing_is_committed_to_a_log_of_the_catalog_that_was_removed(path: Path) -> None:
+    with onionskin.Store(path) as store, store.create("v", size=SIZE) as volume:
+        volume.write(0, b"a" * BLOCK)
+        volume.snapshot("a")
+        (path / "catalog.db-wal").unlink()
+        with pytest.raises(onionskin.StateError, match="open it again"):
+            volume.snapshot("b")
+    assert contents(path, "a")[:BLOCK] == b"a" * BLOCK
+    assert has_no_problem(path)
