@@ -20,6 +20,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pairs import judging, model
@@ -66,7 +67,7 @@ class Remains:
     step: int
     label: str
     files: dict[str, bytes]
-    images: dict[str, tuple[bytes, int]]
+    images: dict[str, tuple[bytes, int, int]]  # contents, mtime, inode
     before: State
     events: list[Event]
     told: list[str] = field(default_factory=list)
@@ -91,8 +92,12 @@ class Remains:
         for path in world.root.glob("*.img*"):
             if path.name not in self.images:
                 path.unlink()
-        for name, (data, mtime_ns) in self.images.items():
-            lay_image(world.root / name, data, mtime_ns)
+        for name, (data, mtime_ns, inode) in self.images.items():
+            path = world.root / name
+            if _kept(world, inode).exists() and (not path.exists() or path.stat().st_ino != inode):
+                path.unlink(missing_ok=True)
+                path.hardlink_to(_kept(world, inode))
+            lay_image(path, data, mtime_ns)
 
 
 def _write_sparsely(path: Any, data: bytes) -> None:
@@ -106,13 +111,25 @@ def _write_sparsely(path: Any, data: bytes) -> None:
         file.truncate(len(data))
 
 
-def _read_files(world: World) -> tuple[dict[str, bytes], dict[str, tuple[bytes, int]]]:
+def _kept(world: World, inode: int) -> Path:
+    """Return another name of an image: the store may know the image by its inode, and a later run removes its own name."""
+    return world.root / "kept" / str(inode)
+
+
+def read_files(world: World) -> tuple[dict[str, bytes], dict[str, tuple[bytes, int, int]]]:
     files = {
         str(path.relative_to(world.store)): path.read_bytes()
         for path in world.store.rglob("*")
         if path.is_file() and not path.name.endswith("-shm")
     }
-    images = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in world.root.glob("*.img*")}
+    images = {}
+    for path in world.root.glob("*.img*"):
+        found = path.stat()
+        images[path.name] = path.read_bytes(), found.st_mtime_ns, found.st_ino
+        if path.name.endswith("-copy.img"):  # a base that a verb made
+            _kept(world, found.st_ino).parent.mkdir(exist_ok=True)
+            if not _kept(world, found.st_ino).exists():
+                _kept(world, found.st_ino).hardlink_to(path)
     return files, images
 
 
@@ -166,7 +183,7 @@ class Interruption(Run):
 
     def remains(self, how: str, step: int, label: str) -> Remains:
         """Copy what is there now."""
-        files, images = _read_files(self.world)
+        files, images = read_files(self.world)
         self.receive_outcomes()
         plan, wrong = self.plans[0], list(self.verdict.violations)
         faulty = FREE if how != "kill" else 0

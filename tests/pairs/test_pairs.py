@@ -9,13 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 from pairs import model
-from pairs.aftermath import events_of, plan_of
+from pairs.aftermath import Remains, events_of, plan_of, read_files
 from pairs.faults_taken_out import FAULTS, TREE
 from pairs.model import Event, Found, State, Volume
 from pairs.runs import Run
 from pairs.steps import Note
 from pairs.units import ALIEN, disk_bytes, numbers_of, values_of
 from pairs.verbs import BY_NAME
+from pairs.world import World
 
 TESTS = Path(__file__).parents[1]
 DISK = (1, 1, 2, 2)
@@ -146,6 +147,23 @@ def test_a_second_verb_meets_what_an_interrupted_merge_into_the_base_left(how: s
     assert done.returncode == 0, done.stdout + done.stderr
     assert "export: done" in done.stdout
     assert "C merge_base: done" in done.stdout
+
+
+def test_a_base_that_an_interrupted_verb_made_is_laid_out_with_its_inode(tmp_path: Path) -> None:
+    """The catalog goes by the inode, and what another interruption left, which is laid out in between, has no such file."""
+    world = World(tmp_path, "release", {}, {}, {}, {}, BEFORE)
+    for directory in ("layers", "segments", "volumes"):
+        (world.store / directory).mkdir(parents=True)
+    before = Remains("flatten", "kill", 1, "", {}, read_files(world)[1], BEFORE, [])
+    copy = tmp_path / "A-copy.img"
+    copy.write_bytes(b"the base")
+    inode = copy.stat().st_ino
+    after = Remains("relocate a copy", "kill", 25, "", {}, read_files(world)[1], BEFORE, [])
+    before.lay_out(world)
+    (tmp_path / "other").touch()  # it may get the number of the inode that is free now
+    copy.write_bytes(b"of another run")
+    after.lay_out(world)
+    assert copy.stat().st_ino == inode and copy.read_bytes() == b"the base"
 
 
 @pytest.mark.slow
