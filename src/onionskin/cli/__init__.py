@@ -58,9 +58,8 @@ def _interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
         return
     told = [False]
     _thread.start_new_thread(_interrupt_when, (told,))
-    told[0] = (
-        True  # no call may stand behind it: Python looks for signals after calls, and in here one would be lost again
-    )
+    # No call may stand behind this: Python looks for signals after calls, and in here one would be lost again.
+    told[0] = True
 
 
 def _interrupt_when(told: list[bool]) -> None:
