@@ -3,10 +3,11 @@
 `Store` is the way in. Names are loaded when they are first used, so that importing the package costs little.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
+# Not from typing, and no import above the names: a program that begins here can soon say what Ctrl-C does to it.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from onionskin.base.sizes import format_size, parse_size
     from onionskin.catalog.defaults import Defaults
     from onionskin.catalog.tree import Snapshot
@@ -146,9 +147,11 @@ def __dir__() -> list[str]:
     return sorted({*__all__, "__all__", "__doc__", "__file__", "__name__", "__path__", "__version__"})
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name not in _HOME:
         raise AttributeError(f"module 'onionskin' has no attribute {name!r}")
+    import importlib
+
     value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value

@@ -155,6 +155,8 @@ def test_names_that_are_taken(run: Run, vms: Path, tmp_path: Path) -> None:
         (["flatten", "{s}/web@clean"], "a volume is wanted"),
         (["create", "{s}/new"], "--size"),
         (["create", "{s}/new", "--size", "lots"], "not a size"),
+        (["create", "{s}/new", "--size", "65T"], "a volume has at most 70368744177664 bytes (64 TiB)"),
+        (["resize", "{s}/web", "65T"], "a volume has at most 70368744177664 bytes (64 TiB)"),
         (["create", "{s}/new", "--size", "1M", "--digest"], "--base"),
         (["create", "{s}/new", "--size", "1M", "--block-size", "5000"], "block"),
         (["create", "{s}/new@a", "--size", "1M"], "a volume is wanted"),
@@ -472,6 +474,10 @@ def fill_but(directory: Path, room: int) -> None:
         ("snapshot {s}/web@cron >&-", 0, ""),
         ("snapshot {s}/web@cron --json >&- <&- 2>&-", 0, ""),
         ("merge {s}/web@clean >&-", 0, ""),
+        ("fork {s}/web@clean >&-", 0, ""),
+        ("fork {s}/web@clean {s}/other >&-", 0, ""),
+        ("prune {s}/web --keep-last 1 >&-", 0, ""),
+        ("prune {s}/web --keep-last 1 --dry-run >&-", 1, "stdout: Bad file descriptor"),
         ("list {s} >&-", 1, "stdout: Bad file descriptor"),
         ("list {s} >&- 2>&-", 1, ""),
         ("read {s}/web 0 16 >&-", 1, "stdout: Bad file descriptor"),
@@ -488,7 +494,8 @@ def fill_but(directory: Path, room: int) -> None:
         ("list {s} >/dev/full 2>/dev/full", 7, ""),
     ],
 )
-def test_a_stream_that_is_closed_or_full_is_named(vms: Path, command: str, status: int, said: str) -> None:
+def test_a_stream_that_is_closed_or_full_is_named(run: Run, vms: Path, command: str, status: int, said: str) -> None:
+    assert run("create", f"{vms}/other", "--size", "1M").exit_code == 0
     line = f"{sys.executable} -m onionskin {command.format(s=vms)}"
     ended = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
     assert ended.returncode == status, ended.stderr
@@ -497,6 +504,63 @@ def test_a_stream_that_is_closed_or_full_is_named(vms: Path, command: str, statu
 
 
 # ---- signals ----
+
+INTERRUPTED_AT_IMPORT = """
+import os, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == wanted:
+            os.kill(os.getpid(), signal.SIGINT)
+
+from onionskin.__main__ import main
+wanted = sys.argv.pop(1)
+sys.meta_path.insert(0, Interrupt())
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["onionskin.cli", "onionskin.cli.app", "click", "onionskin.cli.snapshots"])
+def test_an_interrupt_before_the_verb_begins_shows_nothing(vms: Path, module: str) -> None:
+    line = [sys.executable, "-c", INTERRUPTED_AT_IMPORT, module, "snapshot", f"{vms}/web@two"]
+    ended = subprocess.run(line, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_an_interrupt_that_is_ignored_stays_so_while_a_verb_starts(vms: Path) -> None:
+    line = [sys.executable, "-c", INTERRUPTED_AT_IMPORT, "onionskin.cli.app", "snapshot", f"{vms}/web@two"]
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell has it for what a script starts with &
+    try:
+        assert subprocess.run(line, capture_output=True).returncode == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+INTERRUPTED_IN_A_FINALIZER = """
+import os, signal, sys, threading
+from onionskin.__main__ import main
+from onionskin.store import Store
+
+class Gone:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        len("")  # behind a call, Python looks for signals
+
+def wait(self, *rest, **more):
+    Gone()
+    threading.Event().wait(30)
+    return []
+
+Store.volumes = wait
+main()
+"""
+
+
+def test_an_interrupt_is_not_lost_where_python_would_ignore_its_exception(vms: Path) -> None:
+    line = [sys.executable, "-c", INTERRUPTED_IN_A_FINALIZER, "list", str(vms)]
+    ended = subprocess.run(line, capture_output=True, text=True)
+    assert ended.returncode == 130
+    assert ended.stderr.startswith("onionskin: interrupted;") and ended.stderr.count("\n") == 1
 
 
 @pytest.fixture

@@ -63,6 +63,16 @@ def test_names_and_ranges_are_held_merged_and_let_go(
     assert as_json(run("check", five, "--json")) == []
 
 
+@pytest.mark.parametrize("range", ["..", "..@", "a..@"])
+@pytest.mark.parametrize(
+    "words", [("discard",), ("merge",), ("hold", "me"), ("unhold", "me")], ids=lambda words: words[0]
+)
+def test_a_range_whose_end_has_no_name_is_wrong_usage(run: Run, five: Path, words: tuple[str, ...], range: str) -> None:
+    verb, *rest = words
+    refused = run(verb, f"{five}/web@{range}", *rest)
+    assert refused.exit_code == 2 and "names no end of the range: write @A..@C" in refused.stderr
+
+
 @pytest.mark.parametrize("words", [("web@b..@d",), ("web@b..",), ("web@c", "web@b", "web@d")])
 def test_a_branch_is_discarded_by_all_its_names(run: Run, five: Path, words: tuple[str, ...]) -> None:
     command = [f"{five}/{word}" for word in words]

@@ -47,7 +47,7 @@ def chosen_snapshots(snapshots: "list[Snapshot]", names: Sequence[Name]) -> list
             find_snapshot(snapshots, name)
             chosen.add(places[name.required_snapshot])
             continue
-        if not first and not last:
+        if last == "@" or not (first or last):
             raise click.UsageError(f"{name} names no end of the range: write @A..@C, @A.. or @..@C")
         ends = [name._replace(snapshot=end) for end in (first, last.removeprefix("@")) if end]
         for end in ends:

@@ -234,7 +234,11 @@ class Verbs(click.Group):
             from onionskin.cli import verbs
 
             raise click.UsageError(f"No such command {args[0]!r}{verbs.suggestion(args[0], self.commands)}", ctx)
-        return super().resolve_command(ctx, args)
+        found = super().resolve_command(ctx, args)
+        # From here on there may be something to undo. Until here Ctrl-C ended the process as the system does it.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        return found
 
     def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> Any:  # type: ignore[override]
         """Run one command line and exit; never returns."""

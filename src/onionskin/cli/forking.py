@@ -64,7 +64,7 @@ def fork(
     with source.open_store() as store:
         made = store.fork(source.volume, source.snapshot, names=names or None, **how)
     value = {"source": str(source), "forks": made}
-    output.show(as_json, value, lambda: "\n".join(f"{source.store}/{one}" for one in made))
+    output.tell(as_json, value, lambda: "\n".join(f"{source.store}/{one}" for one in made))
 
 
 def _fork_group(sources: tuple[Name, ...], names: tuple[str, ...], how: dict[str, Any], as_json: bool) -> None:
@@ -79,7 +79,7 @@ def _fork_group(sources: tuple[Name, ...], names: tuple[str, ...], how: dict[str
         made = store.fork_group(wanted, **how)
     value = [{"source": str(source), "forks": found} for source, found in zip(sources, made.values(), strict=True)]
     together = zip(*made.values(), strict=True)
-    output.show(
+    output.tell(
         as_json, value, lambda: "\n".join(" ".join(f"{sources[0].store}/{one}" for one in forks) for forks in together)
     )
 

@@ -165,7 +165,7 @@ def prune(name: Name, time_zone: str, dry_run: bool, as_json: bool, **keep: Any)
         room = "data that cannot be counted" if freed is None else output.size(freed)
         return f"{listed}\n{room} would come back; nothing was changed"
 
-    output.tell(as_json, value, draw)
+    (output.show if dry_run else output.tell)(as_json, value, draw)
 
 
 def _rules(keep: dict[str, Any], time_zone: str) -> "Rules":

@@ -640,7 +640,7 @@ def fork(
     value = {"source": str(name), "forks": called, "warnings": said}
     for one in said:
         output.echo(f"onionskin: warning: {one}", err=True)
-    output.show(as_json, value, lambda: "\n".join(f"{name.store}/{one}" for one in called))
+    output.tell(as_json, value, lambda: "\n".join(f"{name.store}/{one}" for one in called))
 
 
 machine.add_command(pool)

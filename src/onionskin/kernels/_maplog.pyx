@@ -667,18 +667,24 @@ cdef class LayerMap:
         """Return {id: (blocks, end)} of the segments that have blocks. ``end`` is one more than the highest slot."""
         cdef uint64_t *blocks
         cdef uint64_t *ends
+        cdef size_t count
         self._check_open()
-        use = np.zeros((2, self._layer.segment_count + 1), np.uint64)
-        blocks = <uint64_t *><size_t>_array_data(use)
-        ends = blocks + self._layer.segment_count + 1
-        with nogil:
-            onion_layer_segment_use(&self._layer, blocks, ends)
-        counts, ends_of = use.tolist()
-        return {
-            segment: (counts[number], ends_of[number])
-            for number, segment in enumerate(self._segments, 1)
-            if counts[number]
-        }
+        # No array of NumPy: a merge asks this, and to import NumPy takes longer than all else that a merge does.
+        count = self._layer.segment_count + 1
+        blocks = <uint64_t *>calloc(2 * count, sizeof(uint64_t))
+        if blocks == NULL:
+            raise MemoryError("no memory for the use of segments")
+        ends = blocks + count
+        try:
+            with nogil:
+                onion_layer_segment_use(&self._layer, blocks, ends)
+            return {
+                segment: (blocks[number], ends[number])
+                for number, segment in enumerate(self._segments, 1)
+                if blocks[number]
+            }
+        finally:
+            free(blocks)
 
     def count_shadowed(self, LayerMap upper not None):
         """Return how many blocks are DATA here and not HOLE in ``upper``. A merge of the two frees their slots."""

@@ -4,6 +4,7 @@ What must hold: the size that counts is the one in the head's map, which is dura
 """
 
 from onionskin.base.lazy import logger
+from onionskin.base.limits import VOLUME_BYTES_MAX
 from onionskin.catalog import LayerRow
 from onionskin.errors import StateError
 from onionskin.storage.open_head import OpenHead
@@ -15,6 +16,8 @@ def resize(volume: OpenHead, size_bytes: int, *, force: bool) -> None:
     """Grow or, with `force`, shrink the disk. See `Volume.resize`."""
     if size_bytes < 1:
         raise ValueError("a volume has at least one byte; delete it if it is not needed")
+    if size_bytes > VOLUME_BYTES_MAX:
+        raise ValueError(f"a volume has at most {VOLUME_BYTES_MAX} bytes (64 TiB), not {size_bytes}")
     with volume.operation():
         if size_bytes < volume.size_bytes and not force:
             raise StateError(

@@ -93,6 +93,19 @@ def test_a_snapshot_imports_nothing_of_what_reads_maps_or_copies(tmp_path: Path)
     )
 
 
+def test_a_merge_that_frees_nothing_imports_no_numpy(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "vms") as store, store.create("web", size="1M") as web:
+        for at, name in enumerate(("a", "b", "c")):
+            web.write(4096 * at, b"x")
+            web.snapshot(name)
+    run(
+        "import sys; from onionskin.cli.app import onionskin\n"
+        f"try: onionskin({['merge', str(tmp_path / 'vms/web@b')]!r})\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert 'numpy' not in sys.modules\n"
+    )
+
+
 def test_the_version_is_said_without_the_metadata_of_the_package() -> None:
     run(
         "import sys; from onionskin.cli.app import onionskin\n"
