@@ -51,23 +51,9 @@ static void free_export(struct onion_nbd_export *export) {
     free(export);
 }
 
-/* FNV-1a */
-static uint64_t hash_of(const char *name, size_t length) {
-    uint64_t hash = 0xcbf29ce484222325;
-    for (size_t i = 0; i < length; i++)
-        hash = (hash ^ (unsigned char)name[i]) * 0x100000001b3;
-    return hash;
-}
-
-static int is_called(const struct onion_nbd_export *export, uint64_t hash, const char *name, size_t length) {
-    return export->name_hash == hash && strlen(export->label->name) == length &&
-           !memcmp(export->label->name, name, length);
-}
-
 struct onion_nbd_export **onion_nbd_link_to(struct onion_nbd_server *server, const char *name, size_t length) {
-    uint64_t hash = hash_of(name, length);
     struct onion_nbd_export **at = &server->exports;
-    while (*at && !is_called(*at, hash, name, length))
+    while (*at && (strlen((*at)->label->name) != length || memcmp((*at)->label->name, name, length)))
         at = &(*at)->next;
     return at;
 }
@@ -102,7 +88,6 @@ int onion_nbd_add_export(struct onion_nbd_server *server, const char *name, stru
         return -ENOMEM;
     export->references = 1;
     export->label = make_label(name, description);
-    export->name_hash = hash_of(name, strlen(name));
     export->read_only = access == ONION_NBD_TO_READ;
     export->unwritten = access == ONION_NBD_UNWRITTEN;
     export->volume = volume;
@@ -137,7 +122,6 @@ int onion_nbd_rename_export(struct onion_nbd_server *server, const char *name, c
     if (status == 0) {
         label->former = export->label; /* connections may be reading it */
         __atomic_store_n(&export->label, label, __ATOMIC_RELEASE);
-        export->name_hash = hash_of(new_name, strlen(new_name));
         label = NULL;
     }
     if (status == 0 && server->default_name && !strcmp(server->default_name, name)) {

@@ -60,10 +60,9 @@ static struct onion_nbd_export *find_or_ask(struct onion_nbd_server *server, con
         onion_nbd_unref(server, export);
         export = NULL;
     }
-    int found = 0;
-    if (!export && hooks->find_export && !onion_nbd_ask(&server->questions, name->bytes, name->length, &found))
-        found = hooks->find_export(hooks->context, name->bytes, name->length);
-    return found ? onion_nbd_find(server, name->bytes, name->length) : export;
+    if (!export && hooks->find_export && hooks->find_export(hooks->context, name->bytes, name->length))
+        export = onion_nbd_find(server, name->bytes, name->length);
+    return export;
 }
 
 struct onion_nbd_listing {

@@ -7,7 +7,6 @@
 #include <sys/uio.h>
 
 #include "nbd/protocol.h"
-#include "nbd/questions.h"
 #include "nbd/server.h"
 
 enum {
@@ -46,8 +45,7 @@ struct onion_nbd_label {
 
 struct onion_nbd_export {
     struct onion_nbd_export *next;
-    uint64_t name_hash;  /* of its label's name, so that a look-up passes by others fast; under the server's lock */
-    uint32_t references; /* one for the list and one for each user; guarded by the server's lock */
+    uint32_t references;            /* one for the list and one for each user; guarded by the server's lock */
     struct onion_nbd_label *label;  /* atomic; set under the server's lock */
     struct onion_nbd_counters past; /* the sum of connections that ended; guarded by the server's lock */
     int read_only;
@@ -169,7 +167,6 @@ struct onion_nbd_server {
     uint64_t next_id;
     int stopping;                   /* atomic */
     struct onion_nbd_counters past; /* the sum of connections that ended */
-    struct onion_nbd_questions questions;
 
     pthread_mutex_t event_lock;
     int event_fd;

@@ -51,7 +51,6 @@ int onion_nbd_new(const struct onion_nbd_options *options, struct onion_nbd_serv
     pthread_mutex_init(&server->lock, NULL);
     pthread_mutex_init(&server->event_lock, NULL);
     init_condition(&server->closed);
-    onion_nbd_questions_init(&server->questions);
     *out = server;
     return 0;
 }
@@ -63,7 +62,6 @@ void onion_nbd_free(struct onion_nbd_server *server) {
     pthread_mutex_destroy(&server->lock);
     pthread_mutex_destroy(&server->event_lock);
     pthread_cond_destroy(&server->closed);
-    onion_nbd_questions_destroy(&server->questions);
     close(server->event_fd);
     free(server->events);
     free(server->default_name);
@@ -300,14 +298,7 @@ static int flush_exports(struct onion_nbd_server *server) {
     }
 }
 
-void onion_nbd_answer_clients(struct onion_nbd_server *server) {
-    const struct onion_nbd_hooks *hooks = &server->options.hooks;
-    if (hooks->find_export)
-        onion_nbd_answer_all(&server->questions, hooks->find_export, hooks->context);
-}
-
 int onion_nbd_stop(struct onion_nbd_server *server, uint64_t grace_ms) {
-    onion_nbd_questions_end(&server->questions);
     pthread_mutex_lock(&server->lock);
     server->stopping = 1;
     /* The connections still read and answer what has arrived, and then find the end of the stream. */

@@ -47,8 +47,7 @@ struct onion_nbd_context_listing;
  * it does not, and the server calls find_export or find_context as if it did not have the name. NULL: always 1.
  *
  * find_export, find_context: a client asks for a name that the server does not have. The function may add it. 1: the
- * server looks again. 0: the name does not exist. find_export is called by the thread in onion_nbd_answer_clients, if there
- * is one; by the connection's where that is late.
+ * server looks again. 0: the name does not exist.
  *
  * make_room: a flush of that export found the disk full. 1: the function found room and flushed the volume. 0: there is
  * no room.
@@ -169,9 +168,6 @@ int onion_nbd_count_export(struct onion_nbd_server *server, const char *name, st
 int onion_nbd_event_fd(const struct onion_nbd_server *server);
 /* Copies the oldest event, with a terminating zero. Returns its length, or 0 if there is none. */
 uint32_t onion_nbd_next_event(struct onion_nbd_server *server, char out[ONION_NBD_EVENT_BYTES], uint64_t *dropped);
-
-/* Calls find_export for clients, for one after the other, in the calling thread until the server is stopped. */
-void onion_nbd_answer_clients(struct onion_nbd_server *server);
 
 /* Takes no more requests and finishes those that have arrived. After grace_ms it closes the connections that are not
  * done. Then it flushes each writable export. Returns the first failure of a flush. Idempotent. */

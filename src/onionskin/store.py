@@ -486,21 +486,20 @@ class Store:
         from onionskin.operations import reclaim
 
         store = self._opened
-        with store.catalog.reading():  # one state for all the questions, and SQLite locks it once
-            version = store.catalog.version()
-            head = store.catalog.layer(row.head)
-            below = head.parent
-            if below is None or not is_unwritten(store, row.id, head) or store.catalog.staged_volumes():
-                return None
-            files = [store.layout.segment_path(segment.id) for segment in store.catalog.segments_of_layer(head.id)]
-            if any(bytes_in(file) for file in files):
-                return None  # a machine that went down left data there that no map names
-            snapshot = store.catalog.snapshot_of_layer(below)
-            unnamed = store.catalog.unnamed_in_chain(below)
-            if (snapshot and snapshot.volume == row.id) or any(
-                layer.wipe == "zero" or store.catalog.only_child_of(layer.id) for layer in unnamed
-            ):
-                return None
+        version = store.catalog.version()
+        head = store.catalog.layer(row.head)
+        below = head.parent
+        if below is None or not is_unwritten(store, row.id, head) or store.catalog.staged_volumes():
+            return None
+        files = [store.layout.segment_path(segment.id) for segment in store.catalog.segments_of_layer(head.id)]
+        if any(bytes_in(file) for file in files):
+            return None  # a machine that went down left data there that no map names
+        snapshot = store.catalog.snapshot_of_layer(below)
+        unnamed = store.catalog.unnamed_in_chain(below)
+        if (snapshot and snapshot.volume == row.id) or any(
+            layer.wipe == "zero" or store.catalog.only_child_of(layer.id) for layer in unnamed
+        ):
+            return None
         try:
             opened = store.views.take(below, lambda: store.open_layer(below))
         except (OSError, OnionskinError):

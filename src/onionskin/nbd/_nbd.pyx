@@ -83,7 +83,6 @@ cdef extern from "nbd/server.h" nogil:
     int onion_nbd_count_export(onion_nbd_server *, const char *, onion_nbd_counters *)
     int onion_nbd_event_fd(const onion_nbd_server *)
     uint32_t onion_nbd_next_event(onion_nbd_server *, char *, uint64_t *)
-    void onion_nbd_answer_clients(onion_nbd_server *)
     int onion_nbd_stop(onion_nbd_server *, uint64_t)
 
 # Numbered as the protocol's commands; "disc" has no counter.
@@ -273,8 +272,8 @@ cdef class NbdServer:
     Attributes
     ----------
     on_unknown_export : callable(name) -> bool, or None
-        A client names an export that is not there. Called by `answer_clients`, or from the connection's thread, which
-        waits; no lock is held, so it may call any method here but `stop`. It adds the export and returns True, or returns False; several
+        A client names an export that is not there. Called from the connection's thread, which waits; no lock is held,
+        so it may call any method here but `stop`. It adds the export and returns True, or returns False; several
         threads may ask for the same name at once, so `add_export` may raise FileExistsError, which is as good. The
         name is whatever the client sent.
     on_unknown_context : callable(name, context) -> bool, or None
@@ -645,15 +644,6 @@ cdef class NbdServer:
             if not length:
                 return lines
             lines.append(os.fsdecode(line[:length]))
-
-    def answer_clients(self):
-        """Call `on_unknown_export` in this thread, for one client after the other, until `stop` is called.
-
-        The threads of the connections wait without the GIL. One that has waited while none was answered for a while calls
-        it by itself, as all do if no thread is in here.
-        """
-        with nogil:
-            onion_nbd_answer_clients(self._server)
 
     # ---- the end ----
 

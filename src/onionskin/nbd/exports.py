@@ -23,6 +23,7 @@ from onionskin.nbd.changed_blocks import ChangedBlocks
 from onionskin.nbd.export_table import ExportTable
 from onionskin.nbd.exported import ServedVolume, View, open_snapshot, snapshot_names_behind
 from onionskin.nbd.opening import open_to_serve
+from onionskin.nbd.turns import Turns
 from onionskin.operations import expiry, reclaim
 from onionskin.operations.flush import compact_map_if_wanted, reclaim_freed
 from onionskin.operations.volumes import rename_volume
@@ -91,6 +92,7 @@ class Exports:
         self._stores: dict[FilePath, Store] = {}
         self._whole_stores: list[Store] = []
         self._said: set[str] = set()
+        self._turns = Turns()
         self.table = ExportTable(nbd, log)
         self._changed_blocks = ChangedBlocks(self.table, nbd, log, listed_bitmap=listed_bitmap)
         nbd.on_known_export = self._is_still_export
@@ -268,7 +270,8 @@ class Exports:
     def _find_export(self, name: str) -> bool:
         """Open the export that a client asks for, if it exists; return whether the C server has it now."""
         try:
-            return not self._stopping.is_set() and self._open_export(name)
+            with self._turns.take():
+                return not self._stopping.is_set() and self._open_export(name)
         except (OnionskinError, OSError, ValueError) as error:
             self._log(f"export {name!r}: {error}")
             return False

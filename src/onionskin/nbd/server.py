@@ -4,9 +4,8 @@ What must hold: every client is served or refused. A failure of one client, volu
 another client, volume or store. At the end, clients get their replies before volumes are flushed and closed, and
 volumes are closed before their stores.
 
-Threads: the C server has its own. In Python there are one thread that accepts, one that opens what clients ask for, one
-for each client with TLS, those of the control sockets, and the main thread, which tidies up every few seconds and waits
-for the end.
+Threads: the C server has its own. In Python there are one thread that accepts, one for each client with TLS, those of
+the control sockets, and the main thread, which tidies up every few seconds and waits for the end.
 """
 
 import os
@@ -124,11 +123,8 @@ class Server:
         """Serve until `stop` is called, then flush all volumes. `ready` is called when clients can connect."""
         load_all()
         accepting = threading.Thread(target=self._accept, name="onionskin accept", daemon=True)
-        # It opens what clients ask for, one after the other; `close` ends it.
-        answering = threading.Thread(target=self._nbd.answer_clients, name="onionskin opening", daemon=True)
         try:
             accepting.start()
-            answering.start()
             ready()
             while not self._stopping.is_set():
                 self._tidying.clear()
