@@ -12,6 +12,7 @@ from support.nbd_client import NbdClient
 from support.servers import Serve, onionskin, short_socket
 
 import onionskin as library
+from onionskin.base.paths import FilePath
 from onionskin.base.sockets import UnixListener
 from onionskin.nbd import server as serving
 from onionskin.nbd.listener import Listener
@@ -86,7 +87,7 @@ def test_nobody_takes_the_room_back_before_the_flush_has_used_it(
         store.create("web", size="64M").close()
     server = Server(limits=Limits(), allow_revert=False, log=print)
     server.exports.add_volume(root / "vms", "web")
-    unlink = Path.unlink
+    unlink = FilePath.unlink
     socket = short_socket(tmp_path)
     with (
         library.Store(root / "vms") as other,
@@ -98,13 +99,13 @@ def test_nobody_takes_the_room_back_before_the_flush_has_used_it(
         fill(root)
         is_overtaken = []
 
-        def unlink_and_be_overtaken(path: Path, missing_ok: bool = False) -> None:
+        def unlink_and_be_overtaken(path: FilePath, missing_ok: bool = False) -> None:
             unlink(path, missing_ok=missing_ok)
             if path.name == "reserve":
                 other._opened.reserve.make()
                 is_overtaken.append(path.exists())
 
-        monkeypatch.setattr(Path, "unlink", unlink_and_be_overtaken)
+        monkeypatch.setattr(FilePath, "unlink", unlink_and_be_overtaken)
         client.flush()
         assert is_overtaken[0] is False  # it was needed, and what the flush left of it is set aside again
 
