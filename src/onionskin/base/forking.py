@@ -54,6 +54,24 @@ def register(handle: Forkable) -> None:
     _handles.add(handle)
 
 
+class ForkableLock:
+    """A lock of a module. It is free in the child of a fork, where the thread that may have held it is not."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        register(self)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def after_fork(self) -> None:
+        """Be free."""
+        self._lock = threading.Lock()
+
+
 def forked_error(what: str) -> StateError:
     """Make the error of every handle that is used in a child."""
     return StateError(f"{what} was opened before fork() and belongs to the parent process; open it again in the child")

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from errno import ELOOP, ENOENT, ENOTDIR
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -133,9 +134,11 @@ def _lock_against_last_close(path: FilePath) -> int | None:
     closed the store, others opened it, and one of them was killed, so what it committed is in the new log alone.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except (FileNotFoundError, NotADirectoryError):
-        return None  # SQLite leaves the log of a catalog that was moved alone
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (ENOENT, ENOTDIR, ELOOP):
+            return None  # SQLite leaves the log of a catalog that was moved alone
+        raise
     try:
         # An OFD lock, unlike SQLite's own, counts against this process too.
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, *_SHARED_BYTES, 0))

@@ -13,6 +13,8 @@ import pytest
 
 import onionskin
 from onionskin.base import forking
+from onionskin.control import server
+from onionskin.machine import fork as machine_fork
 
 SIZE = 1 << 20
 
@@ -216,3 +218,21 @@ def test_a_fork_lets_one_store_go_on_that_the_transaction_of_another_waits_for(m
     forking.register_resting(second)
     assert status(forked(lambda: os._exit(2 * first.rests + second.rests))) == 3
     assert (first.rests, second.rests) == (False, False)
+
+
+@pytest.mark.parametrize("lock", [machine_fork._guard, server._listening_guard], ids=["machines", "control"])
+def test_a_lock_of_a_module_that_a_thread_of_the_parent_holds_is_free_in_a_child(lock: forking.ForkableLock) -> None:
+    with lock:
+        assert status(forked(lock.__enter__)) == 0
+
+
+def test_a_child_opens_another_store_where_something_else_is_at_the_path_of_an_inherited_one(
+    store: onionskin.Store, path: Path
+) -> None:
+    catalog = path / "catalog.db"
+    moved = catalog.rename(path / "moved")
+    for put in (lambda: catalog.symlink_to("nowhere"), lambda: os.mkfifo(catalog)):
+        put()
+        assert status(forked(lambda: onionskin.Store(path.with_name("other")).close())) == 0
+        catalog.unlink()
+    moved.rename(catalog)
