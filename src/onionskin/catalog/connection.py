@@ -9,12 +9,16 @@ transaction that acts on the answer. SQLite provides the crash safety (WAL, a fu
 `draw_lock_bytes`). It is never on the read or write path of a volume.
 """
 
+import atexit
+import fcntl
 import os
 import sqlite3
+import struct
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from errno import ELOOP, ENOENT, ENOTDIR
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +53,8 @@ if TYPE_CHECKING:
 
 _VALUES_MAX = 500  # in one statement; SQLite allows 999 and more
 _BUSY_SECONDS = 60
+_FLOCK = struct.Struct("hhqqi4x")
+_SHARED_BYTES = 0x40000002, 510  # of SQLite's locks: who has a catalog open read-locks some, and the last one locks all
 
 
 class _Errors:
@@ -85,15 +91,16 @@ class _Inherited:
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._connections: list[sqlite3.Connection] = []
+        self._connections: list[tuple[FilePath, sqlite3.Connection]] = []
         self._are_whole = True
 
-    def add(self, connection: sqlite3.Connection | None, *, is_whole: bool) -> None:
+    def add(self, path: FilePath, connection: sqlite3.Connection | None, *, is_whole: bool) -> None:
         """Note a connection. In the child, right behind the fork."""
         self._guard = threading.Lock()  # another thread of the parent may have held the old one
         self._are_whole &= is_whole
-        if connection is not None:
-            self._connections.append(connection)
+        with suppress(sqlite3.ProgrammingError):  # it is closed
+            if connection is not None and connection.total_changes >= 0:
+                self._connections.append((path, connection))
 
     def close(self) -> None:
         """Close them all. Raises StateError where a thread of the parent was in SQLite: then no call of it can end."""
@@ -104,11 +111,45 @@ class _Inherited:
                     "new process instead of forking (multiprocessing: spawn)"
                 )
             while self._connections:
-                self._connections[-1].close()
+                path, connection = self._connections[-1]
+                lock = _lock_against_last_close(path)
+                try:
+                    connection.close()
+                finally:
+                    if lock is not None:
+                        os.close(lock)
                 self._connections.pop()
+
+    def at_exit(self) -> None:
+        """Let the end of the process, which closes what is left, take no log away. The locks end with the process."""
+        for path, _ in self._connections:
+            with suppress(OSError):
+                _lock_against_last_close(path)
+
+
+def _lock_against_last_close(path: FilePath) -> int | None:
+    """Lock a catalog so that a connection which is closed is not taken for the last one. Returns what unlocks it when closed.
+
+    The last one removes the log by its name. An inherited connection may know another log than is there now: its parent
+    closed the store, others opened it, and one of them was killed, so what it committed is in the new log alone.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (ENOENT, ENOTDIR, ELOOP):
+            return None  # SQLite leaves the log of a catalog that was moved alone
+        raise
+    try:
+        # An OFD lock, unlike SQLite's own, counts against this process too.
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, *_SHARED_BYTES, 0))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 _inherited = _Inherited()
+atexit.register(_inherited.at_exit)
 
 
 class Connection:
@@ -128,7 +169,7 @@ class Connection:
         self._inode: tuple[int, int] | None = None  # of the file that is open; None: nothing is opened yet
         self._inode_of_log: tuple[int, int] | None = None  # None: the catalog is only read
         self._is_log_lost = False  # whether a sync of earlier commits failed, and the log was not replaced since
-        self._rests = False  # whether the thread that forks holds the guard
+        self._rests = 0  # how often the thread that forks holds the guard
         forking.register(self)
         forking.register_resting(self)
         with self._guard:  # a fork waits
@@ -452,27 +493,30 @@ class Connection:
     def after_fork(self) -> None:
         """Mark the connection as unusable in a forked child, and replace the lock, which a parent's thread may hold."""
         self._forked = True
-        _inherited.add(getattr(self, "_connection", None), is_whole=self._is_whole())
+        _inherited.add(self.path, getattr(self, "_connection", None), is_whole=self._is_whole())
+        self._rests = 0
         if self._copy:
             self._copy._finalizer.detach()  # type: ignore[attr-defined]  # the parent removes it
         self._guard = threading.RLock()
 
-    def rest(self) -> None:
+    def rest(self, seconds: float) -> bool:
         """Wait until no thread is in SQLite or in a transaction, so that a child can close what it inherits."""
-        self._rests = self._guard.acquire(timeout=_BUSY_SECONDS)
+        if not self._guard.acquire(timeout=seconds):
+            return False
+        self._rests += 1
+        return True
 
     def go_on(self) -> None:
         """Let other threads into SQLite again."""
-        if self._rests:
-            self._rests = False
-            self._guard.release()
+        self._rests -= 1
+        self._guard.release()
 
     def _is_whole(self) -> bool:
         """Whether nothing was under way when this process was forked. Called in the child."""
         try:
-            return self._rests and not self._connection.in_transaction
+            return self._rests > 0 and not self._connection.in_transaction
         except (AttributeError, sqlite3.Error):  # it was not opened, or closed again
-            return self._rests
+            return self._rests > 0
 
     # ---- rows that fulfil an SQL condition: for the modules of this package ----
 

@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
+from onionskin.base.forking import ForkableLock
 from onionskin.base.modes import file_mode
 from onionskin.base.naming import several
 from onionskin.base.paths import FilePath
@@ -66,7 +67,7 @@ class Served(Protocol):
         """Hold all requests of clients back while the context is active."""
 
 
-_listening_guard = threading.Lock()
+_listening_guard = ForkableLock()
 _listening: "dict[str, ControlSocket]" = {}  # by their paths: a caller of a group talks with one for all volumes
 
 

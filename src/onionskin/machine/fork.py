@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import IO, TYPE_CHECKING, Any
 
+from onionskin.base.forking import ForkableLock
 from onionskin.control import frames
 from onionskin.errors import OnionskinError, StateError
 from onionskin.machine import daemon, disk_server
@@ -88,7 +89,7 @@ def _start_process(store: "Store", wanted: list[list[str]], writers: list[int], 
             _ask(_forking_process(), what, writers)
 
 
-_guard = threading.Lock()  # over what follows
+_guard = ForkableLock()  # over what follows
 _there: "tuple[subprocess.Popen[bytes], socket.socket, tuple[object, ...]] | None" = None
 
 
