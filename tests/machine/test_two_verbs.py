@@ -4,6 +4,8 @@ The second verb is carried out in the gap in which the first one holds nothing: 
 supervisor is not there yet.
 """
 
+import fcntl
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ import pytest
 from support.guests import Console, configuration
 
 import onionskin
+from onionskin.base.sockets import UnixListener
 from onionskin.errors import StateError
-from onionskin.machine import daemon
+from onionskin.machine import daemon, pool_server
 from onionskin.machine.machine import Machine
 
 pytestmark = pytest.mark.slow  # each starts several processes
@@ -89,6 +92,22 @@ def test_a_revert_puts_a_machine_back_that_somebody_else_was_faster_to_start(
     assert lab.info().stands_on == "ready"
 
 
+def test_a_revert_puts_a_machine_back_in_place_that_was_started_before_its_disks_were(
+    lab: Machine, store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_back = store._revert_machine
+
+    def late(*given: Any) -> None:
+        monkeypatch.setattr(store, "_revert_machine", put_back)
+        lab.start()
+        put_back(*given)
+
+    monkeypatch.setattr(store, "_revert_machine", late)
+    lab.revert("ready")
+    assert lab.state == "running"
+    assert lab.info().stands_on == "ready"
+
+
 def test_a_fork_that_is_put_back_to_its_beginning_does_not_boot_instead(
     lab: Machine, store: onionskin.Store, before_start: Callable[[Callable[[], object]], None]
 ) -> None:
@@ -111,3 +130,30 @@ def test_a_fresh_start_does_not_go_on_from_ram_to_which_it_was_put_back_meanwhil
     assert lab.state == "off"
     lab.start(fresh=True)
     assert lab.state == "running"
+
+
+def test_of_two_pools_that_begin_at_once_the_second_finds_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[bool] = []
+
+    class Listener(UnixListener):
+        def __init__(self, path: Path) -> None:
+            descriptor = os.open(tmp_path, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held.append(False)
+            except BlockingIOError:
+                held.append(True)
+            finally:
+                os.close(descriptor)
+            super().__init__(path)
+
+    monkeypatch.setattr(pool_server, "UnixListener", Listener)
+    listener = pool_server.listen(tmp_path, b"snapshot")
+    try:
+        with pytest.raises(StateError, match="there is a pool of that snapshot already; end it first"):
+            pool_server.listen(tmp_path, b"snapshot")
+    finally:
+        listener.close()
+    assert held == [True]
