@@ -372,20 +372,22 @@ class Machine:
         OSError
             A file could not be read or written. Revert it again, or stop it.
         """
-        with self._supervisor() as control:
-            if control is not None:
-                control.call("revert", name=name)
-                return
-        taken = machines.find_snapshot(self._store._opened.catalog, self._row, name)
-        self._refuse_unlike(taken)
-        self._store._revert_machine(self._name, name)
-        try:
-            self._start(only_from=taken.id.hex())
-        except StateError:
+        deadline = time.monotonic() + STARTING_SECONDS
+        while True:
             with self._supervisor() as control:
-                if control is None:
+                if control is not None:
+                    control.call("revert", name=name)
+                    return
+            taken = machines.find_snapshot(self._store._opened.catalog, self._row, name)
+            self._refuse_unlike(taken)
+            try:
+                self._store._revert_machine(self._name, name)
+                self._start(only_from=taken.id.hex())
+                return
+            except StateError:
+                # Where somebody was faster to start it, or puts it back just now, what runs then is put back in place.
+                if not machines.is_running(self._store._opened, self._row) or time.monotonic() > deadline:
                     raise
-                control.call("revert", name=name)  # somebody was faster to start it
 
     def revert_to_beginning(self) -> None:
         """Put a fork that is off back to the snapshot that it was made from, and let it go on from there.
