@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -212,6 +213,20 @@ def test_the_next_call_does_not_hear_the_answer_to_one_that_was_interrupted(
             lab.fork("ready")
     assert process.fileno() == -1  # it is closed
     assert [one.state for one in lab.fork("ready")] == ["running"]
+
+
+def test_the_process_that_starts_forks_ends_without_a_word_when_nobody_waits_for_its_answer() -> None:
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    here.send(b"{}")
+    here.close()  # as the caller's end is who is killed, or interrupted
+    with there:
+        done = subprocess.run(
+            [sys.executable, "-m", "onionskin.machine.fork", str(there.fileno())],
+            pass_fds=[there.fileno()],
+            capture_output=True,
+            timeout=SECONDS_MAX,
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_no_process_is_left_behind_a_fork(lab: Machine) -> None:

@@ -205,6 +205,7 @@ def test_without_tracking_its_ram_is_a_shared_file_of_its_own(
         (("-incoming", "defer"), "-incoming"),
         (("alone",), "belongs to no option"),
         (("-nodefaults", "disk.raw"), "belongs to no option"),  # QEMU takes it for a disk
+        (("-win2k-hack", "disk.raw"), "belongs to no option"),
         (("-nodefaults", "-daemonize"), "-daemonize"),
         (("-device", "-snapshot"), "-snapshot"),
         (("--preconfig",), "-preconfig"),

@@ -19,11 +19,14 @@ from onionskin.errors import StateError
 from onionskin.machine.record import SUPERVISOR_LOG
 from onionskin.nbd.systemd import notify
 
+_ONLY_FROM = "--only-from="
 START_SECONDS = 300.0  # a RAM file of many GiB may have to be made first
 
 
-def start(store: Path, name: str, directory: Path, *, paused: bool, trust: bool) -> None:
+def start(store: Path, name: str, directory: Path, *, paused: bool, trust: bool, only_from: str | None = None) -> None:
     """Start the supervisor of a machine. Return when the guest runs, or, with `paused`, when it is ready to.
+
+    With `only_from`, only where it begins there: see `Supervisor.begin`.
 
     Raises
     ------
@@ -35,6 +38,7 @@ def start(store: Path, name: str, directory: Path, *, paused: bool, trust: bool)
         log = os.open(directory / SUPERVISOR_LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             flags = (["--paused"] if paused else []) + (["--trust"] if trust else [])
+            flags += [] if only_from is None else [_ONLY_FROM + only_from]
             child = subprocess.Popen(
                 [sys.executable, "-m", "onionskin.machine", str(store.absolute()), name, str(writer), *flags],
                 stdin=subprocess.DEVNULL,
@@ -87,11 +91,21 @@ def main(arguments: list[str]) -> int:
         os._exit(0)
     descriptor = int(writer)
     os.set_inheritable(descriptor, False)
-    return be_supervisor(store, name, descriptor, paused="--paused" in flags, trust="--trust" in flags)
+    only_from = next((flag.removeprefix(_ONLY_FROM) for flag in flags if flag.startswith(_ONLY_FROM)), None)
+    return be_supervisor(
+        store, name, descriptor, paused="--paused" in flags, trust="--trust" in flags, only_from=only_from
+    )
 
 
 def be_supervisor(
-    store: str, name: str, descriptor: int, *, paused: bool, trust: bool, pool: socket.socket | None = None
+    store: str,
+    name: str,
+    descriptor: int,
+    *,
+    paused: bool,
+    trust: bool,
+    only_from: str | None = None,
+    pool: socket.socket | None = None,
 ) -> int:
     """Supervise a machine in this process until its end, and tell who reads from a pipe when its guest runs."""
     try:
@@ -102,6 +116,7 @@ def be_supervisor(
         status = supervise(
             *(opened, name),
             paused=paused,
+            only_from=only_from,
             log=log_line,
             ready=lambda: _answer(descriptor, {"ready": True}),
             pool=pool,
@@ -131,13 +146,15 @@ def log_line(line: str) -> None:
         return
 
 
-def run_in_foreground(store: Path, name: str, *, paused: bool, trust: bool) -> int:
+def run_in_foreground(store: Path, name: str, *, paused: bool, trust: bool, only_from: str | None = None) -> int:
     """Run a machine in this process, for a service manager, until it ends. Return the exit status of the hypervisor."""
     from onionskin.machine.supervisor import supervise
     from onionskin.store import Store
 
     try:
         opened = Store(store, create=False, trust=trust)
-        return supervise(opened, name, paused=paused, log=log_line, ready=lambda: notify("READY=1"))
+        return supervise(
+            opened, name, paused=paused, only_from=only_from, log=log_line, ready=lambda: notify("READY=1")
+        )
     finally:
         notify("STOPPING=1")

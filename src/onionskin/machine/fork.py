@@ -170,13 +170,14 @@ def main(descriptor: int) -> int:
     signal.signal(signal.SIGCHLD, _reap)
     poll = select.poll()
     poll.register(asked, select.POLLIN)
-    while poll.poll(IDLE_SECONDS * 1000):
-        text, writers, _, _ = socket.recv_fds(asked, 1 << 20, STARTS_AT_ONCE)
-        if not text:
-            os._exit(0)  # who started it waits for its end
-        asked.send(_HEARD)
-        _start_machines(json.loads(text), writers, asked)
-        asked.send(_DONE)
+    with suppress(ConnectionError):  # who asked was killed, or gave up: there is nobody to tell
+        while poll.poll(IDLE_SECONDS * 1000):
+            text, writers, _, _ = socket.recv_fds(asked, 1 << 20, STARTS_AT_ONCE)
+            if not text:
+                os._exit(0)  # who started it waits for its end
+            asked.send(_HEARD)
+            _start_machines(json.loads(text), writers, asked)
+            asked.send(_DONE)
     return 0
 
 

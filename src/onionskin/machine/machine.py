@@ -187,7 +187,7 @@ class Machine:
                 raise StateError(f"machine {self._name!r} runs already, in process {control.pid}")
         if fresh:
             self._store._forget_ram_of_machine(self._name)
-        self._start(paused=paused)
+        self._start(paused=paused, only_from=record.DISKS_ALONE if fresh else None)
 
     def run(self, *, paused: bool = False, fresh: bool = False) -> int:
         """Run it in this process, for a service manager, until it ends.
@@ -221,7 +221,13 @@ class Machine:
                 raise StateError(f"machine {self._name!r} runs already, in process {control.pid}")
         if fresh:
             self._store._forget_ram_of_machine(self._name)
-        return daemon.run_in_foreground(self._store.path, self._name, paused=paused, trust=self._store._trust)
+        return daemon.run_in_foreground(
+            self._store.path,
+            self._name,
+            paused=paused,
+            trust=self._store._trust,
+            only_from=record.DISKS_ALONE if fresh else None,
+        )
 
     @_asked_again
     def stop(self, timeout: float | None = None, *, force: bool = False) -> None:
@@ -366,13 +372,22 @@ class Machine:
         OSError
             A file could not be read or written. Revert it again, or stop it.
         """
-        with self._supervisor() as control:
-            if control is not None:
-                control.call("revert", name=name)
+        deadline = time.monotonic() + STARTING_SECONDS
+        while True:
+            with self._supervisor() as control:
+                if control is not None:
+                    control.call("revert", name=name)
+                    return
+            taken = machines.find_snapshot(self._store._opened.catalog, self._row, name)
+            self._refuse_unlike(taken)
+            try:
+                self._store._revert_machine(self._name, name)
+                self._start(only_from=taken.id.hex())
                 return
-        self._refuse_unlike(machines.find_snapshot(self._store._opened.catalog, self._row, name))
-        self._store._revert_machine(self._name, name)
-        self._start()
+            except StateError:
+                # Where somebody was faster to start it, or puts it back just now, what runs then is put back in place.
+                if not machines.is_running(self._store._opened, self._row) or time.monotonic() > deadline:
+                    raise
 
     def revert_to_beginning(self) -> None:
         """Put a fork that is off back to the snapshot that it was made from, and let it go on from there.
@@ -389,9 +404,10 @@ class Machine:
         with self._supervisor() as control:
             if control is not None:
                 raise StateError(f"machine {self._name!r} runs; stop it first, with 'onionskin machine stop --force'")
-        self._refuse_unlike(machine_tree.beginning_of_fork(self._store._opened.catalog, self._row)[1])
+        taken = machine_tree.beginning_of_fork(self._store._opened.catalog, self._row)[1]
+        self._refuse_unlike(taken)
         self._store._put_machine_back_to_beginning(self._name)
-        self._start()
+        self._start(only_from=None if taken.ram is None else record.BEGINNING)
 
     def _refuse_unlike(self, snapshot: "MachineSnapshotRow") -> None:
         """Raise StateError where the RAM of a snapshot cannot be loaded here, before anything is put back."""
@@ -744,9 +760,11 @@ class Machine:
     def _directory(self) -> "Path":
         return record.directory_of(self._store._opened.layout.root, self._id)
 
-    def _start(self, *, paused: bool = False) -> None:
+    def _start(self, *, paused: bool = False, only_from: str | None = None) -> None:
         directory = record.make_directory(self._store._opened.layout.root, self._id)
-        daemon.start(self._store.path, self._name, directory, paused=paused, trust=self._store._trust)
+        daemon.start(
+            self._store.path, self._name, directory, paused=paused, trust=self._store._trust, only_from=only_from
+        )
 
     @contextmanager
     def _running(self, what: str) -> Iterator[MachineControl]:

@@ -19,6 +19,7 @@ from onionskin.errors import StateError
 
 try:
     from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
+    from qemu.qmp import StateError as DisconnectedError
 except ImportError as error:
     raise StateError(
         f"machines need the Python library qemu.qmp, which cannot be loaded ({error}); pip install 'onionskin[machine]'"
@@ -179,7 +180,10 @@ class Monitor:
         except ExecuteError as error:
             raise MonitorError(f"QEMU of machine {self._name!r} refused {what!r}: {error}") from None
         except (QMPError, OSError, EOFError) as error:
-            raise MonitorError(f"QEMU of machine {self._name!r}: {what!r}: {error}; has it ended?") from error
+            said = "it is being disconnected" if isinstance(error, DisconnectedError) else error
+            raise MonitorError(
+                f"QEMU of machine {self._name!r}: {what!r}: {said}; has it ended? 'onionskin machine status' says so"
+            ) from error
         except BaseException:
             future.cancel()
             raise

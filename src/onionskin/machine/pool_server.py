@@ -9,6 +9,7 @@ unless a fork has its machine; so whatever ends this process leaves no machine b
 life. A pool that cannot have machines any more, because its snapshot is gone, ends.
 """
 
+import fcntl
 import importlib
 import json
 import os
@@ -30,7 +31,7 @@ from onionskin.control import frames
 from onionskin.control.server import may_connect
 from onionskin.errors import MachineNotFoundError, OnionskinError, SnapshotNotFoundError, StateError
 from onionskin.machine import daemon, fork
-from onionskin.machine.pool import VERSION, socket_path
+from onionskin.machine.pool import VERSION, MachinePool, socket_path
 from onionskin.machine.record import SUPERVISOR_LOG, make_directory
 from onionskin.nbd.systemd import notify
 from onionskin.operations import machine_forks, machines
@@ -75,6 +76,21 @@ class Member:
             self.started = None
 
 
+def listen(directory: Path, snapshot: bytes) -> UnixListener:
+    """Listen as the pool of a snapshot, or raise StateError where there is one."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # A socket gets its name by a rename, so of two that begin at once one would take the other's, which nobody could end.
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if MachinePool(directory, "", snapshot).is_there:
+            raise StateError(
+                "there is a pool of that snapshot already; end it first, with 'onionskin machine pool --stop'"
+            )
+        return UnixListener(socket_path(directory, snapshot))
+    finally:
+        os.close(descriptor)
+
+
 class Pool:
     """A pool, in this process.
 
@@ -114,7 +130,7 @@ class Pool:
             importlib.import_module(module)
         importlib.import_module("onionskin.machine.supervisor")
         directory = make_directory(self._root, self._machine)
-        self._listener = UnixListener(socket_path(directory, self._snapshot))
+        self._listener = listen(directory, self._snapshot)
         self._held = self._in_store(self._prepare)
         if threading.active_count() > 1:
             raise StateError("a library of this Python has started threads, and a pool forks; it cannot run here")

@@ -49,6 +49,7 @@ _ALONE = {
     *("-usb", "-enable-kvm", "-no-reboot", "-no-shutdown", "-no-acpi", "-no-hpet", "-no-fd-bootchk", "-nographic"),
     *("-nodefaults", "-no-user-config", "-only-migratable", "-s", "-full-screen", "-portrait", "-singlestep"),
     *("-enable-sync-profile", "-h", "-help", "-version", "-audio-help", "-xen-attach", "-xen-domid-restrict"),
+    "-win2k-hack",
 }
 _IS_READ_ONLY = re.compile(r"\bread-?only=on\b|\bmedia=cdrom\b|\"read-only\"\s*:\s*true")
 # Of a device, what may be another one each time.

@@ -22,6 +22,8 @@ from onionskin.storage.locks import start_ticks
 
 DIRECTORY = "machines"
 JSON_BYTES_MAX = 1 << 20  # what is written has the user's arguments for the hypervisor, which are less
+# Where a start is told from what alone, beside the ids of snapshots: what a fork was made from, and the disks without RAM.
+BEGINNING, DISKS_ALONE = "beginning", "disks"
 PID_END = 1 << 22  # of Linux
 KILLED_SECONDS = 10.0  # to the end of a process that was killed
 RECORD, ENDED, CONTROL, DISKS, SUPERVISOR_LOG, SERVER_LOG = (

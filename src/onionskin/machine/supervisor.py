@@ -36,7 +36,7 @@ from onionskin.machine.entropy import doubt_about
 from onionskin.machine.hypervisor import Configuration, Identity, Recorded
 from onionskin.machine.monitor import MonitorError, MonitorTimeout
 from onionskin.machine.qemu import QemuHypervisor, QemuProcess
-from onionskin.machine.record import ProcessId, Record
+from onionskin.machine.record import BEGINNING, DISKS_ALONE, ProcessId, Record
 from onionskin.machine.running import Running
 from onionskin.operations import machine_forks, machine_tree, machines
 
@@ -100,8 +100,11 @@ class Supervisor:
 
     # ---- the begin ----
 
-    def begin(self, *, paused: bool = False) -> None:
+    def begin(self, *, paused: bool = False, only_from: str | None = None) -> None:
         """Start the machine, or take it over where it runs already. Its guest runs on return, unless it is `paused`.
+
+        It begins wherever its next start does; with `only_from`, the id of a snapshot of it in hexadecimal, `BEGINNING` or
+        `DISKS_ALONE`, only there: for whoever put it back, or gave up its RAM, and has not held it since.
 
         Raises
         ------
@@ -109,12 +112,12 @@ class Supervisor:
             Another process runs it; or it cannot be started: nothing of it is left.
         """
         try:
-            self._begin(paused)
+            self._begin(paused, only_from)
         except BaseException:
             self.end()
             raise
 
-    def _begin(self, paused: bool) -> None:
+    def _begin(self, paused: bool, only_from: str | None) -> None:
         row = machines.find(self._store._opened.catalog, self._name)
         volume = self._store._open_ram(row)
         self._ends.callback(volume.close)
@@ -134,18 +137,20 @@ class Supervisor:
         else:
             orphans.end(self._directory)
             self._ends.callback(self._server.end)
-            self._start(row.id, volume, paused)
+            self._start(row.id, volume, paused, only_from)
         self._ends.callback(self.running.close)
         self.running.has_server = bool(self._server.uris)
         self._listen()
 
-    def _start(self, machine: bytes, volume: "Volume", paused: bool) -> None:
+    def _start(self, machine: bytes, volume: "Volume", paused: bool, only_from: str | None) -> None:
         store = self._store
         begins = machines.beginning(store._opened, self._name)
         if begins.is_reverting and begins.snapshot is not None:
             self._log(f"machine {self._name!r} was being put back to {begins.snapshot.name!r}; that is ended first")
             machine_tree.revert(store._opened, self._name, begins.snapshot.name, store._put_back, ram=True)
             begins = machines.beginning(store._opened, self._name)
+        if only_from is not None:
+            _refuse_elsewhere(begins, only_from)
         row = begins.machine
         configuration = self._configuration(row)
         hypervisor = QemuHypervisor(self._hear)
@@ -621,6 +626,23 @@ class Supervisor:
             self._note_what_is(replace(self.record, is_frozen=False))
 
 
+def _refuse_elsewhere(begins: machines.Beginning, only_from: str) -> None:
+    """Raise StateError where the next start of a machine, which is held, is not from what it was put back to."""
+    name, taken = begins.machine.name, begins.snapshot
+    if only_from == DISKS_ALONE:
+        if begins.ram is not None:
+            raise StateError(
+                f"machine {name!r} was put back meanwhile, so it would not boot; it was not started; try again"
+            )
+        return
+    has_ram = begins.ram is not None or (taken is not None and taken.ram is None)
+    if not has_ram or (BEGINNING if taken is None else taken.id.hex()) != only_from:
+        raise StateError(
+            f"machine {name!r} was put back, and before it was started somebody put it back to something else, gave up its "
+            "RAM, or dropped the snapshot; it was not started; revert it again"
+        )
+
+
 def _open_process(process: ProcessId) -> int | None:
     """Open a process to wait for its end, or return None where it has ended."""
     try:
@@ -638,6 +660,7 @@ def supervise(
     name: str,
     *,
     paused: bool = False,
+    only_from: str | None = None,
     log: Callable[[str], None],
     ready: Callable[[], None],
     pool: socket.socket | None = None,
@@ -647,7 +670,7 @@ def supervise(
     SIGTERM, SIGINT and SIGHUP have the guest shut down. With `pool`, the machine waits in a pool at first: see `Supervisor`.
     """
     supervisor = Supervisor(store, name, log, pool=pool)
-    supervisor.begin(paused=paused)
+    supervisor.begin(paused=paused, only_from=only_from)
     before = {}
     try:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

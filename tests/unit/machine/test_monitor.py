@@ -151,9 +151,20 @@ def test_an_end_of_qemu_is_an_error_of_the_command_under_way(qemu: Qemu, path: P
     with Monitor(path, "lab") as monitor:
         ending = threading.Thread(target=qemu.end_after, args=("silent",))
         ending.start()
-        with pytest.raises(MonitorError, match="has it ended"):
+        with pytest.raises(MonitorError, match=r"has it ended\? 'onionskin machine status' says so"):
             monitor.execute("silent", seconds=300)
         ending.join()
+
+
+def test_a_command_behind_the_end_of_qemu_is_refused_in_words_of_this_program(qemu: Qemu, path: Path) -> None:
+    with Monitor(path, "lab") as monitor:
+        ending = threading.Thread(target=qemu.end_after, args=("silent",))
+        ending.start()
+        for _ in range(2):  # the second one finds a library that has not disconnected yet
+            with pytest.raises(MonitorError, match=r"has it ended\? 'onionskin machine status' says so") as raised:
+                monitor.execute("silent", seconds=300)
+        ending.join()
+    assert "QMPClient" not in str(raised.value)
 
 
 def test_a_closed_connection_refuses_commands_and_may_be_closed_again(qemu: Qemu, path: Path) -> None:
