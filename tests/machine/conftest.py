@@ -39,6 +39,17 @@ def vms(tmp_path: Path, tick_disk: Path) -> Path:
 
 
 @pytest.fixture
+def store(vms: Path) -> Iterator[onionskin.Store]:
+    """That store, open; machines in it are ended."""
+    with onionskin.Store(vms) as store:
+        try:
+            yield store
+        finally:
+            for info in store.machines():
+                store.open_machine(info.name).stop(force=True)
+
+
+@pytest.fixture
 def directory(tmp_path: Path) -> Path:
     """The directory of a machine, with a longer path than the name of a socket may have."""
     path = tmp_path / ("deep" * 20) / "machine"

@@ -28,16 +28,6 @@ pytestmark = pytest.mark.slow  # each starts several processes
 
 
 @pytest.fixture
-def store(vms: Path) -> Iterator[onionskin.Store]:
-    with onionskin.Store(vms) as store:
-        try:
-            yield store
-        finally:
-            for info in store.machines():
-                store.open_machine(info.name).stop(force=True)
-
-
-@pytest.fixture
 def lab(store: onionskin.Store, qemu: list[str]) -> Machine:
     """A machine that is off, and was taken as `ready` while it ran."""
     one = configuration(qemu)

@@ -6,7 +6,7 @@ supervisor is not there yet.
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,6 @@ from onionskin.machine import daemon, pool_server
 from onionskin.machine.machine import Machine
 
 pytestmark = pytest.mark.slow  # each starts several processes
-
-
-@pytest.fixture
-def store(vms: Path) -> Iterator[onionskin.Store]:
-    with onionskin.Store(vms) as store:
-        try:
-            yield store
-        finally:
-            for info in store.machines():
-                store.open_machine(info.name).stop(force=True)
 
 
 @pytest.fixture
