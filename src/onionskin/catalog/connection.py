@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from onionskin.base import forking
 from onionskin.base.modes import make_file
 from onionskin.base.paths import FilePath
+from onionskin.base.waiting import within
 from onionskin.catalog.copy_on_write import make_index_in_place
 from onionskin.catalog.read_only import connect_to_read, copied, why_not_written
 from onionskin.catalog.rows import (
@@ -123,7 +124,7 @@ class _Inherited:
     def at_exit(self) -> None:
         """Let the end of the process, which closes what is left, take no log away. The locks end with the process."""
         for path, _ in self._connections:
-            with suppress(OSError):
+            with suppress(OSError, StateError):
                 _lock_against_last_close(path)
 
 
@@ -140,12 +141,24 @@ def _lock_against_last_close(path: FilePath) -> int | None:
             return None  # SQLite leaves the log of a catalog that was moved alone
         raise
     try:
-        # An OFD lock, unlike SQLite's own, counts against this process too.
-        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, *_SHARED_BYTES, 0))
+        if not within(_BUSY_SECONDS, lambda: _share_bytes_of_sqlite(descriptor)):
+            raise StateError(
+                f"another process has been closing {path} for over a minute, or was stopped in it; try again when it has "
+                "ended"
+            )
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _share_bytes_of_sqlite(descriptor: int) -> bool:
+    """Share what the last one that closes a catalog locks alone. Unlike SQLite's locks, this counts in this process too."""
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, *_SHARED_BYTES, 0))
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 _inherited = _Inherited()

@@ -87,6 +87,8 @@ def translated(error: sqlite3.Error, path: FilePath) -> Exception:
     primary = primary_code(error)
     if primary == sqlite3.SQLITE_FULL:
         return OSError(ENOSPC, "the disk is full; free some room, or discard snapshots", str(path))
+    if primary == sqlite3.SQLITE_PROTOCOL:  # the head of the log's index is half written, and its writer does not go on
+        return StateError(f"{path} is being changed by another process, which does not go on; try again when it does")
     if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return StateError(f"{path} has been locked by another process for over a minute; try again when it is done")
     if primary in (
