@@ -738,7 +738,7 @@ def _shown(id: object) -> str:
 def _inode_at(path: "FilePath | str") -> "tuple[int, int] | None":
     try:
         found = os.stat(path)  # noqa: PTH116 - half the time of FilePath.stat
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):  # another error says nothing of where the store is
         return None
     return found.st_dev, found.st_ino
 

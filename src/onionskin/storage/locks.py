@@ -22,7 +22,7 @@ import struct
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from errno import EACCES, EDQUOT, ELOOP, ENOSPC, EROFS
+from errno import EACCES, EBADF, EDQUOT, ELOOP, ENOSPC, EROFS
 from functools import lru_cache
 from typing import NoReturn
 
@@ -69,8 +69,10 @@ def _set_lock(descriptor: int, kind: int, start: int, count: int) -> bool:
     except PermissionError:  # POSIX allows a system to report the same case as EACCES
         return False
     except OSError as error:
+        if error.errno == EBADF and kind == fcntl.F_WRLCK and descriptor >= 0:  # it is open to be read alone
+            error = OSError(EROFS, os.strerror(EROFS))
         _name(error, descriptor)
-        raise
+        raise error from None
     return True
 
 
