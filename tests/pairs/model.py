@@ -485,12 +485,12 @@ def compare(state: State, result: Any, a: tuple[str, str], b: tuple[str, str]) -
 
 
 def delta_across(state: State, result: Any, a: tuple[str, str], b: tuple[str, str]) -> State:
+    disk, disk_b = list(_disk_of(state, a)), _disk_of(state, b)
     header, units = result
-    disk = list(_disk_of(state, a))
     for unit, value in units.items():
         disk[unit] = value
     _same(state, header, b[1])
-    return _same(state, tuple(disk), _disk_of(state, b))
+    return _same(state, tuple(disk), disk_b)
 
 
 def volumes(state: State, result: Any) -> State:
