@@ -26,7 +26,7 @@ from onionskin.base import forking
 from onionskin.base.modes import make_file
 from onionskin.base.paths import FilePath
 from onionskin.base.waiting import within
-from onionskin.catalog.copy_on_write import make_index_in_place
+from onionskin.catalog.copy_on_write import has_quotas, make_index_in_place, refuse_without_room
 from onionskin.catalog.read_only import connect_to_read, copied, why_not_written
 from onionskin.catalog.rows import (
     COLUMNS,
@@ -183,6 +183,7 @@ class Connection:
         self._inode_of_log: tuple[int, int] | None = None  # None: the catalog is only read
         self._is_log_lost = False  # whether a sync of earlier commits failed, and the log was not replaced since
         self._rests = 0  # how often the thread that forks holds the guard
+        self._needs_room = False  # whether a full quota would end the process, if nobody asked for it before
         forking.register(self)
         forking.register_resting(self)
         with self._guard:  # a fork waits
@@ -201,6 +202,7 @@ class Connection:
             self._connection, self._copy = connect_to_read(self.path)
         else:
             self._connection = _connect(self.path)
+            self._needs_room = has_quotas(self.path.parent)
         self._inode = _inode_at(self.path)
         try:
             with self._errors():
@@ -368,6 +370,8 @@ class Connection:
             self._roll_back()  # a second interrupt may have left a transaction open
             if is_synced and self._is_log_lost:
                 self._replace_log()
+            if self._needs_room:
+                refuse_without_room(self.path)
             self._changing = True
             try:
                 self._have_commits_synced(is_synced)
