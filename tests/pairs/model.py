@@ -451,7 +451,7 @@ def prune(state: State, result: Any, name: str) -> State:
     if result is None:
         result = [snap for key, snap in state.snaps if key == volume.key][:-1]  # the newest is the last
         result = [snap for snap in result if snap not in held]
-    elif not held and len(state.of(volume.key) - set(result)) != 1:
+    elif not held and state.of(volume.key) and len(state.of(volume.key) - set(result)) != 1:
         raise WrongResultError(f"prune dropped {result} of {sorted(state.of(volume.key))}")
     state = state.with_handle("prunes", volume.key)
     for snap in result:
