@@ -1459,7 +1459,8 @@ class Store:
             Of the last hours (days, weeks of ISO 8601, ...) that have snapshots, take this many, and keep the newest
             snapshot of each. If there are fewer of them, keep the oldest snapshot too.
         keep_within : datetime.timedelta, optional
-            Keep all snapshots that are older than the newest one by at most this time.
+            Keep all snapshots that are older than the newest one by at most this time. If the newest one has a time to
+            come, because the clock was wrong, keep all that are older than now by at most this time.
         zone : datetime.tzinfo
             The time zone that defines where an hour and a day end, such as ``zoneinfo.ZoneInfo("Europe/Berlin")``.
         dry_run : bool

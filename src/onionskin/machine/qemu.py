@@ -23,7 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from onionskin.base.files import data_ranges
+from onionskin.base.files import data_ranges, read_all, write_all
 from onionskin.base.sockets import connect_unix
 from onionskin.errors import StateError
 from onionskin.kernels._ram import PageTracker
@@ -595,7 +595,7 @@ def _copy(ram_file: Path, directory: Path) -> Path:
             os.ftruncate(target, size)
             for start, end in data_ranges(source, 0, size):
                 for at in range(start, end, 1 << 20):
-                    os.pwrite(target, os.pread(source, min(1 << 20, end - at), at), at)
+                    write_all(target, read_all(source, min(1 << 20, end - at), at), at)
         except BaseException:
             path.unlink(missing_ok=True)
             raise

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onionskin.base.files import write_all
 from onionskin.base.states import DATA as DATA_STATE
 from onionskin.errors import StateError
 from onionskin.kernels import _ram
@@ -527,10 +528,4 @@ def fill_file(snapshot: "Volume", descriptor: int, length: int) -> None:
         for at in range(start, end, PIECE_BYTES):
             piece = room[: min(PIECE_BYTES, end - at)]
             snapshot.readinto(at, piece)
-            _write_all(descriptor, piece.data, at)
-
-
-def _write_all(descriptor: int, left: memoryview, offset: int) -> None:
-    while left:
-        done = os.pwrite(descriptor, left, offset)
-        left, offset = left[done:], offset + done
+            write_all(descriptor, piece.data, at)

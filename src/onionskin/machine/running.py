@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from onionskin.base.files import read_all, write_all
 from onionskin.base.lazy import logger
 from onionskin.base.states import DATA
 from onionskin.errors import FormatError, OnionskinError, StateError
@@ -272,7 +273,7 @@ class StateFile:
         if self._descriptor < 0:
             return
         with suppress(OSError):
-            os.pwrite(self._descriptor, bytes(os.fstat(self._descriptor).st_size), 0)  # others may have it open
+            write_all(self._descriptor, bytes(os.fstat(self._descriptor).st_size))  # others may have it open
             os.ftruncate(self._descriptor, 0)
         os.close(self._descriptor)
         self._descriptor = -1
@@ -306,7 +307,7 @@ class StateFile:
         pages, before = page_aligned(count), page_aligned(count)
         pages[:] = 0
         flat = pages.reshape(-1)
-        os.preadv(self._descriptor, [flat[:length].data], 0)
+        flat[:length] = np.frombuffer(read_all(self._descriptor, length), np.uint8)
         numbers = np.arange(count, dtype=np.int64) + ram_bytes // PAGE_BYTES
         volume.read_blocks(numbers, before)
         changed = _ram.classify(flat, before.reshape(-1)) != _ram.SAME

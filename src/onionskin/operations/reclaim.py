@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from errno import ELOOP
 from typing import TYPE_CHECKING
 
+from onionskin.base.files import read_all
 from onionskin.base.fsync import sync_directory
 from onionskin.base.lazy import logger
 from onionskin.base.limits import HEADER_BYTES
@@ -285,7 +286,7 @@ def _free_file(store: OpenStore, row: WorkRow, *, unlink: bool) -> None:
 
 def wants_zeros(descriptor: int) -> bool:
     """Whether the header of a segment or map says that the file has to be wiped, whatever volume it belongs to now."""
-    header = os.pread(descriptor, HEADER_BYTES, 0)
+    header = read_all(descriptor, HEADER_BYTES)
     return header[:8] in (MAGIC_SEGMENT, MAGIC_MAP) and bool(int.from_bytes(header[24:32], "little") & _WIPE_ZERO)
 
 
