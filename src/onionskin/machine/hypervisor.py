@@ -366,7 +366,7 @@ def _from_json(kind: Any, text: str, what: str, *, tuples: tuple[str, ...]) -> d
         for one in fields(kind):
             _check_type(one.name, getattr(made, one.name), one.type)
         return dict(value)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{what} cannot be read: {error}") from None
 
 
