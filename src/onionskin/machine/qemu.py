@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from onionskin.base.files import data_ranges
+from onionskin.base.sizes import format_size
 from onionskin.base.sockets import connect_unix
 from onionskin.errors import StateError
 from onionskin.kernels._ram import PageTracker
@@ -589,6 +590,7 @@ def _copy(ram_file: Path, directory: Path) -> Path:
     path = copy_of_ram(directory, os.getpid())
     source = os.open(ram_file, os.O_RDONLY | os.O_CLOEXEC)
     try:
+        _refuse_without_room(path.parent, os.fstat(source).st_size)
         target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             size = os.fstat(source).st_size
@@ -604,6 +606,18 @@ def _copy(ram_file: Path, directory: Path) -> Path:
     finally:
         os.close(source)
     return path
+
+
+def _refuse_without_room(directory: Path, length: int) -> None:
+    """Raise StateError where RAM has no room: as the guest fills it, the kernel would kill the hypervisor (SIGBUS)."""
+    found = os.statvfs(directory)
+    free = found.f_bavail * found.f_frsize
+    if found.f_blocks and free < length:  # one without blocks has no limit
+        raise StateError(
+            f"{directory} has {format_size(free)} left, and the RAM of the machine takes up to {format_size(length)} there, "
+            "since what is written to RAM cannot be noted here; make it larger (for a container: --shm-size), or give the "
+            "machine less RAM"
+        )
 
 
 def _swapped_bytes(pid: int) -> int:
