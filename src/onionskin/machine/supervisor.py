@@ -235,17 +235,22 @@ class Supervisor:
             None if mapped is None else mapped.hex(),
             is_paused=paused or self._pool is not None,
             labels=self._server.labels,
+            is_waiting=self._pool is not None,
         )
 
     def _take_over(self, found: Record, volume: "Volume") -> None:
         """Go on with a machine whose supervisor was killed. Where that fails, its processes stay as they are recorded."""
-        assert found.hypervisor is not None
+        hypervisor = found.hypervisor
+        assert hypervisor is not None
         self._is_recorded = False
+        was_waiting = found.is_waiting
+        if was_waiting:  # in a pool, and a fork has taken it since
+            found = replace(found, is_paused=False, is_waiting=False)
         self._log(f"the supervisor of machine {self._name!r} was killed; taking it over")
         if self._server.process is None:
             self._server.start()  # QEMU may wait for it, and then answers nothing
         self._process = qemu.adopt(
-            *(found.hypervisor.pid, found.hypervisor.ticks, self._name, self._directory, Path(found.ram_file)),
+            *(hypervisor.pid, hypervisor.ticks, self._name, self._directory, Path(found.ram_file)),
             is_tracked=found.is_tracked,
             on_event=self._hear,
         )
@@ -269,6 +274,8 @@ class Supervisor:
         if self._process.is_paused and not found.is_paused and not found.is_reverting:
             self._log("it stood still in the middle of what its supervisor did; it goes on")
             self._process.resume()
+        if was_waiting:
+            self._tell_fork(self.running.configuration, self.running.identity)
 
     def _note(self, what: Record) -> None:
         with self._guard:
@@ -324,7 +331,7 @@ class Supervisor:
                 raise StateError(f"machine {self._name!r} does not wait in a pool for a fork that has taken it")
             self._name = self.running.name = self._process.name = row.name
             self._server.rename([one.name for one in machines.volumes_of(self._store._opened.catalog, row)[:-1]])
-            self._note_what_is(replace(self.record, is_paused=False))
+            self._note_what_is(replace(self.record, is_paused=False, is_waiting=False))
             self._pool = None  # from here on it is left alone, whatever becomes of the pool
             self._process.resume()
         self._log(f"a fork took it from the pool; it is machine {row.name!r}")
