@@ -261,6 +261,10 @@ class Process(Protocol):
     def is_paused(self) -> bool:
         """Whether it is stopped now."""
 
+    @property
+    def guest_has_ended(self) -> bool:
+        """Whether it is stopped because its guest has shut down, or died, and the process stays all the same."""
+
     def disk_bytes(self) -> list[int]:
         """Return how large its disks are for the guest, in their order: as they were when it was started."""
 

@@ -521,6 +521,8 @@ class Supervisor:
             return f"a disk had an error{': no room is left in the store' if is_full else ''}; resume it when that is mended"
         if said == "running":
             return ""
+        if said == "shutdown":
+            return "its guest has shut down, and QEMU stays (-no-shutdown); revert it, or stop it"
         return "its user paused it" if self.record.is_paused else f"the hypervisor says {said!r}"
 
     def pause(self, has_gone: Callable[[], None]) -> bool:
@@ -567,6 +569,9 @@ class Supervisor:
         with self.running.guard:
             if self.running.is_broken:
                 raise StateError(f"machine {self._name!r} is between two states; end it with --force")
+            if self._process.guest_has_ended:
+                self._process.quit(QUIT_SECONDS)
+                return
             if self._process.is_paused:  # a guest that stands still hears nothing
                 self._process.resume()
                 self._note_what_is(replace(self.record, is_paused=False))
@@ -574,11 +579,20 @@ class Supervisor:
         deadline = time.monotonic() + seconds
         while self._process.wait(0.05) is None:
             has_gone()
+            if self._is_stopped and self._guest_has_ended():  # with -no-shutdown the process stays
+                self._process.quit(QUIT_SECONDS)
+                return
             if time.monotonic() > deadline:
                 raise StateError(
                     f"the guest of machine {self._name!r} did not shut down within {seconds:g} s, and runs on; shut it down "
                     "from inside, or end it with --force"
                 )
+
+    def _guest_has_ended(self) -> bool:
+        try:
+            return self._process.guest_has_ended
+        except MonitorError:  # the process is ending itself
+            return False
 
     def stop_soon(self) -> None:
         """End the machine in the background, for a signal: its guest is asked, and it is ended when that takes too long."""
