@@ -133,6 +133,8 @@ class Recorded:
     guest_kernel : str
         The release of the Linux that the guest booted, such as "6.12.95-cloud-amd64"; empty where a disk's boot loader chose
         it. It may differ.
+    is_frozen : bool
+        Whether the guest's file systems were frozen at that instant: whoever lets it go on from there thaws them.
     """
 
     hypervisor: str
@@ -144,6 +146,7 @@ class Recorded:
     cpus: int
     devices: tuple[str, ...] = ()
     guest_kernel: str = ""
+    is_frozen: bool = False
 
     def to_json(self) -> str:
         """Return it as text, for `from_json`."""

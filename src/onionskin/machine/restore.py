@@ -250,6 +250,7 @@ def revert(running: Running, snapshot: str, *, stays: bool = False) -> None:
                     disks.result()
                 going_back.put_ram_back(running.ram_volume._opened.to_write())  # the guest may write from here on
             running.recorded = replace(running.recorded, guest_kernel=saved.recorded.guest_kernel)
+            running.is_frozen = saved.recorded.is_frozen
             running.is_broken = False
 
 

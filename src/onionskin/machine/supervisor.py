@@ -161,7 +161,8 @@ class Supervisor:
             if begins.ram is not None:
                 machines.refuse_written(store._opened, row)
                 prepared = stack.enter_context(restore.prepare(store, row, None, now))
-                now = replace(now, guest_kernel=prepared.saved.recorded.guest_kernel)  # that is in its RAM
+                was = prepared.saved.recorded
+                now = replace(now, guest_kernel=was.guest_kernel)  # that is in its RAM
             self._server.begin()
             self._process = hypervisor.launch(
                 configuration,
@@ -181,6 +182,7 @@ class Supervisor:
             )
             if prepared is not None:
                 restore.settle(self.running, prepared.saved)
+                self.running.is_frozen = was.is_frozen
             self._note(self._record_of(configuration, now, identity, mapped, paused))
             if self._pool is None:
                 # From here on the guest may write: RAM that it began from is older than its disks.
@@ -188,6 +190,7 @@ class Supervisor:
         (self._directory / record.ENDED).unlink(missing_ok=True)
         if self._pool is None and not paused:
             self._process.resume()
+            self._thaw_or_say_why_not()
             if begins.ram is not None and begins.snapshot is None:
                 self._tell_fork(configuration, identity)
 
@@ -198,17 +201,38 @@ class Supervisor:
             try:
                 with self._process.agent() as agent:
                     mac = identity.mac(0) if configuration.network != "none" else None
-                    self._untold = tell_identity(agent, hostname=self._name, mac=mac, clock_ns=time.time_ns())
+                    self._untold += tell_identity(agent, hostname=self._name, mac=mac, clock_ns=time.time_ns())
                     if doubt := doubt_about(self.running.recorded.guest_kernel or kernel_of(agent)):
                         self._untold.append(f"its random numbers: {doubt}")
             except (OSError, OnionskinError) as error:
-                self._untold = [
+                self._untold += [
                     f"its clock, its host name and its addresses are those of the machine it was made from: {error}"
                 ]
             for line in self._untold:
                 self._log(f"the guest was not told: {line}")
 
         threading.Thread(target=work, name="onionskin agent", daemon=True).start()
+
+    def _thaw(self) -> None:
+        """Have the file systems of a guest thawed that goes on as they were frozen: no write of it would end."""
+        if not self.running.is_frozen:
+            return
+        try:
+            self._process.thaw()
+        except (OSError, OnionskinError) as error:
+            raise StateError(
+                f"machine {self._name!r} runs with its file systems frozen, as the snapshot has them, and its agent did not "
+                f"thaw them: {error}; thaw them from inside, or revert it to another snapshot"
+            ) from error
+        self.running.is_frozen = False
+        self._note_what_is(replace(self.record, is_frozen=False))
+
+    def _thaw_or_say_why_not(self) -> None:
+        try:
+            self._thaw()
+        except StateError as error:
+            self._untold.append(str(error))
+            self._log(str(error))
 
     def _configuration(self, row: "MachineRow") -> Configuration:
         """Return what the machine is made of. A fork has no network, unless it says that it has."""
@@ -234,6 +258,7 @@ class Supervisor:
             self._process.ram() is not None,
             None if mapped is None else mapped.hex(),
             is_paused=paused or self._pool is not None,
+            is_frozen=self.running.is_frozen,
             labels=self._server.labels,
             is_waiting=self._pool is not None,
         )
@@ -267,13 +292,13 @@ class Supervisor:
         self._ends.callback(self._process.quit, QUIT_SECONDS)
         self.running.is_broken = found.is_reverting
         self.running.goes_on = found.is_reverting and not found.is_paused
-        self._note(replace(found, supervisor=ProcessId.of(os.getpid()), server=self._server.process, is_frozen=False))
-        if found.is_frozen:
-            with suppress(OSError, OnionskinError):
-                self._process.thaw()
+        self.running.is_frozen = found.is_frozen
+        self._note(replace(found, supervisor=ProcessId.of(os.getpid()), server=self._server.process))
         if self._process.is_paused and not found.is_paused and not found.is_reverting:
             self._log("it stood still in the middle of what its supervisor did; it goes on")
             self._process.resume()
+        if not self._process.is_paused:
+            self._thaw_or_say_why_not()
         if was_waiting:
             self._tell_fork(self.running.configuration, self.running.identity)
 
@@ -334,6 +359,7 @@ class Supervisor:
             self._note_what_is(replace(self.record, is_paused=False, is_waiting=False))
             self._pool = None  # from here on it is left alone, whatever becomes of the pool
             self._process.resume()
+            self._thaw_or_say_why_not()
         self._log(f"a fork took it from the pool; it is machine {row.name!r}")
         self._tell_fork(self.running.configuration, self.running.identity)
 
@@ -547,6 +573,7 @@ class Supervisor:
             self._process.resume()
             self._tries.clear()
             self._note_what_is(replace(self.record, is_paused=False))
+            self._thaw()
 
     def stop(self, has_gone: Callable[[], None], timeout: float | None, force: bool) -> str:
         """End the machine: its guest is asked to shut down; with `force` it is ended at once. Return what happened.
@@ -575,6 +602,7 @@ class Supervisor:
             if self._process.is_paused:  # a guest that stands still hears nothing
                 self._process.resume()
                 self._note_what_is(replace(self.record, is_paused=False))
+                self._thaw_or_say_why_not()
             self._process.power_down()
         deadline = time.monotonic() + seconds
         while self._process.wait(0.05) is None:
@@ -624,10 +652,15 @@ class Supervisor:
         with self.running.guard:
             self._note(replace(self.record, is_reverting=True))
             try:
-                restore.revert(self.running, name)
+                restore.revert(self.running, name, stays=self.record.is_paused)
             finally:
                 now, told = self.running.recorded.to_json(), self.running.generation
-                self._note_what_is(replace(self.record, is_reverting=self.running.is_broken, recorded=now, told=told))
+                is_broken, is_frozen = self.running.is_broken, self.running.is_frozen
+                self._note_what_is(
+                    replace(self.record, is_reverting=is_broken, recorded=now, told=told, is_frozen=is_frozen)
+                )
+            if not self._process.is_paused:
+                self._thaw()
 
     def tell(self, has_gone: Callable[[], None], hostname: str | None, clock: bool) -> list[str]:
         """Tell the guest, through its agent, who and when it is. Return what could not be done."""
@@ -644,7 +677,7 @@ class Supervisor:
         try:
             yield
         finally:
-            self._note_what_is(replace(self.record, is_frozen=False))
+            self._note_what_is(replace(self.record, is_frozen=self.running.is_frozen))
 
 
 def _refuse_elsewhere(begins: machines.Beginning, only_from: str) -> None:
