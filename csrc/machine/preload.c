@@ -7,7 +7,8 @@
  * ONIONSKIN_RAM is the path of the RAM file, ONIONSKIN_PRELOAD the path of the socket. Both, and LD_PRELOAD, are taken
  * out of the environment, so that programs which the hypervisor starts are left alone.
  *
- * While the process lives it has a shared lock (flock) on the RAM file that it maps: so nobody wipes the file under it.
+ * While the process lives it has a shared lock (flock) on the RAM file that it maps: so nobody wipes the file under it. It
+ * cannot give room of that file back either (fallocate): a balloon would, and forks that map it would lose what they read.
  *
  * What must hold: if anything here fails, the hypervisor runs as it would without it, and says so when it is asked. Only
  * the user who runs the hypervisor, and root, are answered. The library links nothing of onionskin or Python. */
@@ -44,6 +45,8 @@ static struct {
     pthread_mutex_t guard; /* over what follows, which the thread of the socket and those that map use */
     uint8_t *start;
     size_t length;
+    dev_t device; /* of the RAM file that is mapped there */
+    ino_t file;
     int is_private;
     int faults; /* the userfaultfd, -1 before it is armed */
 } preload = {.guard = PTHREAD_MUTEX_INITIALIZER, .faults = -1};
@@ -75,9 +78,13 @@ static void *map(void *address, size_t length, int protection, int flags, int fd
     void *mapped = real(address, length, protection, flags, fd, offset);
     if (found && mapped != MAP_FAILED) {
         lock_ram();
+        struct stat mapped_file = {0};
+        (void)fstat(fd, &mapped_file);
         pthread_mutex_lock(&preload.guard);
         preload.start = mapped;
         preload.length = length;
+        preload.device = mapped_file.st_dev;
+        preload.file = mapped_file.st_ino;
         preload.is_private = 1;
         pthread_mutex_unlock(&preload.guard);
     }
@@ -94,6 +101,39 @@ __attribute__((visibility("default"))) void *mmap64(void *address, size_t length
 __attribute__((visibility("default"))) void *mmap(void *address, size_t length, int protection, int flags, int fd,
                                                   off_t offset) {
     return map(address, length, protection, flags, fd, offset);
+}
+
+/* ---- what must not be done to the file ---- */
+
+static int is_mapped_file(int fd) {
+    struct stat file;
+    if (fstat(fd, &file))
+        return 0;
+    pthread_mutex_lock(&preload.guard);
+    int is_it = preload.is_private && file.st_dev == preload.device && file.st_ino == preload.file;
+    pthread_mutex_unlock(&preload.guard);
+    return is_it;
+}
+
+static int allocate(int fd, int mode, off_t offset, off_t length) {
+    static int (*real)(int, int, off_t, off_t);
+    if (!real)
+        real = (int (*)(int, int, off_t, off_t))dlsym(RTLD_NEXT, "fallocate");
+    if (mode && is_mapped_file(fd)) {
+        errno = EOPNOTSUPP;
+        return -1;
+    }
+    return real(fd, mode, offset, length);
+}
+
+#ifdef __GLIBC__
+__attribute__((visibility("default"))) int fallocate64(int fd, int mode, off64_t offset, off64_t length) {
+    return allocate(fd, mode, offset, length);
+}
+#endif
+
+__attribute__((visibility("default"))) int fallocate(int fd, int mode, off_t offset, off_t length) {
+    return allocate(fd, mode, offset, length);
 }
 
 /* ---- what is asked for ---- */

@@ -1064,6 +1064,10 @@ class Store:
             return []
         from onionskin.operations import machine_removal
 
+        if (self._opened.layout.root / "machines").is_dir():
+            import onionskin
+
+            onionskin.end_expired(self)
         names, removed = machine_removal.expire(self._opened, self._refuse_processes)
         for one in removed:
             self._clean_up_after(one)

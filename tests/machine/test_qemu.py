@@ -202,6 +202,8 @@ def test_without_tracking_its_ram_is_a_shared_file_of_its_own(
         (("-bios", "/usr/share/OVMF/OVMF_CODE.fd"), "UEFI"),
         (("-device", "vfio-pci,host=01:00.0"), "vfio"),
         (("-netdev", "vhost-user,id=n"), "vhost-user"),
+        (("-device", "virtio-balloon-pci"), "balloon"),
+        (("-device", '{"driver":"virtio-balloon-pci","free-page-reporting":true}'), "balloon"),
         (("-incoming", "defer"), "-incoming"),
         (("alone",), "belongs to no option"),
         (("-nodefaults", "disk.raw"), "belongs to no option"),  # QEMU takes it for a disk
@@ -213,6 +215,12 @@ def test_without_tracking_its_ram_is_a_shared_file_of_its_own(
         (("-hda", "disk.raw"), "a disk of the machine"),
         (("-drive", "file=disk.raw,if=virtio"), "a disk of the machine"),
         (("-blockdev", '{"driver":"file","filename":"disk.raw","node-name":"a"}'), "a disk of the machine"),
+        (("-drive", "file=seed.iso,media=cdrom,cache=none"), "past the host's cache"),
+        (("-drive", "file=seed.raw,readonly=on,aio=native,cache.direct=on"), "past the host's cache"),
+        (
+            ("-blockdev", '{"driver":"file","filename":"a","node-name":"a","read-only":true,"cache":{"direct":true}}'),
+            "past the host's cache",
+        ),
     ],
 )
 def test_an_argument_that_no_snapshot_would_survive_is_refused_by_name(given: tuple[str, ...], named: str) -> None:

@@ -559,12 +559,14 @@ def discard(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, 
 
     name, chosen = _of_one(names)
     with name.open_store() as store:
+        target = store.open_machine(name.volume)
+        target._end_left_in_pools()
         loss = machine_usage.loss_of_discard(store._opened, name.volume, chosen, recursive=recursive)
         if dry_run:
             _tell_dry_run(as_json, "discard", (), loss)
             return
         _agree("discard", (), loss, yes=yes)
-        gone = store.open_machine(name.volume).discard(chosen, recursive=recursive)
+        gone = target.discard(chosen, recursive=recursive)
     value = {"machine": name.volume, "discarded": gone}
     output.tell(as_json, value, lambda: f"discarded {', '.join(f'{name.volume}@{one}' for one in gone)}")
 
@@ -681,6 +683,8 @@ def delete(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, a
     called = list(dict.fromkeys(name.volume for name in names))
     with names[0].open_store() as store:
         ids = machine_removal.ids_of(store._opened.catalog, called)
+        for one in called:
+            store.open_machine(one)._end_left_in_pools()
         loss = machine_removal.loss_of_delete(store._opened, called, recursive=recursive)
         if dry_run:
             _tell_dry_run(as_json, "delete", called, loss)

@@ -2,7 +2,8 @@
 
 What must hold: names of sockets are relative to the machine's directory, in which QEMU runs, so they fit in an address
 however deep the store is. No argument that the user gives can undo what a snapshot needs: those are refused by name. So are
-devices that write RAM past what notes writes, and variable stores of UEFI, which no snapshot would have.
+devices that write RAM past what notes writes, balloons, which would take it out of the file that forks share, and variable
+stores of UEFI, which no snapshot would have.
 """
 
 import os
@@ -41,7 +42,13 @@ _OURS = {
     "-pflash": "UEFI and its variable store are not supported: a snapshot would not have them; boot with SeaBIOS or kernel=",
 }
 _UEFI = re.compile(r"if=pflash|pflash[01]=|ovmf|edk2|\.fd\b", re.IGNORECASE)
-_PAST_TRACKING = re.compile(r"vhost-user|vfio|vdpa|ivshmem|virtio-mem|virtio-pmem|pc-dimm|nvdimm|memory-backend")
+_PAST_TRACKING = re.compile(
+    r"vhost-user|vfio|vdpa|ivshmem|virtio-mem|virtio-pmem|pc-dimm|nvdimm|memory-backend|balloon"
+)
+# The host's disk writes what it reads there to RAM itself, at some time after it was told to, and no page says so.
+_PAST_CACHE = re.compile(
+    r"cache=(none|directsync)\b|\bcache\.direct=(on|true|yes)\b|\"(cache\.)?direct\"\s*:\s*true|=nvme\b"
+)
 # Arguments that make devices.
 _OF_DEVICES = ("-device", "-vga", "-nic", "-net", "-usb", "-usbdevice", "-global", "-soundhw", "-audio", "-tpmdev")
 # Options that take no value: what comes behind them is another option.
@@ -92,10 +99,15 @@ def _refuse(option: str, value: str) -> None:
         raise StateError(f"the argument {option} {value} for QEMU cannot be given: {_OURS['-pflash']}")
     if option in ("-drive", "-blockdev") and not _IS_READ_ONLY.search(value):
         raise StateError(f"the argument {option} {value} for QEMU cannot be given: {_NO_DISK}")
+    if option in ("-drive", "-blockdev") and _PAST_CACHE.search(value):
+        raise StateError(
+            f"the argument {option} {value} for QEMU cannot be given: what is read past the host's cache goes to RAM in a "
+            "way that snapshots do not see; leave out cache=none, and what else says so"
+        )
     if found := _PAST_TRACKING.search(value):
         raise StateError(
-            f"the argument {option} {value} for QEMU cannot be given: {found[0]} writes RAM, or has some, that snapshots do "
-            "not see"
+            f"the argument {option} {value} for QEMU cannot be given: {found[0]} writes RAM, drops some, or has some, and "
+            "snapshots do not see that"
         )
 
 

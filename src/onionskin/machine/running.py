@@ -73,6 +73,8 @@ class Running:
         Whether going back to a snapshot failed half-way: the machine stays stopped until that is done again.
     goes_on : bool
         Whether it goes on when that is done, as it ran before.
+    is_frozen : bool
+        Whether the guest's file systems are as frozen as they were in the snapshot that it goes on from.
     has_server : bool
         Whether a process serves its disks at all times, and is started again when it dies.
     """
@@ -90,6 +92,7 @@ class Running:
     files: RamFiles
     is_broken: bool = False
     goes_on: bool = False
+    is_frozen: bool = False
     has_server: bool = False
     generation: str = ""
     guard: threading.RLock = field(default_factory=threading.RLock)

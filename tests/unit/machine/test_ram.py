@@ -99,6 +99,13 @@ def test_what_is_written_stays_out_of_the_file(child: Child) -> None:
     assert child.read(0) == 7 and child.ram.read_bytes() == before
 
 
+def test_the_process_cannot_take_pages_out_of_the_file_that_others_map(child: Child) -> None:
+    """QEMU does so for a balloon of the guest, as it takes the mapping for a shared one."""
+    before = child.ram.read_bytes()
+    assert child._say("punch 0") == str(errno.EOPNOTSUPP)
+    assert child.ram.read_bytes() == before and child.read(0) == 1
+
+
 def test_each_write_is_found_once_and_nothing_else(child: Child) -> None:
     tracker, _ = tracked(child)
     assert pages_of(tracker.written(protect=True)) == []
