@@ -44,23 +44,6 @@ if TYPE_CHECKING:
 
 _LEAVE = b"\x1d"  # Ctrl-]
 
-# What other programs call it: virsh, qm, VBoxManage, limactl, multipass, prlctl.
-_CALLED = {
-    **dict.fromkeys(("restore", "rollback", "snapshot-revert", "loadvm"), "revert"),
-    **dict.fromkeys(("reboot", "restart", "reset"), "stop, and then start"),
-    **dict.fromkeys(("save", "savevm", "checkpoint", "snapshot-create"), "snapshot"),
-    **dict.fromkeys(("shutdown", "poweroff", "destroy", "kill"), "stop"),
-    **dict.fromkeys(("run", "boot", "up"), "start"),
-    **dict.fromkeys(("suspend", "freeze"), "pause"),
-    **dict.fromkeys(("unpause", "continue", "cont"), "resume"),
-    **dict.fromkeys(("attach", "shell", "serial"), "console"),
-    **dict.fromkeys(("ls", "ps"), "list"),
-    **dict.fromkeys(("info", "show", "state"), "status"),
-    **dict.fromkeys(("clone", "copy"), "fork"),
-    **dict.fromkeys(("rm", "remove", "undefine"), "delete"),
-    **dict.fromkeys(("define", "new"), "create"),
-}
-
 
 class _Verbs(click.Group):
     """The verbs of machines, in the order in which a user meets them."""
@@ -75,9 +58,11 @@ class _Verbs(click.Group):
         """Find the verb, or say which one may be meant."""
         word = args[0] if args else ""
         if word and not word.startswith("-") and word not in self.commands:
-            called = _CALLED.get(word.lower())
-            meant = f": here that is onionskin machine {called}" if called else ""
-            raise click.UsageError(f"No such command {word!r}{meant}", ctx)
+            from onionskin.cli import verbs
+
+            raise click.UsageError(
+                f"No such command {word!r}{verbs.suggestion(word, self.commands, of_machines=True)}", ctx
+            )
         return super().resolve_command(ctx, args)
 
 
