@@ -49,6 +49,12 @@ def test_help_lists_each_verb_once_under_what_it_is_for(run: Run) -> None:
         assert shown.count(f"\n  {verb} ") == 1, verb
 
 
+@pytest.mark.parametrize("group", [(), ("machine",)])
+def test_the_line_of_each_verb_is_whole_on_a_narrow_terminal(run: Run, group: tuple[str, ...]) -> None:
+    of_group = run(*group, "--help").stdout.partition("Options:")[2]
+    assert "..." not in of_group
+
+
 @pytest.mark.parametrize(
     ("word", "said"),
     [

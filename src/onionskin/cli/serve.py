@@ -92,7 +92,7 @@ class Log:
     show_default=True,
     help="'any' lets other machines in without --tls-ca.",
 )
-@click.option("--allow-revert", is_flag=True, help="Let revert change the disk under connected clients.")
+@click.option("--allow-revert", is_flag=True, help="Let revert and discard change the disk under connected clients.")
 @click.option(
     "--dirty-bitmap",
     metavar="SNAPSHOT",

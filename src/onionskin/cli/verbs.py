@@ -36,6 +36,9 @@ _CALLED = {
     **dict.fromkeys(("cmp",), "compare"),
     **dict.fromkeys(("convert",), "import, or onionskin export"),
     **dict.fromkeys(("load",), "import"),
+    **dict.fromkeys(("release", "unprotect"), "unhold"),
+    "protect": "hold",
+    "children": "forks",
     # Verbs of machines, without the word machine.
     **{verb: f"machine {verb}" for verb in ("stop", "pause", "resume", "console", "pool")},
     "start": "serve, or onionskin machine start",
