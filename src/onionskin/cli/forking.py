@@ -46,8 +46,9 @@ def fork(
 ) -> None:
     """Make volumes that begin as a snapshot, or as a disk is now.
 
-    All of them are made, or none. Nothing is copied. Numbers go on from the highest that there is. Several disks of one store are forked together: as
-    many of each, with the same numbers, and those without a snapshot as they are at one instant.
+    All of them are made, or none. Nothing is copied. Numbers go on from the highest that there is. Several disks of one
+    store are forked together: as many of each, with the same numbers, and those without a snapshot as they are at one
+    instant.
     """
     how: dict[str, Any] = {
         "count": count,

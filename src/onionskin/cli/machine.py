@@ -71,7 +71,8 @@ class _Verbs(click.Group):
 def machine(ctx: click.Context) -> None:
     """Keep CPU, RAM, devices and disks as one snapshot.
 
-    A snapshot of a machine has its configuration, too. Machines have names of their own in a store, beside volumes. Every verb takes --json.
+    A snapshot of a machine has its configuration, too. Machines have names of their own in a store, beside volumes.
+    Every verb takes --json.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -464,7 +465,8 @@ def usage(name: Name, as_json: bool) -> None:
 def snapshot(name: Name, note: str, mode: str | None, freeze: bool, as_json: bool) -> None:
     """Take a snapshot of a machine: RAM, devices and disks.
 
-    They are of one instant, and the configuration is kept, too. The machine runs on if it ran, and stays paused if it was. Of a machine that is off it has disks and configuration.
+    They are of one instant, and the configuration is kept, too. The machine runs on if it ran, and stays paused if it
+    was. Of a machine that is off it has disks and configuration.
     """
     with name.open_store() as store:
         taken = store.open_machine(name.volume).snapshot(name.snapshot, note, mode=mode, freeze=freeze)
@@ -623,8 +625,8 @@ def fork(
 ) -> None:
     """Make machines that go on from a snapshot.
 
-    Each has disks and RAM of its own. All are made, or none. Nothing is copied. They have the addresses and the clock of the machine that they come from; docs/machines.md says what
-    changes by itself.
+    Each has disks and RAM of its own. All are made, or none. Nothing is copied. They have the addresses and the clock
+    of the machine that they come from; docs/machines.md says what changes by itself.
     """
     how |= {"names": names or None, "labels": dict(labels) or None, "idempotency_key": key, "start": not no_start}
     with name.open_store() as store, warnings.catch_warnings(record=True) as warned:
@@ -667,7 +669,8 @@ def rename(name: Name, new_name: str, as_json: bool) -> None:
 def delete(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
     """Delete machines that are off.
 
-    Their RAM goes with them, and so do the disks of those that are forks. All are deleted, or none. Other disks stay as they are.
+    Their RAM goes with them, and so do the disks of those that are forks. All are deleted, or none. Other disks stay as
+    they are.
     """
     from onionskin.operations import machine_removal
 
