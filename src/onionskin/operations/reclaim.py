@@ -21,6 +21,7 @@ from onionskin.base.paths import FilePath
 from onionskin.catalog import Catalog, LayerRow, SegmentRow, WorkRow
 from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.kernels._maplog import MAGIC_MAP, MAGIC_SEGMENT
+from onionskin.kernels._volume import ShortTurns
 from onionskin.kernels._wipe import unused_ranges, wipe
 from onionskin.storage.block_maps import SlotsOfLayers
 from onionskin.storage.locks import STORE_BYTE
@@ -69,14 +70,15 @@ def work_soon(store: OpenStore) -> None:
 
 def work_in_background(store: OpenStore) -> None:
     """Do all pending work that can be done, and prepare the next heads. Work that fails stays for the next opening."""
-    with suppress(OSError, OnionskinError):
-        if store.catalog.has_reclaims("zero"):
-            do_work(store, policy="zero")
-        do_work(store, policy="release")
-    store.reserve.make()  # the reserve may have been given up, and there may be room for it again
-    for handle in store.open_handles():
-        with suppress(OSError, OnionskinError):  # if this fails, the next head makes its files itself
-            handle.prepare_if_wanted()
+    with ShortTurns():  # nobody waits for this, so no writer is to
+        with suppress(OSError, OnionskinError):
+            if store.catalog.has_reclaims("zero"):
+                do_work(store, policy="zero")
+            do_work(store, policy="release")
+        store.reserve.make()  # the reserve may have been given up, and there may be room for it again
+        for handle in store.open_handles():
+            with suppress(OSError, OnionskinError):  # if this fails, the next head makes its files itself
+                handle.prepare_if_wanted()
 
 
 def do_work(store: OpenStore, *, policy: str | None = None) -> int:
