@@ -12,13 +12,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.forbid_calls import PROCESS_MADVISE, forbid
 
 import onionskin
 from onionskin.kernels import _ram
 from onionskin.kernels._ram import PAGE_BYTES, RUN_DTYPE, PageTracker
 from onionskin.machine.preload import Preload, library
 from onionskin.machine.ram import GuestRam, blocks_of, build_file, pieces_of, runs_of
-from support.forbid_calls import PROCESS_MADVISE, forbid
 
 PAGES = 4096
 LENGTH = PAGES * PAGE_BYTES
