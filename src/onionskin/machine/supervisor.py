@@ -36,6 +36,7 @@ from onionskin.machine.entropy import doubt_about
 from onionskin.machine.hypervisor import Configuration, Identity, Recorded
 from onionskin.machine.monitor import MonitorError, MonitorTimeout
 from onionskin.machine.qemu import QemuHypervisor, QemuProcess
+from onionskin.machine.ram import GuestRam
 from onionskin.machine.record import BEGINNING, DISKS_ALONE, ProcessId, Record
 from onionskin.machine.running import Running
 from onionskin.operations import machine_forks, machine_tree, machines
@@ -191,6 +192,8 @@ class Supervisor:
         if self._pool is None and not paused:
             self._process.resume()
             self._thaw_or_say_why_not()
+            if mapped is None and isinstance(self.running.guest_ram, GuestRam):
+                self.running.guest_ram.touch_rooms()  # while the guest boots: all that it writes is to be saved
             if begins.ram is not None and begins.snapshot is None:
                 self._tell_fork(configuration, identity)
 
