@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from support.guests import SECONDS_MAX, Console, configuration, state_of, stop_process, until
+from support.guests import SECONDS_MAX, Console, configuration, has_ended, stop_process, until
 
 import onionskin
 from onionskin.catalog import VolumeRow
@@ -166,7 +166,7 @@ def leave_in_pool(lab: Machine, store: onionskin.Store) -> tuple[Machine, Record
     stop_process(pid)
     for process in (record.supervisor.pid, pid):  # type: ignore[union-attr]
         os.kill(process, signal.SIGKILL)
-    until(lambda: not record.supervisor.is_alive and state_of(Path(f"/proc/{pid}")) in "ZX")  # type: ignore[union-attr]
+    until(lambda: not record.supervisor.is_alive and has_ended(pid))  # type: ignore[union-attr]
     assert record.hypervisor.is_alive and record.server.is_alive  # type: ignore[union-attr]
     return one, record
 
@@ -230,7 +230,7 @@ def test_a_fork_that_was_taken_runs_though_pool_and_supervisor_were_killed_befor
         os.kill(supervisor.pid, signal.SIGKILL)
         until(lambda: not supervisor.is_alive)
         os.kill(pid, signal.SIGKILL)
-        until(lambda: state_of(Path(f"/proc/{pid}")) in "ZX")
+        until(lambda: has_ended(pid))
     assert lab.pools() == []  # which ends what nobody took
     task = store.open_machine("task")
     assert task.state == "running"

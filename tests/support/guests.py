@@ -47,6 +47,14 @@ def stop_process(pid: int) -> None:
     until(lambda: all(state_of(task) in "TZX" for task in Path(f"/proc/{pid}/task").iterdir()))
 
 
+def has_ended(pid: int) -> bool:
+    """Whether all threads of a process have ended: its first one does so before others, which still hold its files."""
+    try:
+        return all(state_of(task) in "ZX" for task in Path(f"/proc/{pid}/task").iterdir())
+    except OSError:
+        return True
+
+
 def state_of(task: Path) -> str:
     """Return the state of a thread, as /proc has it."""
     try:

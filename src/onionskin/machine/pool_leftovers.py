@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 
 from onionskin.errors import OnionskinError
 from onionskin.machine.pool import MachinePool
-from onionskin.machine.record import directory_of
+from onionskin.machine.record import Record, directory_of
 from onionskin.operations import machine_forks, machines
 
 if TYPE_CHECKING:
     from onionskin.catalog import Catalog, MachineRow
     from onionskin.store import Store
+
+DYING_SECONDS = 10.0  # so long the locks of a process that was killed are waited for
 
 
 def end_of(store: "Store", machine: "MachineRow") -> None:
@@ -56,7 +58,13 @@ def _is_waiting(catalog: "Catalog", row: "MachineRow") -> bool:
 
 def _has_no_pool_now(store: "Store", row: "MachineRow") -> bool:
     """Whether nobody will clean up after a machine that waits: no supervisor holds it, and its pool has gone."""
-    return not machines.is_running(store._opened, row) and not _has_pool(store, row)
+    deadline = time.monotonic() + DYING_SECONDS
+    while machines.is_running(store._opened, row):
+        found = Record.read(directory_of(store._opened.layout.root, row.id))
+        if found is None or found.supervisor is None or found.supervisor.is_alive or time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)  # the threads of a process that was killed may hold its locks for longer than it is there
+    return not _has_pool(store, row)
 
 
 def _has_pool(store: "Store", row: "MachineRow") -> bool:
