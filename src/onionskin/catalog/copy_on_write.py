@@ -39,12 +39,12 @@ def has_quotas(directory: FilePath) -> bool:
     return False
 
 
-def refuse_without_room(catalog: FilePath) -> None:
-    """Raise OSError (EDQUOT) where the quota of a catalog has no room for a commit."""
+def refuse_without_room(catalog: FilePath, size_bytes: int = QUOTA_ROOM_BYTES) -> None:
+    """Raise OSError (ENOSPC or EDQUOT) where there is no room for so much beside a catalog."""
     try:
         descriptor = os.open(catalog.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
-            os.posix_fallocate(descriptor, 0, QUOTA_ROOM_BYTES)
+            os.posix_fallocate(descriptor, 0, size_bytes)
         finally:
             os.close(descriptor)
     except OSError as error:

@@ -11,6 +11,7 @@ from errno import EDQUOT, ENOSPC
 from typing import TypeVar
 
 from onionskin.base.modes import make_file
+from onionskin.catalog.copy_on_write import refuse_without_room
 from onionskin.storage.layout import Layout
 from onionskin.storage.locks import locked_directory
 
@@ -78,18 +79,7 @@ class Reserve:
             is_short = found.f_bavail * found.f_frsize < CATALOG_ROOM_BYTES and not found.f_flag & os.ST_RDONLY
             if is_short:
                 self._give_up()
-                self._try_room()
-
-    def _try_room(self) -> None:
-        try:
-            descriptor = os.open(self._layout.root, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            try:
-                os.posix_fallocate(descriptor, 0, CATALOG_INDEX_BYTES)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            if error.errno in (ENOSPC, EDQUOT):
-                raise OSError(error.errno, os.strerror(error.errno), str(self._layout.catalog)) from None
+                refuse_without_room(self._layout.catalog, CATALOG_INDEX_BYTES)
 
     def _give_up(self) -> None:
         """Free the room that is set aside, if there is any. The caller has locked the directory."""

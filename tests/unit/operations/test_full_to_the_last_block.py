@@ -214,7 +214,7 @@ def test_a_full_disk_whose_reserve_has_no_blocks_is_looked_at_before_the_catalog
         looked: list[bool] = []
         monkeypatch.setattr(reserves, "CATALOG_ROOM_BYTES", 1 << 62)
         monkeypatch.setattr(
-            store._opened.reserve, "_try_room", lambda: looked.append(store._opened.layout.reserve.exists())
+            reserves, "refuse_without_room", lambda *_: looked.append(store._opened.layout.reserve.exists())
         )
         store._opened.reserve.make_room_for_catalog()
         assert looked == [False]
