@@ -142,7 +142,7 @@ def _check_segments(
         end = ends.get(row.id, 0)
         if row.role == "sealed":
             end = max(end, row.slots)
-        elif not end:
+        elif not end and not layer.sealed:
             continue  # the file is made when it is first needed
         path = store.layout.segment_file(row.id)
         fault = _segment_fault(path, row.id, layer.block_size, end)

@@ -566,13 +566,19 @@ def spares_for(volumes: Sequence[OpenHead]) -> list[SegmentRow]:
 
 
 def _need_spare(volume: OpenHead) -> None:
-    """Give the head a new spare segment if an aborted snapshot used its spare."""
+    """Give the head a new spare segment if an aborted snapshot used its spare.
+
+    A segment of the head that the data path does not know would stay with the layer that is sealed, and have no file.
+    """
     if volume.path.has_spare:
         return
     catalog = volume.store.catalog
+    known = {id for _, id, _, _ in volume.path.segments()}
 
     def register() -> SegmentRow:
-        spare = replace_spare(catalog, volume.head)
+        spare = catalog.spare_of(volume.head)
+        if spare.id in known:  # else the data path was not told of it: an error or a signal's handler came between
+            spare = replace_spare(catalog, volume.head)
         volume.share({spare.lock_byte: spare.id})
         return spare
 
