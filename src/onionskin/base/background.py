@@ -4,6 +4,10 @@ What must hold: `finish` returns only when all work that was asked for before is
 ask for meanwhile: where many threads use a store, there is always something. An exception does not end the
 waiting of any caller. A thread stays for one more second to take more work, because starting a thread costs more than
 most of this work.
+
+A handler of a signal may raise in a caller (Ctrl-C, an alarm) at any point. Then no lock stays taken, and none is let go that
+another thread has. A `threading.Condition` does not promise that: it takes and gives its lock in Python, where a handler may
+run between. So callers take the plain lock, and each waits for a lock of its own.
 """
 
 import threading
@@ -26,14 +30,16 @@ class Background:
 
     def __init__(self, work: Callable[[], None], name: str) -> None:
         self._work, self._name = work, name
-        self._changed = threading.Condition()
+        self._guard = threading.RLock()  # a finalizer that runs under it may ask for work
+        self._changed = threading.Condition(self._guard)  # only the thread waits for it, in which no handler runs
+        self._waiting: list[tuple[int, threading.Lock]] = []  # who waits until so many requests are done
         self._thread: threading.Thread | None = None
         self._asked = self._begun = self._done = 0  # requests: all of them, those that work was begun for, and done for
         self._ending = False
 
     def wake(self) -> None:
         """Ask for the work to be done soon."""
-        with self._changed:
+        with self._guard:
             self._asked += 1
             if self._thread is None and not self._ending:
                 thread = threading.Thread(target=self._run, name=self._name, daemon=True)
@@ -43,15 +49,17 @@ class Background:
 
     def finish(self) -> None:
         """Wait until what was asked for is done."""
-        with self._changed:
-            if self._thread is threading.current_thread():
+        done = threading.Lock()
+        with self._guard:
+            if self._thread in (None, threading.current_thread()) or self._done >= self._asked:
                 return
-            asked = self._asked
-            self._changed.wait_for(lambda: self._thread is None or self._done >= asked)
+            done.acquire()
+            self._waiting.append((self._asked, done))
+        done.acquire()  # without the guard; an interrupt here leaves an entry, which the thread removes
 
     def end(self) -> None:
         """Finish, and let the thread go. Later requests are ignored."""
-        with self._changed:
+        with self._guard:
             self._ending = True
             self._changed.notify_all()
             thread = self._thread
@@ -64,22 +72,31 @@ class Background:
             while begun := self._next(begun):
                 self._work()
         finally:
-            with self._changed:
+            with self._guard:
                 if self._thread is threading.current_thread():
-                    self._done, self._thread = max(self._done, begun), None
-                    self._changed.notify_all()
+                    self._thread = None
+                    self._note_done(self._asked)  # nobody would do the rest
 
     def _next(self, done: int) -> int:
         """Wait for a request: how many there were then; 0 if none came for a while, or none will come.
 
         The work is done for the first `done` of them.
         """
-        with self._changed:
-            self._done = max(self._done, done)
-            self._changed.notify_all()
+        with self._guard:
+            self._note_done(done)
             self._changed.wait_for(lambda: self._asked > self._begun or self._ending, LINGER_SECONDS)
             if self._asked > self._begun:
                 self._begun = self._asked
                 return self._begun
             self._thread = None  # under the lock: a later request starts another thread
             return 0
+
+    def _note_done(self, done: int) -> None:
+        """Let go on who waits for these requests. With the guard."""
+        self._done = max(self._done, done)
+        waiting, self._waiting = self._waiting, []
+        for asked, waiter in waiting:
+            if asked <= self._done:
+                waiter.release()
+            else:
+                self._waiting.append((asked, waiter))

@@ -1,6 +1,8 @@
 """The thread for work that nobody waits for."""
 
+import sys
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -93,3 +95,42 @@ def test_nothing_is_begun_after_the_end() -> None:
     background.wake()
     background.finish()
     assert calls == []
+
+
+def interrupted_at(event: int, call: Callable[[], None]) -> bool:
+    """Run a call whose nth function raises as it begins, or behind its return to C: there a signal's handler may run."""
+    left = [event]
+
+    def profile(frame: object, kind: str, argument: object) -> None:
+        left[0] -= kind in ("call", "c_return")
+        if left[0] < 0:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    try:
+        sys.setprofile(profile)
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    return False
+
+
+@pytest.mark.parametrize("verb", ["finish", "wake"])
+def test_a_handler_that_raises_in_a_caller_stops_nobody_else(verb: str) -> None:
+    event = 0
+    while True:
+        done = threading.Event()
+        background = Background(done.set, "test")
+        background.wake()
+        was_interrupted = interrupted_at(event, getattr(background, verb))
+        others = threading.Thread(target=lambda: (background.wake(), background.finish()), daemon=True)  # noqa: B023
+        others.start()
+        others.join(300)
+        assert not others.is_alive(), f"interrupted at event {event}"
+        background.end()
+        if not was_interrupted:
+            break
+        event += 1
+    assert event
