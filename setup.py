@@ -41,7 +41,7 @@ EXTENSIONS = {
     # Its own copy of the volume's code, which keeps all state in the volumes that _volume makes.
     "nbd._nbd": [*_all_of("nbd"), "volume/read_plan", *_VOLUME],
     "kernels._volume": _VOLUME,
-    "kernels._wipe": ["bulk/wipe", "base/linux_io"],
+    "kernels._wipe": ["bulk/wipe", "base/linux_io", "base/whole_io"],
 }
 
 

@@ -21,10 +21,10 @@
 
 int onion_open_file(const char *path, int flags) {
     /* O_NONBLOCK: a pipe with nobody at the other end would be waited for. Regular files know nothing of it. */
-    int fd = open(path, flags | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+    int fd = onion_open(path, flags | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0);
     struct stat info;
     if (fd < 0)
-        return errno == ELOOP || errno == ENXIO || errno == EISDIR ? ONION_E_NOT_A_FILE : -errno;
+        return fd == -ELOOP || fd == -ENXIO || fd == -EISDIR ? ONION_E_NOT_A_FILE : fd;
     int status = fstat(fd, &info) ? -errno : S_ISREG(info.st_mode) ? 0 : ONION_E_NOT_A_FILE;
     if (status == 0)
         return fd;
@@ -51,9 +51,9 @@ int onion_make_file(const char *path) {
     int shared = is_in_shared_directory(path);
     if (shared < 0)
         return shared;
-    int fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+    int fd = onion_open(path, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (fd < 0)
-        return -errno;
+        return fd;
     if (!shared || fchmod(fd, 0660) == 0) /* the umask does not count */
         return fd;
     int status = -errno;

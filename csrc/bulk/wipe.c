@@ -25,6 +25,7 @@
 #include <unistd.h>
 
 #include "base/linux_io.h"
+#include "base/whole_io.h"
 #include "base/workers.h"
 
 enum {
@@ -228,10 +229,10 @@ static void open_for_reading_back(struct wipe_job *job) {
     char path[40];
 
     snprintf(path, sizeof path, "/proc/self/fd/%d", job->fd);
-    job->read_fd = open(path, O_RDONLY | O_DIRECT | O_CLOEXEC);
+    job->read_fd = onion_open(path, O_RDONLY | O_DIRECT | O_CLOEXEC, 0);
     job->read_direct = job->read_fd >= 0;
     if (job->read_fd < 0)
-        job->read_fd = open(path, O_RDONLY | O_CLOEXEC);
+        job->read_fd = onion_open(path, O_RDONLY | O_CLOEXEC, 0);
     if (job->read_fd < 0)
         job->read_fd = job->fd;
 }
@@ -243,8 +244,10 @@ static int zero_phase(struct wipe_job *job, int threads, struct onion_wipe_resul
         return status;
     if (is_cancelled(job))
         return ONION_E_CANCELLED;
-    /* It is called only once: after a failure the kernel takes the pages for clean, and a second call would succeed. */
-    if (job->bytes_taken > 0 && fdatasync(job->fd) < 0) { /* BARRIER: wiped bytes */
+    /* It is called only once, unless a signal interrupted it: after a failure the kernel takes the pages for clean, and a second call would succeed. */
+    while (job->bytes_taken > 0 && fdatasync(job->fd) < 0) { /* BARRIER: wiped bytes */
+        if (errno == EINTR)
+            continue;
         result->sync_failed = 1;
         return -errno;
     }

@@ -15,7 +15,7 @@
 static int open_again(int fd) {
     char path[64];
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-    int again = open(path, O_RDONLY | O_CLOEXEC);
+    int again = onion_open(path, O_RDONLY | O_CLOEXEC, 0);
     if (again < 0)
         again = fcntl(fd, F_DUPFD_CLOEXEC, 0);
     return again < 0 ? -errno : again;

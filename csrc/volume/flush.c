@@ -146,7 +146,7 @@ static int write_batch(struct onion_volume *volume, struct onion_head_log *log,
                 volume->segments[new_segments[i]]->log_number = 0;
             /* Cut off what a short write left, because it must not stand before the next frame. */
             log->room_end = before;
-            if (ftruncate(log->fd, (off_t)before))
+            if (onion_truncate(log->fd, before) < 0)
                 onion_volume_mark_poisoned(volume);
         } else {
             log->numbers_given += new_count;

@@ -41,11 +41,14 @@ enum filesystem_kind {
 
 static int read_boot_id(unsigned char *out) {
     char text[64] = {0};
-    int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
-    ssize_t length = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
+    int fd = onion_open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC, 0);
+    if (fd == -ENOENT || fd == -EACCES) /* /proc is not there, or hidden */
+        return -ENOSYS;
+    if (fd < 0)
+        return fd;
+    ssize_t length = read(fd, text, sizeof text - 1);
     int digits = 0;
-    if (fd >= 0)
-        close(fd);
+    close(fd);
     for (ssize_t i = 0; i < length && digits < 32; i++) {
         char *end, digit[2] = {text[i], 0};
         unsigned value = (unsigned)strtoul(digit, &end, 16);
@@ -178,16 +181,13 @@ int onion_journal_set_path(struct onion_volume *volume, const char *path) {
 
 /* Allocates blocks for a range of the file. If the file system cannot, zeros are written instead. */
 static int allocate(int fd, off_t offset, size_t length) {
-    while (fallocate(fd, 0, offset, (off_t)length))
-        if (errno != EINTR) {
-            if (errno != EOPNOTSUPP)
-                return -errno;
-            char *zeros = calloc(1, length);
-            int status = zeros ? onion_pwrite_all(fd, zeros, length, (uint64_t)offset) : -ENOMEM;
-            free(zeros);
-            return status;
-        }
-    return 0;
+    int status = onion_allocate(fd, (uint64_t)offset, length);
+    if (status != -EOPNOTSUPP)
+        return status;
+    char *zeros = calloc(1, length);
+    status = zeros ? onion_pwrite_all(fd, zeros, length, (uint64_t)offset) : -ENOMEM;
+    free(zeros);
+    return status;
 }
 
 static int map_shared(int fd, off_t offset, size_t length, void **out) {
@@ -267,7 +267,7 @@ static void use_half(struct onion_volume *volume, int half) {
  * closed, and records in it are dropped. */
 static int is_replaced(const struct onion_journal *journal, const struct onion_journal_header *here) {
     struct onion_journal_header found;
-    int fd = open(journal->path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
+    int fd = onion_open(journal->path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK, 0);
     int replaced = fd >= 0 && onion_pread_all(fd, &found, sizeof found, 0) == 0 && is_of_here(&found, here) &&
                    !memcmp(found.magic, ONION_JOURNAL_MAGIC, sizeof found.magic) &&
                    found.opened_ns > journal->opened_ns;
@@ -479,7 +479,7 @@ void onion_journal_drop_taken(struct onion_volume *volume, const struct onion_jo
     struct onion_journal *journal = &volume->journal;
     advance_owners(volume, now);
     if (journal->found_fd >= 0) { /* its records are in the frame now */
-        (void)!ftruncate(journal->found_fd, 0);
+        (void)onion_truncate(journal->found_fd, 0);
         close_found(journal);
     }
     journal->heap_taken = 0;
@@ -561,7 +561,7 @@ void onion_journal_clear_poisoned(struct onion_volume *volume) {
     if (volume->dirty_records.record_count) {
         (void)onion_pwrite_all(journal->found_fd, &zero, sizeof zero, offsetof(struct onion_journal_header, poisoned));
     } else {
-        (void)!ftruncate(journal->found_fd, 0);
+        (void)onion_truncate(journal->found_fd, 0);
         close_found(journal);
     }
 }
@@ -574,17 +574,21 @@ struct found {
 };
 
 /* Reads the header of the file at the path. Returns 1 if it is of this boot and mount, and its counts fit its
- * length. */
+ * length, and 0 if there is no such file; -errno if that cannot be told now: what a process left that died must not be
+ * taken for nothing because this one has no descriptor to look with. */
 static int read_found(struct onion_volume *volume, struct found *found) {
     struct onion_journal *journal = &volume->journal;
     struct onion_journal_header here = {0};
     struct stat info;
-    int access = volume->writable ? O_RDWR : O_RDONLY;
-    journal->found_fd = open(journal->path, access | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
-    if (journal->found_fd < 0 || fstat(journal->found_fd, &info) || !S_ISREG(info.st_mode) ||
-        onion_pread_all(journal->found_fd, &found->header, sizeof found->header, 0) < 0 ||
-        describe_here(journal->found_fd, &here) < 0)
-        return 0;
+    int fd = onion_open_file(journal->path, volume->writable ? O_RDWR : O_RDONLY);
+    if (fd < 0)
+        return fd == -ENOENT || fd == -ENOTDIR || fd == ONION_E_NOT_A_FILE ? 0 : fd;
+    journal->found_fd = fd;
+    int status = fstat(fd, &info) ? -errno : onion_pread_all(fd, &found->header, sizeof found->header, 0);
+    if (status == 0)
+        status = describe_here(fd, &here);
+    if (status < 0)
+        return status == ONION_E_FORMAT || status == -ENOSYS ? 0 : status;
     if (memcmp(found->header.magic, ONION_JOURNAL_MAGIC, sizeof here.magic) ||
         found->header.version != ONION_JOURNAL_VERSION || found->header.block_size != volume->block_size ||
         !is_of_here(&found->header, &here))
@@ -701,8 +705,8 @@ int onion_journal_find(struct onion_volume *volume, const unsigned char *log, ui
     struct found found = {0};
     if (!journal->path)
         return 0;
-    int status = 0;
-    if (read_found(volume, &found)) {
+    int status = read_found(volume, &found);
+    if (status == 1) {
         journal->found_poisoned = found.header.poisoned != 0;
         status = take_halves(volume, &found, log, length, segment_first);
     }
@@ -715,7 +719,7 @@ int onion_journal_find(struct onion_volume *volume, const unsigned char *log, ui
             close_found(journal);
     }
     dirty->record_capacity = dirty->record_count; /* it is full, so the first change makes the file of this opening */
-    return status == -ENOMEM || status == -EIO ? status : 0;
+    return status < 0 && status != ONION_E_FORMAT ? onion_site_set(status, journal->path, 0) : 0;
 }
 
 void onion_journal_leave_found(struct onion_volume *volume) {
@@ -732,12 +736,12 @@ void onion_journal_drop_stale(struct onion_volume *volume) {
     struct stat info;
     if (!journal->path || journal->header || journal->found_fd >= 0)
         return;
-    int fd = open(journal->path, O_RDWR | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
+    int fd = onion_open(journal->path, O_RDWR | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK, 0);
     if (fd < 0)
         return;
     if (!fstat(fd, &info) && S_ISREG(info.st_mode) && info.st_nlink == 1 &&
         !onion_pread_all(fd, magic, sizeof magic, 0) && !memcmp(magic, ONION_JOURNAL_MAGIC, sizeof magic))
-        (void)!ftruncate(fd, 0);
+        (void)onion_truncate(fd, 0);
     close(fd);
 }
 
@@ -746,9 +750,9 @@ void onion_journal_close(struct onion_volume *volume) {
     int is_durable = !volume->dirty_records.record_count && !journal->taken_count &&
                      !__atomic_load_n(&volume->poisoned, __ATOMIC_SEQ_CST);
     if (journal->header && (is_durable || volume->superseded))
-        (void)!ftruncate(journal->fd, 0);
+        (void)onion_truncate(journal->fd, 0);
     if (journal->found_fd >= 0 && volume->superseded)
-        (void)!ftruncate(journal->found_fd, 0);
+        (void)onion_truncate(journal->found_fd, 0);
     if (journal->header) { /* otherwise the records are in the heap */
         volume->dirty_records.records = NULL;
         volume->dirty_records.published = NULL;

@@ -258,7 +258,7 @@ static int make_log_durable(struct onion_head_log *log, int fd, int torn) {
         log->cursor.offset = ONION_HEADER_BYTES;
         return status;
     }
-    int status = torn && ftruncate(fd, (off_t)log->cursor.offset) ? -errno : 0;
+    int status = torn ? onion_truncate(fd, log->cursor.offset) : 0;
     if (status == 0)
         status = onion_sync_file(fd); /* BARRIER: opened map */
     if (status == 0)
@@ -346,7 +346,7 @@ static int open_log(struct replay *replay, const struct onion_head_source *sourc
     else
         status = make_log_durable(log, fd, torn);
     if (status < 0)
-        return onion_site_set(status, source->map_path, fault);
+        return onion_site_note(status, source->map_path, fault);
     replay->volume->log_bytes = log->cursor.offset;
     log->cursor.salt = 0; /* a new one is drawn before the first frame of this opening */
     log->numbers_given = replay->numbers_given;
