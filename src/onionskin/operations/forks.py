@@ -18,7 +18,7 @@ from functools import partial
 
 from onionskin.base.durations import parse_duration
 from onionskin.base.limits import NAME_BYTES_MAX, WIPE_POLICIES
-from onionskin.base.naming import check_name, some_of
+from onionskin.base.naming import check_name, is_text, some_of
 from onionskin.base.records import record
 from onionskin.catalog import ForkCallRow, LabelRow, LayerRow, SnapshotRow, VolumeRow, new_ids
 from onionskin.catalog.sqlite_errors import damaged
@@ -203,6 +203,8 @@ def _fields(text: str) -> list[tuple[str, str | None, str | None, str | None]]:
         raise TypeError(f"a pattern is a text such as 'job-{{n}}', not {text!r}")
     from string import Formatter
 
+    if not is_text(text):
+        raise ValueError(f"the pattern {text!r} is not text that UTF-8 can hold")
     try:
         return list(Formatter().parse(text))
     except ValueError as error:

@@ -112,6 +112,7 @@ def test_a_name_that_is_taken_fails_the_whole_call(store: onionskin.Store) -> No
         "{source.x}-{n}",
         "{n",
         "a/{n}",
+        "\udc80{n}",
     ],
 )
 def test_a_pattern_is_no_format_string(store: onionskin.Store, pattern: str) -> None:
