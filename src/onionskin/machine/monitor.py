@@ -39,6 +39,28 @@ class MonitorTimeout(MonitorError):
     """QEMU did not answer in time. It may still carry the command out."""
 
 
+class Standstill:
+    """What QEMU reports of a machine that stands still, or is about to: whether it goes on, or is reset, nevertheless.
+
+    Attributes
+    ----------
+    went_on, was_reset : bool
+    """
+
+    def __init__(self, *, stands: bool) -> None:
+        self._stands = stands
+        self.went_on: bool = False
+        self.was_reset: bool = False
+
+    def hear(self, event: str) -> None:
+        """Take note of an event, in the order in which QEMU sent them: all that came before a reply are heard before it."""
+        if event == "STOP":
+            self._stands = True
+        elif self._stands:
+            self.went_on |= event == "RESUME"
+            self.was_reset |= event == "RESET"
+
+
 class Monitor:
     """A connection to QEMU. A context manager. Any thread may call it.
 
@@ -73,6 +95,8 @@ class Monitor:
         self._numbers = itertools.count()
         self._guard = threading.Lock()
         self._is_closed = False
+        self._standstill = Standstill(stands=False)
+        self._client.register_listener(EventListener(("STOP", "RESUME", "RESET"), self._hear_of_standstill))
         try:
             if on_event is not None:
                 self._listen(on_event)
@@ -150,6 +174,16 @@ class Monitor:
         self._dismissals.add(asyncio.ensure_future(self._client.execute("job-dismiss", {"id": job})))
         if error := found.get("error"):
             raise MonitorError(f"QEMU of machine {self._name!r}: {command}: {error}")
+
+    def watch(self, *, stands: bool) -> Standstill:
+        """Note from now on whether a machine goes on, or is reset, that stands still, or is stopped next."""
+        self._standstill = Standstill(stands=stands)
+        return self._standstill
+
+    def _hear_of_standstill(self, event: Any) -> bool:
+        """Hear an event as it is read, before any reply behind it, and keep none."""
+        self._standstill.hear(str(event["event"]))
+        return False
 
     def _listen(self, on_event: Callable[[str, dict[str, Any]], None]) -> None:
         events = EventListener()

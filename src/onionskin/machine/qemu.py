@@ -31,7 +31,7 @@ from onionskin.kernels._ram import PageTracker
 from onionskin.machine import qemu_command
 from onionskin.machine.agent import GuestAgent
 from onionskin.machine.hypervisor import Configuration, Identity, Recorded
-from onionskin.machine.monitor import JOB_PREFIX, Monitor, MonitorError, MonitorTimeout
+from onionskin.machine.monitor import JOB_PREFIX, Monitor, MonitorError, MonitorTimeout, Standstill
 from onionskin.machine.orphans import copy_of_ram
 from onionskin.machine.preload import Preload, library
 from onionskin.machine.ram import GuestRam
@@ -48,6 +48,7 @@ RESET_SECONDS = 10.0
 # As QEMU says it of a guest that has shut down (-no-shutdown) or died, and that goes on only as something else; and before a
 # reset of it.
 _GUEST_ENDED, _NEEDS_RESET = ("shutdown", "internal-error", "guest-panicked"), ("shutdown", "internal-error")
+_DEVICES = ("/machine/peripheral", "/machine/peripheral-anon")  # those with an id, and those without
 STATE_TAG = "s"
 STATE_CLUSTER_BYTES = 16384  # as fast as QEMU's 65536, and half a MiB less
 _STATE_NODE, _FILE_NODE = "state-", "file-of-state-"
@@ -307,6 +308,10 @@ class QemuProcess:
             raise
         return True
 
+    def watch(self, *, stands: bool) -> Standstill:
+        """Note from now on whether it goes on, or is reset, while it stands still: it does now, or is stopped next."""
+        return self.monitor.watch(stands=stands)
+
     def resume(self) -> None:
         """Let it go on."""
         self.monitor.execute("cont")
@@ -314,6 +319,14 @@ class QemuProcess:
     def power_down(self) -> None:
         """Ask the guest to shut down (ACPI)."""
         self.monitor.execute("system_powerdown")
+
+    def plugged(self) -> list[str]:
+        """Return the devices that it has now: those of its command line, and what was added or taken since."""
+        found = []
+        for path in _DEVICES:
+            children = self.monitor.execute("qom-list", {"path": path})
+            found += [f"{one['name']} ({kind})" for one in children if (kind := _kind_of_child(one["type"]))]
+        return sorted(found)
 
     def disk_bytes(self) -> list[int]:
         """Return how large its disks are for the guest, in their order: as they were when it was started."""
@@ -642,6 +655,11 @@ def _refuse_without_room(directory: Path, length: int) -> None:
             "since what is written to RAM cannot be noted here; make it larger (for a container: --shm-size), or give the "
             "machine less RAM"
         )
+
+
+def _kind_of_child(kind: str) -> str:
+    """Return which kind of object a property of another one has, such as "virtio-rng-pci", or nothing: it has none."""
+    return kind.removeprefix("child<").removesuffix(">") if kind.startswith("child<") else ""
 
 
 def _swapped_bytes(pid: int) -> int:

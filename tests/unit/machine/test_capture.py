@@ -224,6 +224,30 @@ def test_a_paused_machine_stays_paused(running: Running, process: StandIn) -> No
     assert process.is_paused and ram_of(running, "a") == process.whole()
 
 
+@pytest.mark.parametrize(("event", "said"), [("RESUME", "let the machine go on"), ("RESET", "was reset")])
+def test_a_machine_that_somebody_else_disturbs_while_it_stands_still_is_not_taken(
+    running: Running, process: StandIn, event: str, said: str
+) -> None:
+    process.when_stopped = lambda: process.standstill.hear(event)
+    with pytest.raises(StateError, match=f"{said}.* while it stood still .* nothing was taken"):
+        capture.snapshot(running, "a")
+    assert snapshots_of(running) == [] and not process.is_paused
+    process.when_stopped = lambda: None
+    process.write(3, 3)
+    capture.snapshot(running, "a")
+    assert ram_of(running, "a") == process.whole()
+
+
+def test_a_machine_whose_devices_were_changed_while_it_ran_is_not_taken(running: Running, process: StandIn) -> None:
+    before = process.plugged_now
+    process.plugged_now = ["hot (virtio-rng-pci)"]
+    with pytest.raises(StateError, match=r"has hot \(virtio-rng-pci\) in addition and has disk0 .* no more"):
+        capture.snapshot(running, "a")
+    assert snapshots_of(running) == [] and not process.is_paused
+    process.plugged_now = before
+    capture.snapshot(running, "a")
+
+
 def test_a_taken_name_is_refused_before_the_machine_is_stopped(running: Running, process: StandIn) -> None:
     capture.snapshot(running, "a")
     process.fails_at = "pause"

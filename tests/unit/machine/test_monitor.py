@@ -117,6 +117,26 @@ def test_a_command_that_is_not_answered_ends_with_an_error_in_time(qemu: Qemu, p
     assert qemu.heard == ["qmp_capabilities", "silent", "next"]
 
 
+@pytest.mark.parametrize(
+    ("stands", "events", "went_on", "was_reset"),
+    [
+        (True, ["RESUME"], True, False),
+        (False, ["RESET", "STOP"], False, False),
+        (False, ["STOP", "RESET", "STOP"], False, True),
+        (False, ["STOP", "RESUME", "STOP"], True, False),
+    ],
+)
+def test_what_disturbs_a_machine_that_stands_still_is_known_before_the_next_answer(
+    qemu: Qemu, path: Path, stands: bool, events: list[str], went_on: bool, was_reset: bool
+) -> None:
+    with Monitor(path, "lab") as monitor:
+        standstill = monitor.watch(stands=stands)
+        for event in events:
+            qemu.say({"event": event, "data": {}, "timestamp": {"seconds": 1, "microseconds": 1}})
+        monitor.execute("next")
+        assert (standstill.went_on, standstill.was_reset) == (went_on, was_reset)
+
+
 def test_a_command_that_is_refused_says_so_in_the_words_of_qemu(qemu: Qemu, path: Path) -> None:
     with Monitor(path, "lab") as monitor, pytest.raises(MonitorError, match="refused 'refused': not now"):
         monitor.execute("refused")
