@@ -409,6 +409,23 @@ def test_a_takeover_that_took_longer_than_somebody_is_waited_for_is_found(
     assert lab.state == "running" and late == [3600]
 
 
+def test_of_two_that_take_a_machine_over_at_once_the_second_finds_it(
+    lab: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.start()
+    record = found(lab)
+    os.kill(record.supervisor.pid, signal.SIGKILL)
+    until(lambda: not record.supervisor.is_alive)
+    start = Machine._start
+
+    def start_second(machine: Machine) -> None:
+        start(machine)
+        start(machine)
+
+    monkeypatch.setattr(Machine, "_start", start_second)
+    assert lab.state == "running"
+
+
 def test_a_machine_that_a_killed_supervisor_left_standing_still_goes_on(lab: Machine) -> None:
     lab.start()
     with console(lab) as screen:

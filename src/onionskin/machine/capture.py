@@ -156,6 +156,7 @@ def _taken_with(
     ram, volume = running.guest_ram, running.ram_volume
     with _Cutting(cut) as cutting:
         pause_seconds, frozen = _captured(running, cutting, state, mode, freeze, go_on)
+        running.refuse_altered_ram("nothing was taken")
         running.refuse_other_devices("nothing was taken")  # one that came and went again meanwhile is in no state
         go_on()
         bytes_stored = ram.save(volume)  # while what was cut of the disks becomes durable

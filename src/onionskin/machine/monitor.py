@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from onionskin.base.lazy import logger
-from onionskin.base.sockets import connect_unix
+from onionskin.base.sockets import connect_unix, credentials_of
+from onionskin.control.client import is_stopped
 from onionskin.errors import StateError
 
 try:
@@ -86,6 +87,7 @@ class Monitor:
     ) -> None:
         self._name = name
         connection = connect_unix(path, seconds=seconds)
+        self._pid = credentials_of(connection)[0]
         connection.setblocking(False)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="onionskin qmp", daemon=True)
@@ -142,12 +144,12 @@ class Monitor:
         """
         return self._await(self._client.execute(command, arguments), command, seconds)
 
-    def request(self, command: str) -> None:
+    def request(self, command: str, arguments: dict[str, Any] | None = None) -> None:
         """Ask for a command behind all that were asked for, and wait for nothing."""
 
         async def run() -> None:
             with suppress(QMPError, OSError, EOFError, asyncio.CancelledError):
-                await self._client.execute(command)
+                await self._client.execute(command, arguments)
 
         work = run()
         try:
@@ -208,8 +210,7 @@ class Monitor:
         except TimeoutError:
             future.cancel()
             raise MonitorTimeout(
-                f"QEMU of machine {self._name!r} did not answer {what!r} within {seconds:g} s; is the server of its "
-                "disks alive?"
+                f"QEMU of machine {self._name!r} did not answer {what!r} within {seconds:g} s; {self._why_silent()}"
             ) from None
         except ExecuteError as error:
             raise MonitorError(f"QEMU of machine {self._name!r} refused {what!r}: {error}") from None
@@ -221,6 +222,11 @@ class Monitor:
         except BaseException:
             future.cancel()
             raise
+
+    def _why_silent(self) -> str:
+        if is_stopped(self._pid):
+            return f"its process {self._pid} was stopped ('kill -CONT {self._pid}' lets it go on)"
+        return "is the server of its disks alive?"
 
 
 async def _cancel_others() -> None:

@@ -461,9 +461,16 @@ class QemuProcess:
         self._empty_state = path.read_bytes()
 
     def _remove_node(self, node: str) -> None:
-        for name in (node, node.replace(_STATE_NODE, _FILE_NODE)):
-            with suppress(MonitorError):
-                self.monitor.execute("blockdev-del", {"node-name": name})
+        names = [{"node-name": name} for name in (node, node.replace(_STATE_NODE, _FILE_NODE))]
+        for place, name in enumerate(names):
+            try:
+                self.monitor.execute("blockdev-del", name)
+            except MonitorTimeout:  # it does so when it answers again, and the rest behind it
+                for left in names[place + 1 :]:
+                    self.monitor.request("blockdev-del", left)
+                return
+            except MonitorError:
+                continue
 
     # ---- the guest agent ----
 

@@ -224,6 +224,7 @@ def revert(running: Running, snapshot: str, *, stays: bool = False) -> None:
         saved = find_saved(running.store, running.machine, snapshot)
         compare(saved.recorded, running.recorded)
         _refuse_resized(running, snapshot)
+        running.refuse_altered_ram("nothing was changed")
         running.refuse_other_devices("nothing was changed")
         going_back = machine_tree.RevertInPlace(running.store._opened, running.name, snapshot)
         with (

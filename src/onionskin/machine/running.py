@@ -23,7 +23,7 @@ from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.kernels import _ram
 from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine.ram import ComparedRam, GuestRam, UnsavedRam, page_aligned
-from onionskin.machine.ram_files import RamFiles, Source
+from onionskin.machine.ram_files import RamFiles, Source, was_written_to
 from onionskin.operations import reclaim
 from onionskin.operations.differences import diff_of_chains
 from onionskin.operations.locked_maps import locked_maps
@@ -152,6 +152,14 @@ class Running:
             raise StateError(
                 f"machine {self.name!r} {said}, since its devices were changed while it ran; undo that, or stop the machine "
                 f"and give its devices to 'onionskin machine create'; {what}"
+            )
+
+    def refuse_altered_ram(self, what: str) -> None:
+        """Raise StateError where somebody wrote to the file that RAM is mapped over, which the guest reads."""
+        if self.mapped is not None and self.guest_ram.is_tracked and was_written_to(self.process.ram_file):
+            raise StateError(
+                f"somebody wrote to {self.process.ram_file}, which machine {self.name!r} has its RAM over, so its RAM is not "
+                f"as it wrote it; end it, with 'onionskin machine stop --force', and revert it; {what}"
             )
 
     def open_disk(self, volume: str) -> "OpenHead":

@@ -99,6 +99,14 @@ def test_a_machine_that_was_started_from_a_snapshot_drops_what_it_wrote(
         again.write(0, 1)
         assert capture.snapshot(restarted, "b").bytes_stored == PAGE_BYTES
         assert again.ram_file.read_bytes() == file_before
+        with again.ram_file.open("r+b") as file:
+            file.write(b"something else")
+        with pytest.raises(StateError, match=r"somebody wrote to .*nothing was taken"):
+            capture.snapshot(restarted, "c")
+        again.write(1, 77)
+        with pytest.raises(StateError, match=r"somebody wrote to .*nothing was changed"):
+            restore.revert(restarted, "b")
+        assert again.read(1) == 77 and not again.is_paused
     finally:
         restarted.close()
         again.close()
