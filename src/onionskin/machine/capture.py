@@ -104,6 +104,7 @@ def snapshot(
             raise StateError(
                 f"machine {running.name!r} is between two states, since a revert of it failed; revert it again"
             )
+        running.open_ram_again()
         taken = _taken(running, name, note, mode, freeze, go_on)
         _make_file_soon(running)
         return taken

@@ -221,6 +221,7 @@ def revert(running: Running, snapshot: str, *, stays: bool = False) -> None:
         reverted again, or stopped.
     """
     with running.guard:
+        running.open_ram_again()
         saved = find_saved(running.store, running.machine, snapshot)
         compare(saved.recorded, running.recorded)
         _refuse_resized(running, snapshot)

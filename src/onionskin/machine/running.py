@@ -139,6 +139,21 @@ class Running:
             raise StateError(f"machine {self.name!r} was deleted")
         return row
 
+    def open_ram_again(self) -> None:
+        """Open the RAM volume again, if a sync of it failed and it takes nothing more.
+
+        The machine has all that the volume may have lost: what is unsaved counts as unsaved until a snapshot has it. Where
+        this fails, the volume is closed, and does not say any more that the machine runs.
+        """
+        if not (self.ram_volume.closed or self.ram_volume._path.poisoned):
+            return
+        _log.warning("machine %r: a sync of its RAM volume failed; the volume is opened again", self.name)
+        row = self.machine
+        with suppress(OSError, OnionskinError):
+            self.ram_volume.close()
+        self.ram_volume = self.store._open_ram(row)
+        self.guest_ram.use_volume(self.ram_volume)
+
     def refuse_other_devices(self, what: str) -> None:
         """Raise StateError where devices were added or taken since the process was started: no other process has those."""
         now = self.process.plugged()

@@ -121,7 +121,7 @@ class Supervisor:
     def _begin(self, paused: bool, only_from: str | None) -> None:
         row = machines.find(self._store._opened.catalog, self._name)
         volume = self._store._open_ram(row)
-        self._ends.callback(volume.close)
+        self._ends.callback(lambda: (self.running.ram_volume if hasattr(self, "running") else volume).close())
         self._directory = record.make_directory(self._store._opened.layout.root, row.id)
         found = Record.read(self._directory)
         disks = [one.name for one in machines.volumes_of(self._store._opened.catalog, row)[:-1]]
@@ -477,6 +477,10 @@ class Supervisor:
             if status == "io-error" and not (self._event or {}).get("nospace"):
                 self._tries.append(now)
                 self._log("a disk had an error, and the machine was stopped; it goes on")
+                if len(self._tries) == GO_ON_TRIES and self._server.uris:
+                    self._log("the server of the disks is started again: where a sync failed, it writes nothing more")
+                    self._server.end()
+                    self.wake()
                 self._process.resume()
         except MonitorError as error:
             self._log(str(error))
@@ -664,12 +668,12 @@ class Supervisor:
         self, has_gone: Callable[[], None], name: str | None, note: str, mode: str | None, freeze: bool
     ) -> dict[str, Any]:
         """Take a snapshot: see `capture.snapshot`."""
-        with self.running.guard, self._marked(is_frozen=freeze, is_standing=not self._process.is_paused):
+        with self.running.guard, self._held(), self._marked(is_frozen=freeze, is_standing=not self._process.is_paused):
             return asdict(capture.snapshot(self.running, name, note, mode, freeze=freeze, go_on=has_gone))
 
     def revert(self, has_gone: Callable[[], None], name: str) -> None:
         """Put the machine back to a snapshot, in place: see `restore.revert`."""
-        with self.running.guard:
+        with self.running.guard, self._held():
             goes_on = self.running.goes_on if self.running.is_broken else not self._process.is_paused
             self._note(replace(self.record, is_reverting=True, is_standing=goes_on))
             try:
@@ -694,6 +698,16 @@ class Supervisor:
         """Tell the guest, through its agent, who and when it is. Return what could not be done."""
         with self._process.agent() as agent:
             return tell_identity(agent, hostname=hostname, mac=None, clock_ns=time.time_ns() if clock else None)
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Die where the machine is not held any more behind the block: another supervisor takes it over, and holds it."""
+        try:
+            yield
+        finally:
+            if self.running.ram_volume.closed:
+                self._log("the RAM volume could not be opened again; this supervisor ends, and the machine runs on")
+                os.kill(os.getpid(), signal.SIGKILL)
 
     @contextmanager
     def _marked(self, *, is_frozen: bool, is_standing: bool) -> Iterator[None]:
