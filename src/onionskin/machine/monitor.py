@@ -75,6 +75,11 @@ class Monitor:
         For QEMU to answer at all.
     on_event : callable, optional
         Is given the name and the data of each event of QEMU, in a thread of its own. It must not call this object.
+
+    Attributes
+    ----------
+    pid : int
+        The process that listens there; 0 where it cannot be seen from here.
     """
 
     def __init__(
@@ -87,7 +92,7 @@ class Monitor:
     ) -> None:
         self._name = name
         connection = connect_unix(path, seconds=seconds)
-        self._pid = credentials_of(connection)[0]
+        self.pid: int = credentials_of(connection)[0]
         connection.setblocking(False)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="onionskin qmp", daemon=True)
@@ -224,8 +229,8 @@ class Monitor:
             raise
 
     def _why_silent(self) -> str:
-        if is_stopped(self._pid):
-            return f"its process {self._pid} was stopped ('kill -CONT {self._pid}' lets it go on)"
+        if is_stopped(self.pid):
+            return f"its process {self.pid} was stopped ('kill -CONT {self.pid}' lets it go on)"
         return "is the server of its disks alive?"
 
 

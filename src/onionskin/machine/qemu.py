@@ -144,6 +144,7 @@ def _start_tracked(start: "Callable[..., QemuProcess]", ram_file: Path) -> "Qemu
         return None
     process = start(ram_file, is_tracked=True)
     try:
+        process.meet_library()
         process.note_writes()
     except (OSError, StateError):
         process.quit(0)
@@ -213,12 +214,33 @@ class QemuProcess:
         self._status: int | None = None
         self._ending = threading.Lock()
         self.monitor = self._connect(on_event)
-        if is_tracked:
-            try:
-                self._preload = Preload(directory / qemu_command.PRELOAD)
-            except BaseException:
-                self.monitor.close()
-                raise
+        try:
+            self._know_who_answers()
+        except BaseException:
+            self.monitor.close()
+            raise
+
+    def _know_who_answers(self) -> None:
+        """Take who answers for the process: a program that was named as QEMU may be a script that starts it.
+
+        Raises
+        ------
+        StateError
+            It is somebody else.
+        """
+        answers = self.monitor.pid
+        if answers in (0, self.pid):
+            return
+        if self._child is None or not _is_of_session(answers, self._child.pid):
+            raise StateError(
+                f"process {answers} answers at {self.directory / qemu_command.QMP}, which is not QEMU of machine "
+                f"{self.name!r} (process {self.pid}); end it, if it has no business there"
+            )
+        self.pid, self.ticks = answers, start_ticks(answers)
+
+    def meet_library(self) -> None:
+        """Connect to the library in the process. Raise OSError where it is not there."""
+        self._preload = Preload(self.directory / qemu_command.PRELOAD)
 
     def _connect(self, on_event: OnEvent | None) -> Monitor:
         deadline = time.monotonic() + START_SECONDS
@@ -515,6 +537,8 @@ class QemuProcess:
         if start_ticks(self.pid) == self.ticks:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
+        if self._child is not None and self._child.pid != self.pid and self._child.poll() is None:
+            _kill_session(self._child)
 
     def wait(self, seconds: float) -> int | None:
         """Wait for the end of the process. Return its exit status, or None where it still runs.
@@ -597,9 +621,22 @@ def _start(
             is_tracked=is_tracked,
         )
     except BaseException:
-        child.kill()
+        _kill_session(child)
         child.wait()
         raise
+
+
+def _is_of_session(pid: int, leader: int) -> bool:
+    try:
+        return os.getsid(pid) == leader
+    except ProcessLookupError:
+        return False
+
+
+def _kill_session(child: "subprocess.Popen[bytes]") -> None:
+    """Kill a child that leads a session, which was not waited for yet, with what it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def adopt(
@@ -610,6 +647,7 @@ def adopt(
     try:
         process.drop_leftovers()
         if is_tracked:
+            process.meet_library()
             process.note_writes(again=True)
     except BaseException:
         process.close()
