@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import stat
 import subprocess
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.guests import MIB, SECONDS_MAX, Console, configuration
+from support.guests import MIB, SECONDS_MAX, Console, configuration, has_ended, until
 
 from onionskin.errors import StateError
 from onionskin.machine.hypervisor import Configuration, Identity, compare
@@ -170,6 +171,37 @@ def test_a_machine_is_taken_over_with_all_that_it_wrote(launch: Launch, director
         assert second.guest_ram.unsaved_pages < 4096 // 2
         second.quit(SECONDS_MAX)
     assert first.wait(SECONDS_MAX) == 0
+
+
+@pytest.mark.parametrize("runs", ["exec", ""])
+def test_a_script_that_starts_qemu_is_taken_for_it_and_no_process_is_left(
+    qemu: list[str], directory: Path, disks: list[str], tmp_path: Path, runs: str
+) -> None:
+    script = tmp_path / "script"
+    script.write_text(f'#!/bin/sh\n{runs} {shlex.join(qemu)} "$@"\n')
+    script.chmod(0o700)
+    process = QemuHypervisor().launch(
+        configuration([str(script)]),
+        **{"name": "lab", "directory": directory, "ram_file": None, "disks": disks, "state": None},
+        identity=Identity(),
+    )
+    try:
+        assert Path(f"/proc/{process.pid}/exe").readlink().name.startswith("qemu")
+        assert process.ram() is None  # the library was in the script's process
+        with Console(directory / "console") as console:
+            process.resume()
+            console.wait_ticks()
+    finally:
+        process.quit(0)
+    until(lambda: has_ended(process.pid))
+    assert process.wait(0) is not None
+
+
+def test_who_answers_in_the_place_of_its_qemu_is_named_and_not_taken_over(launch: Launch, directory: Path) -> None:
+    process = launch()
+    process.close()
+    with pytest.raises(StateError, match=f"process {process.pid} answers at .* which is not QEMU of machine 'lab'"):
+        adopt(os.getpid(), start_ticks(os.getpid()), "lab", directory, process.ram_file, is_tracked=True, on_event=None)
 
 
 def test_without_tracking_its_ram_is_a_shared_file_of_its_own(

@@ -9,6 +9,7 @@ import termios
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -408,6 +409,23 @@ def test_a_takeover_that_took_longer_than_somebody_is_waited_for_is_found(
     assert lab.state == "running" and late == [3600]
 
 
+def test_of_two_that_take_a_machine_over_at_once_the_second_finds_it(
+    lab: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.start()
+    record = found(lab)
+    os.kill(record.supervisor.pid, signal.SIGKILL)
+    until(lambda: not record.supervisor.is_alive)
+    start = Machine._start
+
+    def start_second(machine: Machine) -> None:
+        start(machine)
+        start(machine)
+
+    monkeypatch.setattr(Machine, "_start", start_second)
+    assert lab.state == "running"
+
+
 def test_a_machine_that_a_killed_supervisor_left_standing_still_goes_on(lab: Machine) -> None:
     lab.start()
     with console(lab) as screen:
@@ -415,12 +433,52 @@ def test_a_machine_that_a_killed_supervisor_left_standing_still_goes_on(lab: Mac
         record = found(lab)
         os.kill(record.supervisor.pid, signal.SIGKILL)
         until(lambda: not record.supervisor.is_alive)
-        from onionskin.machine.monitor import Monitor
-
-        with Monitor(lab._directory / "qmp", "lab") as monitor:  # as in the middle of a snapshot
+        replace(record, is_standing=True).write(lab._directory)  # as in the middle of a snapshot
+        with Monitor(lab._directory / "qmp", "lab") as monitor:
             monitor.execute("stop")
         assert lab.state == "running"
         screen.wait_ticks()
+
+
+def test_a_machine_that_its_user_stopped_past_onionskin_stays_so_when_it_is_taken_over(
+    store: onionskin.Store, qemu: list[str]
+) -> None:
+    lab = make_staying(store, qemu)
+    lab.start()
+    try:
+        lab.snapshot("ready")
+        with Monitor(lab._directory / "user", "lab") as user:
+            user.execute("stop")
+        lab.snapshot("still")
+        lab.revert("ready")
+        record = found(lab)
+        os.kill(record.supervisor.pid, signal.SIGKILL)
+        until(lambda: not record.supervisor.is_alive)
+        assert lab.state == "paused"
+        lab.resume()
+        assert lab.state == "running"
+    finally:
+        lab.stop(force=True)
+
+
+def test_a_guest_that_has_shut_down_in_a_hypervisor_that_stays_is_taken_over(
+    store: onionskin.Store, qemu: list[str]
+) -> None:
+    staying = make_staying(store, qemu)
+    staying.start()
+    try:
+        with console(staying) as screen:
+            screen.wait_ticks()
+            with Monitor(staying._directory / "user", "lab") as user:
+                user.execute("system_powerdown")
+            until(lambda: staying.status()["hypervisor"] == "shutdown")
+        record = found(staying)
+        os.kill(record.supervisor.pid, signal.SIGKILL)
+        until(lambda: not record.supervisor.is_alive)
+        assert "has shut down" in staying.status()["why"]
+        assert pid_of(staying, "hypervisor") == record.hypervisor.pid
+    finally:
+        staying.stop(force=True)
 
 
 def test_a_machine_that_its_user_paused_is_still_paused_when_it_is_taken_over(lab: Machine) -> None:

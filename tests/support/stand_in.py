@@ -18,6 +18,7 @@ import numpy as np
 import onionskin
 from onionskin.kernels._ram import PAGE_BYTES, RUN_DTYPE, PageTracker
 from onionskin.machine.hypervisor import Configuration, Identity, Recorded
+from onionskin.machine.monitor import Standstill
 from onionskin.machine.preload import Preload, library
 from onionskin.machine.ram import GuestRam
 from onionskin.machine.running import Running
@@ -42,6 +43,8 @@ class StandIn:
         self.is_paused = True
         self.guest_has_ended = False
         self.sizes: list[int] = []
+        self.plugged_now = ["disk0 (virtio-blk-pci)"]
+        self.standstill = Standstill(stands=True)
         self.fails_at: str | None = None
         self.when_stopped: Callable[[], None] = lambda: None
         self._prepared: Path | None = None
@@ -111,10 +114,18 @@ class StandIn:
         self._fail("pause")
         with self._guard:
             ran, self.is_paused = not self.is_paused, True
+            self.standstill.hear("STOP")
         return ran
 
     def resume(self) -> None:
         self.is_paused = False
+
+    def watch(self, *, stands: bool) -> Standstill:
+        self.standstill = Standstill(stands=stands)
+        return self.standstill
+
+    def plugged(self) -> list[str]:
+        return list(self.plugged_now)
 
     def disk_bytes(self) -> list[int]:
         return self.sizes

@@ -104,6 +104,7 @@ def snapshot(
             raise StateError(
                 f"machine {running.name!r} is between two states, since a revert of it failed; revert it again"
             )
+        running.open_ram_again()
         taken = _taken(running, name, note, mode, freeze, go_on)
         _make_file_soon(running)
         return taken
@@ -156,6 +157,8 @@ def _taken_with(
     ram, volume = running.guest_ram, running.ram_volume
     with _Cutting(cut) as cutting:
         pause_seconds, frozen = _captured(running, cutting, state, mode, freeze, go_on)
+        running.refuse_altered_ram("nothing was taken")
+        running.refuse_other_devices("nothing was taken")  # one that came and went again meanwhile is in no state
         go_on()
         bytes_stored = ram.save(volume)  # while what was cut of the disks becomes durable
         state_bytes, state_stored = state.save(volume, ram.length)
@@ -198,6 +201,7 @@ def _captured(
                 ram.collect()
                 process.save_state()
                 cutting.wait_until_cut()
+                stop.refuse_disturbed("a snapshot, of which nothing was taken")
     finally:
         _finish_state(running)
     return stop.seconds, frozen

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from onionskin.errors import FormatError, StateError
 
 if TYPE_CHECKING:
-    from onionskin.machine.monitor import Monitor
+    from onionskin.machine.monitor import Monitor, Standstill
     from onionskin.machine.preload import Preload
     from onionskin.machine.ram import GuestRam
 
@@ -257,6 +257,9 @@ class Process(Protocol):
     def pause(self, *, runs: bool = False) -> bool:
         """Stop the machine. Return whether it ran. It is not asked whether it `runs` where that is known."""
 
+    def watch(self, *, stands: bool) -> "Standstill":
+        """Note from now on whether it goes on, or is reset, while it stands still: it does now, or is stopped next."""
+
     def resume(self) -> None:
         """Let it go on."""
 
@@ -267,6 +270,9 @@ class Process(Protocol):
     @property
     def guest_has_ended(self) -> bool:
         """Whether it is stopped because its guest has shut down, or died, and the process stays all the same."""
+
+    def plugged(self) -> list[str]:
+        """Return the devices that it has now, apart from those that are part of every machine of its type."""
 
     def disk_bytes(self) -> list[int]:
         """Return how large its disks are for the guest, in their order: as they were when it was started."""

@@ -811,9 +811,17 @@ class Machine:
                 if found.is_waiting and not machine_forks.is_taken(self._row):
                     self._end_orphans()  # no fork can take it from its pool any more
                     continue
-                self._start()  # it takes over what runs, and is looked for again however long that took
+                self._take_over()  # it is looked for again however long that took
             else:
                 time.sleep(0.02)
+
+    def _take_over(self) -> None:
+        """Have a supervisor take over what runs."""
+        try:
+            self._start()
+        except StateError:  # somebody else may have been faster, and have it by now
+            if not machines.is_running(self._store._opened, self._row):
+                raise
 
     def _silent(self, found: Record | None) -> StateError:
         """Say that somebody has the machine who cannot be reached, and what ends that."""

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from onionskin.base.lazy import logger
-from onionskin.base.sockets import connect_unix
+from onionskin.base.sockets import connect_unix, credentials_of
+from onionskin.control.client import is_stopped
 from onionskin.errors import StateError
 
 try:
@@ -39,6 +40,28 @@ class MonitorTimeout(MonitorError):
     """QEMU did not answer in time. It may still carry the command out."""
 
 
+class Standstill:
+    """What QEMU reports of a machine that stands still, or is about to: whether it goes on, or is reset, nevertheless.
+
+    Attributes
+    ----------
+    went_on, was_reset : bool
+    """
+
+    def __init__(self, *, stands: bool) -> None:
+        self._stands = stands
+        self.went_on: bool = False
+        self.was_reset: bool = False
+
+    def hear(self, event: str) -> None:
+        """Take note of an event, in the order in which QEMU sent them: all that came before a reply are heard before it."""
+        if event == "STOP":
+            self._stands = True
+        elif self._stands:
+            self.went_on |= event == "RESUME"
+            self.was_reset |= event == "RESET"
+
+
 class Monitor:
     """A connection to QEMU. A context manager. Any thread may call it.
 
@@ -52,6 +75,11 @@ class Monitor:
         For QEMU to answer at all.
     on_event : callable, optional
         Is given the name and the data of each event of QEMU, in a thread of its own. It must not call this object.
+
+    Attributes
+    ----------
+    pid : int
+        The process that listens there; 0 where it cannot be seen from here.
     """
 
     def __init__(
@@ -64,6 +92,7 @@ class Monitor:
     ) -> None:
         self._name = name
         connection = connect_unix(path, seconds=seconds)
+        self.pid: int = credentials_of(connection)[0]
         connection.setblocking(False)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="onionskin qmp", daemon=True)
@@ -73,6 +102,8 @@ class Monitor:
         self._numbers = itertools.count()
         self._guard = threading.Lock()
         self._is_closed = False
+        self._standstill = Standstill(stands=False)
+        self._client.register_listener(EventListener(("STOP", "RESUME", "RESET"), self._hear_of_standstill))
         try:
             if on_event is not None:
                 self._listen(on_event)
@@ -118,12 +149,12 @@ class Monitor:
         """
         return self._await(self._client.execute(command, arguments), command, seconds)
 
-    def request(self, command: str) -> None:
+    def request(self, command: str, arguments: dict[str, Any] | None = None) -> None:
         """Ask for a command behind all that were asked for, and wait for nothing."""
 
         async def run() -> None:
             with suppress(QMPError, OSError, EOFError, asyncio.CancelledError):
-                await self._client.execute(command)
+                await self._client.execute(command, arguments)
 
         work = run()
         try:
@@ -151,6 +182,16 @@ class Monitor:
         if error := found.get("error"):
             raise MonitorError(f"QEMU of machine {self._name!r}: {command}: {error}")
 
+    def watch(self, *, stands: bool) -> Standstill:
+        """Note from now on whether a machine goes on, or is reset, that stands still, or is stopped next."""
+        self._standstill = Standstill(stands=stands)
+        return self._standstill
+
+    def _hear_of_standstill(self, event: Any) -> bool:
+        """Hear an event as it is read, before any reply behind it, and keep none."""
+        self._standstill.hear(str(event["event"]))
+        return False
+
     def _listen(self, on_event: Callable[[str, dict[str, Any]], None]) -> None:
         events = EventListener()
         self._client.register_listener(events)
@@ -174,8 +215,7 @@ class Monitor:
         except TimeoutError:
             future.cancel()
             raise MonitorTimeout(
-                f"QEMU of machine {self._name!r} did not answer {what!r} within {seconds:g} s; is the server of its "
-                "disks alive?"
+                f"QEMU of machine {self._name!r} did not answer {what!r} within {seconds:g} s; {self._why_silent()}"
             ) from None
         except ExecuteError as error:
             raise MonitorError(f"QEMU of machine {self._name!r} refused {what!r}: {error}") from None
@@ -187,6 +227,11 @@ class Monitor:
         except BaseException:
             future.cancel()
             raise
+
+    def _why_silent(self) -> str:
+        if is_stopped(self.pid):
+            return f"its process {self.pid} was stopped ('kill -CONT {self.pid}' lets it go on)"
+        return "is the server of its disks alive?"
 
 
 async def _cancel_others() -> None:

@@ -7,6 +7,7 @@ import struct
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from socket import socket
 from typing import Any, Self
 
 from numpy.typing import NDArray
@@ -62,8 +63,13 @@ class Preload:
     """The connection to the library in one process. A context manager."""
 
     def __init__(self, path: Path) -> None:
-        self._socket = connect_unix(path, seconds=SECONDS)
-        self._socket.settimeout(SECONDS)
+        self._path = path
+        self._socket = self._connect()
+
+    def _connect(self) -> socket:
+        connection = connect_unix(self._path, seconds=SECONDS)
+        connection.settimeout(SECONDS)
+        return connection
 
     def __enter__(self) -> Self:
         return self
@@ -98,6 +104,22 @@ class Preload:
         self._ask(_FORGET, "cannot put its memory back", len(runs), packed.tobytes())
 
     def _ask(self, verb: int, refused: str, count: int = 0, runs: bytes = b"") -> MappedRam:
+        try:
+            _, status, start, length, is_private, is_armed = self._exchange(verb, count, runs)
+        except BaseException:
+            # What was asked for may still be answered, which must not be taken for the answer to what is asked next. That is
+            # heard behind it, on another connection: the library has one at a time.
+            self._socket.close()
+            raise
+        if status:
+            import os
+
+            raise OSError(-status, f"the hypervisor {refused}: {os.strerror(-status)}")
+        return MappedRam(start, length, bool(is_private), bool(is_armed))
+
+    def _exchange(self, verb: int, count: int, runs: bytes) -> tuple[int, ...]:
+        if self._socket.fileno() < 0:
+            self._socket = self._connect()
         self._socket.sendall(_REQUEST.pack(_MAGIC, verb, count) + runs)
         reply = b""
         while len(reply) < _REPLY.size:
@@ -105,11 +127,7 @@ class Preload:
             if not part:
                 raise StateError("the hypervisor ended, or its preload library did not understand a request")
             reply += part
-        magic, status, start, length, is_private, is_armed = _REPLY.unpack(reply)
-        if magic != _MAGIC:
+        found = _REPLY.unpack(reply)
+        if found[0] != _MAGIC:
             raise FormatError("the preload library of the hypervisor is another version; restart the machine")
-        if status:
-            import os
-
-            raise OSError(-status, f"the hypervisor {refused}: {os.strerror(-status)}")
-        return MappedRam(start, length, bool(is_private), bool(is_armed))
+        return found

@@ -31,7 +31,7 @@ from onionskin.kernels._ram import PageTracker
 from onionskin.machine import qemu_command
 from onionskin.machine.agent import GuestAgent
 from onionskin.machine.hypervisor import Configuration, Identity, Recorded
-from onionskin.machine.monitor import JOB_PREFIX, Monitor, MonitorError, MonitorTimeout
+from onionskin.machine.monitor import JOB_PREFIX, Monitor, MonitorError, MonitorTimeout, Standstill
 from onionskin.machine.orphans import copy_of_ram
 from onionskin.machine.preload import Preload, library
 from onionskin.machine.ram import GuestRam
@@ -48,6 +48,7 @@ RESET_SECONDS = 10.0
 # As QEMU says it of a guest that has shut down (-no-shutdown) or died, and that goes on only as something else; and before a
 # reset of it.
 _GUEST_ENDED, _NEEDS_RESET = ("shutdown", "internal-error", "guest-panicked"), ("shutdown", "internal-error")
+_DEVICES = ("/machine/peripheral", "/machine/peripheral-anon")  # those with an id, and those without
 STATE_TAG = "s"
 STATE_CLUSTER_BYTES = 16384  # as fast as QEMU's 65536, and half a MiB less
 _STATE_NODE, _FILE_NODE = "state-", "file-of-state-"
@@ -143,6 +144,7 @@ def _start_tracked(start: "Callable[..., QemuProcess]", ram_file: Path) -> "Qemu
         return None
     process = start(ram_file, is_tracked=True)
     try:
+        process.meet_library()
         process.note_writes()
     except (OSError, StateError):
         process.quit(0)
@@ -212,12 +214,33 @@ class QemuProcess:
         self._status: int | None = None
         self._ending = threading.Lock()
         self.monitor = self._connect(on_event)
-        if is_tracked:
-            try:
-                self._preload = Preload(directory / qemu_command.PRELOAD)
-            except BaseException:
-                self.monitor.close()
-                raise
+        try:
+            self._know_who_answers()
+        except BaseException:
+            self.monitor.close()
+            raise
+
+    def _know_who_answers(self) -> None:
+        """Take who answers for the process: a program that was named as QEMU may be a script that starts it.
+
+        Raises
+        ------
+        StateError
+            It is somebody else.
+        """
+        answers = self.monitor.pid
+        if answers in (0, self.pid):
+            return
+        if self._child is None or not _is_of_session(answers, self._child.pid):
+            raise StateError(
+                f"process {answers} answers at {self.directory / qemu_command.QMP}, which is not QEMU of machine "
+                f"{self.name!r} (process {self.pid}); end it, if it has no business there"
+            )
+        self.pid, self.ticks = answers, start_ticks(answers)
+
+    def meet_library(self) -> None:
+        """Connect to the library in the process. Raise OSError where it is not there."""
+        self._preload = Preload(self.directory / qemu_command.PRELOAD)
 
     def _connect(self, on_event: OnEvent | None) -> Monitor:
         deadline = time.monotonic() + START_SECONDS
@@ -307,6 +330,10 @@ class QemuProcess:
             raise
         return True
 
+    def watch(self, *, stands: bool) -> Standstill:
+        """Note from now on whether it goes on, or is reset, while it stands still: it does now, or is stopped next."""
+        return self.monitor.watch(stands=stands)
+
     def resume(self) -> None:
         """Let it go on."""
         self.monitor.execute("cont")
@@ -314,6 +341,14 @@ class QemuProcess:
     def power_down(self) -> None:
         """Ask the guest to shut down (ACPI)."""
         self.monitor.execute("system_powerdown")
+
+    def plugged(self) -> list[str]:
+        """Return the devices that it has now: those of its command line, and what was added or taken since."""
+        found = []
+        for path in _DEVICES:
+            children = self.monitor.execute("qom-list", {"path": path})
+            found += [f"{one['name']} ({kind})" for one in children if (kind := _kind_of_child(one["type"]))]
+        return sorted(found)
 
     def disk_bytes(self) -> list[int]:
         """Return how large its disks are for the guest, in their order: as they were when it was started."""
@@ -448,9 +483,16 @@ class QemuProcess:
         self._empty_state = path.read_bytes()
 
     def _remove_node(self, node: str) -> None:
-        for name in (node, node.replace(_STATE_NODE, _FILE_NODE)):
-            with suppress(MonitorError):
-                self.monitor.execute("blockdev-del", {"node-name": name})
+        names = [{"node-name": name} for name in (node, node.replace(_STATE_NODE, _FILE_NODE))]
+        for place, name in enumerate(names):
+            try:
+                self.monitor.execute("blockdev-del", name)
+            except MonitorTimeout:  # it does so when it answers again, and the rest behind it
+                for left in names[place + 1 :]:
+                    self.monitor.request("blockdev-del", left)
+                return
+            except MonitorError:
+                continue
 
     # ---- the guest agent ----
 
@@ -495,6 +537,8 @@ class QemuProcess:
         if start_ticks(self.pid) == self.ticks:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
+        if self._child is not None and self._child.pid != self.pid and self._child.poll() is None:
+            _kill_session(self._child)
 
     def wait(self, seconds: float) -> int | None:
         """Wait for the end of the process. Return its exit status, or None where it still runs.
@@ -577,9 +621,22 @@ def _start(
             is_tracked=is_tracked,
         )
     except BaseException:
-        child.kill()
+        _kill_session(child)
         child.wait()
         raise
+
+
+def _is_of_session(pid: int, leader: int) -> bool:
+    try:
+        return os.getsid(pid) == leader
+    except ProcessLookupError:
+        return False
+
+
+def _kill_session(child: "subprocess.Popen[bytes]") -> None:
+    """Kill a child that leads a session, which was not waited for yet, with what it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def adopt(
@@ -590,6 +647,7 @@ def adopt(
     try:
         process.drop_leftovers()
         if is_tracked:
+            process.meet_library()
             process.note_writes(again=True)
     except BaseException:
         process.close()
@@ -642,6 +700,11 @@ def _refuse_without_room(directory: Path, length: int) -> None:
             "since what is written to RAM cannot be noted here; make it larger (for a container: --shm-size), or give the "
             "machine less RAM"
         )
+
+
+def _kind_of_child(kind: str) -> str:
+    """Return which kind of object a property of another one has, such as "virtio-rng-pci", or nothing: it has none."""
+    return kind.removeprefix("child<").removesuffix(">") if kind.startswith("child<") else ""
 
 
 def _swapped_bytes(pid: int) -> int:

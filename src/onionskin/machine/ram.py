@@ -211,6 +211,10 @@ class UnsavedRam(ABC):
             mark(self._volume_has, runs_of_extents(volume.extents(), self.length, only_data=True))
         return self._volume_has
 
+    def use_volume(self, volume: "Volume") -> None:
+        """Save to the RAM volume as it was opened again: all that is unsaved is collected and written anew."""
+        self.collect_again()
+
     def forget_saved(self) -> None:
         """The snapshot that has what was saved is durable: only what is collected from now on is unsaved."""
         self._unsaved[:] = False
@@ -434,6 +438,11 @@ class ComparedRam(UnsavedRam):
         self._volume = volume
         self._shared = mmap.mmap(self._descriptor, self.length)
         self._shared_pages = np.frombuffer(self._shared, np.uint8).reshape(-1, PAGE_BYTES)
+
+    def use_volume(self, volume: "Volume") -> None:
+        """Compare with the RAM volume as it was opened again."""
+        super().use_volume(volume)
+        self._volume = volume
 
     def add_unsaved(self, runs: NDArray[Any]) -> None:
         """Do nothing: each collection compares all of RAM."""

@@ -6,7 +6,8 @@ made, and no file of another boot is used, since a crash may have kept half of i
 What must hold: a file appears under its name when it is whole, and is never written to from then on, until it is dropped.
 Who uses one, or makes one, has a lock on it (flock): the users a shared one, which the preload library takes in the
 hypervisor's process too. Only who has the lock alone drops a file, and overwrites it first under policy `zero`. What a
-layer holds does not change as long as its row is there, so a file is right if it is there.
+layer holds does not change as long as its row is there, so a file is right if it is there, and nobody wrote to it since: its
+time of change is the one that it was made with (`_WHOLE_SECONDS`).
 """
 
 import errno
@@ -42,9 +43,14 @@ STOPPED_SECONDS = 30.0  # for which somebody is waited for who has a file alone,
 KEPT = 4  # files that nobody uses are kept up to this number, those that were used last
 
 
+# The time of change that a whole file has. Any write to it sets another one, and use is noted in the time of access.
+_WHOLE_SECONDS = 1_000_000_000
+_TIMED = "t"  # behind the boot in the names of such files; an older onionskin made others
+
+
 @cache
 def _boot() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+    return Path("/proc/sys/kernel/random/boot_id").read_text()[:8] + _TIMED
 
 
 class RamFile:
@@ -75,6 +81,11 @@ class RamFile:
         """Whether it is a file of so many bytes."""
         found = os.fstat(self._descriptor)
         return stat.S_ISREG(found.st_mode) and found.st_size == length
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nobody wrote to it since it was made."""
+        return int(os.fstat(self._descriptor).st_mtime) == _WHOLE_SECONDS
 
     def close(self) -> None:
         """Say that this is no user of it any more. Further calls do nothing."""
@@ -132,12 +143,13 @@ class RamFiles:
         OSError
             It could not be made: there may be no room for it.
         """
-        path = self._path(source)
+        path, is_new = self._path(source), False
         while True:
             found = _use(path)
             if found is None:
                 self._make(source, path)
-            elif found.has(source.length):
+                is_new = True
+            elif found.has(source.length) and (found.is_whole or is_new):  # some file systems keep no times
                 return found
             else:
                 found.close()
@@ -146,7 +158,7 @@ class RamFiles:
     def use_if_there(self, source: Source) -> RamFile | None:
         """Return the file for a layer, or None where none is made yet."""
         found = _use(self._path(source))
-        if found is not None and not found.has(source.length):
+        if found is not None and not (found.has(source.length) and found.is_whole):
             found.close()
             return None
         return found
@@ -154,7 +166,9 @@ class RamFiles:
     def _drop_wrong(self, path: Path) -> None:
         """Drop what is no RAM file, or was cut off: it is made again."""
         if not path.is_file() or not self._drop(path):
-            raise StateError(f"{path} is not the RAM file that a machine needs; remove it, and it is made again")
+            raise StateError(
+                f"{path} is not the RAM file that a machine needs, or was written to; remove it, and it is made again"
+            )
 
     def make_soon(self, source: Source) -> None:
         """Make the file for a layer in the background, some seconds after the last such request: see QUIET_SECONDS.
@@ -205,6 +219,7 @@ class RamFiles:
                 return
             with source.open() as volume:
                 fill_file(volume, descriptor, source.length)
+            os.utime(descriptor, ns=(time.time_ns(), _WHOLE_SECONDS * 10**9))
             _draft_of(path).rename(path)
 
     def _make_directory(self) -> None:
@@ -348,13 +363,21 @@ def _use(path: Path) -> RamFile | None:
                     f"{path} is being dropped by another process, which does not go on; try again when it does"
                 )
             if _is_at(descriptor, path):
-                with suppress(OSError):
-                    os.utime(path)  # it was used last now
+                with suppress(OSError):  # it was used last now
+                    os.utime(descriptor, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
                 return RamFile(path, descriptor)
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def was_written_to(path: Path) -> bool:
+    """Whether somebody wrote to a RAM file that a machine maps; false where that is not known, as its name is gone."""
+    try:
+        return _TIMED in path.name.split(".")[1][8:] and int(path.stat().st_mtime) != _WHOLE_SECONDS
+    except (OSError, IndexError):
+        return False
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -369,7 +392,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def _used_last(path: Path) -> float:
     with suppress(FileNotFoundError):
-        return path.stat(follow_symlinks=False).st_mtime
+        return path.stat(follow_symlinks=False).st_atime
     return 0.0
 
 

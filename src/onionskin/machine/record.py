@@ -144,6 +144,10 @@ class Record:
         The VM generation id that the guest was told behind a revert; empty: that of its identity.
     is_waiting : bool
         Whether it waits in a pool for a fork, as far as its supervisor had heard.
+    is_standing : bool
+        Whether it may stand still for its supervisor alone, which is to let it go on: so does who takes it over.
+    plugged : list of str or None
+        The devices that the hypervisor was started with; None where that was not noted.
     """
 
     supervisor: ProcessId | None
@@ -162,6 +166,8 @@ class Record:
     labels: list[str] = field(default_factory=list)
     told: str = ""
     is_waiting: bool = False
+    is_standing: bool = True
+    plugged: list[str] | None = None
 
     def write(self, directory: Path) -> None:
         """Replace the record of a machine."""

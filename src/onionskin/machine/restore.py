@@ -8,7 +8,7 @@ the machine, which copies its ROMs over RAM. A machine that is between two state
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
@@ -21,7 +21,7 @@ from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine.hypervisor import Configuration, Recorded, compare
 from onionskin.machine.ram import PIECE_PAGES, GuestRam, blocks_of, mark, runs_of
 from onionskin.machine.ram_files import RamFile, RamFiles, Source
-from onionskin.machine.running import Running, StateFile, diff_of_layers, open_layer, source_of, stopped
+from onionskin.machine.running import Running, StateFile, Stop, diff_of_layers, open_layer, source_of, stopped
 from onionskin.operations import machine_tree, machines
 from onionskin.volume import Volume
 
@@ -221,15 +221,18 @@ def revert(running: Running, snapshot: str, *, stays: bool = False) -> None:
         reverted again, or stopped.
     """
     with running.guard:
+        running.open_ram_again()
         saved = find_saved(running.store, running.machine, snapshot)
         compare(saved.recorded, running.recorded)
         _refuse_resized(running, snapshot)
+        running.refuse_altered_ram("nothing was changed")
+        running.refuse_other_devices("nothing was changed")
         going_back = machine_tree.RevertInPlace(running.store._opened, running.name, snapshot)
         with (
             open_layer(running.store, saved.volume, saved.layer) as view,
             StateFile.of(view, saved.ram_bytes, saved.state_bytes) as state,
             running.process.loading(state.path) as load_state,
-            _stopped_to_revert(running, stays),
+            _stopped_to_revert(running, stays) as stop,
         ):
             elsewhere = _changed_between(running, saved)
             if isinstance(running.guest_ram, GuestRam):
@@ -248,6 +251,7 @@ def revert(running: Running, snapshot: str, *, stays: bool = False) -> None:
                     _settle(running, view)
                     renew_generation(running)
                     disks.result()
+                stop.refuse_went_on(f"a revert to {snapshot!r}")
                 going_back.put_ram_back(running.ram_volume._opened.to_write())  # the guest may write from here on
             running.recorded = replace(running.recorded, guest_kernel=saved.recorded.guest_kernel)
             running.is_frozen = saved.recorded.is_frozen
@@ -338,18 +342,20 @@ def _source_of(running: Running, saved: Saved) -> Source:
 
 
 @contextmanager
-def _stopped_to_revert(running: Running, stays: bool) -> Iterator[None]:
+def _stopped_to_revert(running: Running, stays: bool) -> Iterator[Stop]:
     """Stop a machine for the time of the block. It goes on behind that, unless it is between two states then."""
     was_broken = running.is_broken
     with stopped(running.process) as stop:
         had_ended = not stop.ran and not stays and running.process.guest_has_ended
         running.goes_on = stop.ran or had_ended or (was_broken and running.goes_on)
         try:
-            yield
+            yield stop
         except BaseException as error:
             if not running.is_broken:
                 raise
             stop.leave()
+            with suppress(OnionskinError):
+                running.process.pause()  # somebody else may have let it go on
             if isinstance(error, OSError | OnionskinError):
                 raise StateError(
                     f"machine {running.name!r} could not be put back, and is between two states: it stays stopped; revert "

@@ -23,7 +23,7 @@ from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.kernels import _ram
 from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine.ram import ComparedRam, GuestRam, UnsavedRam, page_aligned
-from onionskin.machine.ram_files import RamFiles, Source
+from onionskin.machine.ram_files import RamFiles, Source, was_written_to
 from onionskin.operations import reclaim
 from onionskin.operations.differences import diff_of_chains
 from onionskin.operations.locked_maps import locked_maps
@@ -34,6 +34,7 @@ from onionskin.volume import Volume
 if TYPE_CHECKING:
     from onionskin.catalog import MachineRow, VolumeRow
     from onionskin.machine.hypervisor import Configuration, Identity, Process, Recorded
+    from onionskin.machine.monitor import Standstill
     from onionskin.store import Store
 
 _log = logger(__name__)
@@ -61,6 +62,8 @@ class Running:
         What this process was started with.
     generation : str
         The VM generation id that the guest was told at last. The process writes its own whenever a state is loaded.
+    plugged : list of str
+        The devices that the process was started with.
     directory : Path
         For the files of this machine while it runs.
     mapped : bytes or None
@@ -95,6 +98,7 @@ class Running:
     is_frozen: bool = False
     has_server: bool = False
     generation: str = ""
+    plugged: list[str] = field(default_factory=list)
     guard: threading.RLock = field(default_factory=threading.RLock)
 
     @classmethod
@@ -110,10 +114,12 @@ class Running:
         directory: Path,
         *,
         mapped: bytes | None,
+        plugged: list[str] | None = None,
     ) -> Self:
         """Take a machine in hand that was started, or whose supervisor died.
 
-        All that the process has and the RAM volume has not counts as unsaved.
+        All that the process has and the RAM volume has not counts as unsaved. `plugged` are the devices that it was started
+        with, where that was noted before; else those that it has now.
         """
         guest_ram = process.guest_ram or ComparedRam(process.ram_file, ram_volume)
         running = cls(
@@ -121,6 +127,7 @@ class Running:
             RamFiles(store._opened),
         )  # fmt: skip
         running.generation = identity.generation
+        running.plugged = process.plugged() if plugged is None else plugged
         running.guest_ram.add_unsaved(differing_pages(running))
         return running
 
@@ -131,6 +138,44 @@ class Running:
         if row is None:
             raise StateError(f"machine {self.name!r} was deleted")
         return row
+
+    def open_ram_again(self) -> None:
+        """Open the RAM volume again, if a sync of it failed and it takes nothing more.
+
+        The machine has all that the volume may have lost: what is unsaved counts as unsaved until a snapshot has it. Where
+        this fails, the volume is closed, and does not say any more that the machine runs.
+        """
+        if not (self.ram_volume.closed or self.ram_volume._path.poisoned):
+            return
+        _log.warning("machine %r: a sync of its RAM volume failed; the volume is opened again", self.name)
+        row = self.machine
+        with suppress(OSError, OnionskinError):
+            self.ram_volume.close()
+        self.ram_volume = self.store._open_ram(row)
+        self.guest_ram.use_volume(self.ram_volume)
+
+    def refuse_other_devices(self, what: str) -> None:
+        """Raise StateError where devices were added or taken since the process was started: no other process has those."""
+        now = self.process.plugged()
+        new, gone = (
+            [one for one in these if one not in those] for these, those in ((now, self.plugged), (self.plugged, now))
+        )
+        if new or gone:
+            said = " and ".join(
+                [f"has {', '.join(new)} in addition"] * bool(new) + [f"has {', '.join(gone)} no more"] * bool(gone)
+            )
+            raise StateError(
+                f"machine {self.name!r} {said}, since its devices were changed while it ran; undo that, or stop the machine "
+                f"and give its devices to 'onionskin machine create'; {what}"
+            )
+
+    def refuse_altered_ram(self, what: str) -> None:
+        """Raise StateError where somebody wrote to the file that RAM is mapped over, which the guest reads."""
+        if self.mapped is not None and self.guest_ram.is_tracked and was_written_to(self.process.ram_file):
+            raise StateError(
+                f"somebody wrote to {self.process.ram_file}, which machine {self.name!r} has its RAM over, so its RAM is not "
+                f"as it wrote it; end it, with 'onionskin machine stop --force', and revert it; {what}"
+            )
 
     def open_disk(self, volume: str) -> "OpenHead":
         """Open a disk that nobody serves, to cut it. One whose server is about to be back is the server's to open."""
@@ -222,16 +267,32 @@ class Stop:
 
     def __init__(self, process: "Process") -> None:
         self._process = process
+        self._standstill: Standstill
         self._begun = 0.0
         self.seconds: float = 0.0
         self.ran: bool = False
 
     def begin(self) -> None:
         """Stop it."""
+        self._standstill = self._process.watch(stands=True)
         self.ran = not self._process.is_paused
         self._begun = time.monotonic()
         if self.ran:
+            self._standstill = self._process.watch(stands=False)
             self._process.pause(runs=True)  # if this fails, it may be stopped all the same, later: `end` lets it go on
+
+    def refuse_went_on(self, what: str) -> None:
+        """Raise StateError where somebody else let it go on since it was stopped: it is as at no instant."""
+        if self._standstill.went_on:
+            raise StateError(
+                f"somebody else let the machine go on, by a monitor of their own, while it stood still for {what}; try again"
+            )
+
+    def refuse_disturbed(self, what: str) -> None:
+        """Raise StateError where somebody else let it go on, or it was reset, since it was stopped."""
+        self.refuse_went_on(what)
+        if self._standstill.was_reset:
+            raise StateError(f"the machine was reset while it stood still for {what}; try again")
 
     def leave(self) -> None:
         """Leave it stopped at the end."""

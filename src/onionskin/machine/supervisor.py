@@ -121,7 +121,7 @@ class Supervisor:
     def _begin(self, paused: bool, only_from: str | None) -> None:
         row = machines.find(self._store._opened.catalog, self._name)
         volume = self._store._open_ram(row)
-        self._ends.callback(volume.close)
+        self._ends.callback(lambda: (self.running.ram_volume if hasattr(self, "running") else volume).close())
         self._directory = record.make_directory(self._store._opened.layout.root, row.id)
         found = Record.read(self._directory)
         disks = [one.name for one in machines.volumes_of(self._store._opened.catalog, row)[:-1]]
@@ -191,6 +191,7 @@ class Supervisor:
         (self._directory / record.ENDED).unlink(missing_ok=True)
         if self._pool is None and not paused:
             self._process.resume()
+            self._note_what_is(replace(self.record, is_standing=False))
             self._thaw_or_say_why_not()
             if mapped is None and isinstance(self.running.guest_ram, GuestRam):
                 self.running.guest_ram.touch_rooms()  # while the guest boots: all that it writes is to be saved
@@ -264,6 +265,8 @@ class Supervisor:
             is_frozen=self.running.is_frozen,
             labels=self._server.labels,
             is_waiting=self._pool is not None,
+            is_standing=not paused,
+            plugged=self.running.plugged,
         )
 
     def _take_over(self, found: Record, volume: "Volume") -> None:
@@ -288,18 +291,23 @@ class Supervisor:
             *(Configuration.from_json(found.configuration), Recorded.from_json(found.recorded)),
             *(Identity(found.generation, found.mac_seed), self._directory),
             mapped=None if found.mapped is None else bytes.fromhex(found.mapped),
+            plugged=found.plugged,
         )
         self.running.generation = found.told or found.generation
         self._is_recorded = True
         self._ends.callback(self._server.end)
         self._ends.callback(self._process.quit, QUIT_SECONDS)
         self.running.is_broken = found.is_reverting
-        self.running.goes_on = found.is_reverting and not found.is_paused
+        self.running.goes_on = found.is_reverting and found.is_standing and not found.is_paused
         self.running.is_frozen = found.is_frozen
         self._note(replace(found, supervisor=ProcessId.of(os.getpid()), server=self._server.process))
-        if self._process.is_paused and not found.is_paused and not found.is_reverting:
+        self._is_stopped = self._process.is_paused
+        if self._is_stopped and found.is_standing and not (found.is_paused or found.is_reverting):
             self._log("it stood still in the middle of what its supervisor did; it goes on")
             self._process.resume()
+            self._note_what_is(replace(self.record, is_standing=False))
+        elif self._is_stopped and not (found.is_paused or found.is_reverting):
+            self._log(f"it stands still ({self._process.status}), and not for its supervisor; it stays so")
         if not self._process.is_paused:
             self._thaw_or_say_why_not()
         if was_waiting:
@@ -362,6 +370,7 @@ class Supervisor:
             self._note_what_is(replace(self.record, is_paused=False, is_waiting=False))
             self._pool = None  # from here on it is left alone, whatever becomes of the pool
             self._process.resume()
+            self._note_what_is(replace(self.record, is_standing=False))
             self._thaw_or_say_why_not()
         self._log(f"a fork took it from the pool; it is machine {row.name!r}")
         self._tell_fork(self.running.configuration, self.running.identity)
@@ -449,7 +458,10 @@ class Supervisor:
         self._note_what_is(replace(self.record, server=self._server.process))
 
     def _look_at_guest(self) -> None:
-        """Let a machine go on that the hypervisor stopped for an error of a disk, now that the disks are served."""
+        """Let a machine go on that the hypervisor stopped for an error of a disk, now that the disks are served.
+
+        So does one that stands still for this supervisor alone: it did not answer when it was to go on.
+        """
         if not self._is_stopped or self._fault or not self.running.guard.acquire(blocking=False):
             return  # it stands still for a moment, for whoever has the guard
         try:
@@ -457,9 +469,18 @@ class Supervisor:
             self._tries = [one for one in self._tries if now - one < GO_ON_SECONDS]
             if self.record.is_paused or self.running.is_broken or len(self._tries) >= GO_ON_TRIES:
                 return
-            if self._process.status == "io-error" and not (self._event or {}).get("nospace"):
+            status = self._process.status
+            if self.record.is_standing and status == "paused":
+                self._log("it was to go on, and did not; it does now")
+                self._process.resume()
+                self._note_what_is(replace(self.record, is_standing=False))
+            if status == "io-error" and not (self._event or {}).get("nospace"):
                 self._tries.append(now)
                 self._log("a disk had an error, and the machine was stopped; it goes on")
+                if len(self._tries) == GO_ON_TRIES and self._server.uris:
+                    self._log("the server of the disks is started again: where a sync failed, it writes nothing more")
+                    self._server.end()
+                    self.wake()
                 self._process.resume()
         except MonitorError as error:
             self._log(str(error))
@@ -647,20 +668,28 @@ class Supervisor:
         self, has_gone: Callable[[], None], name: str | None, note: str, mode: str | None, freeze: bool
     ) -> dict[str, Any]:
         """Take a snapshot: see `capture.snapshot`."""
-        with self.running.guard, self._marked(is_frozen=freeze):
+        with self.running.guard, self._held(), self._marked(is_frozen=freeze, is_standing=not self._process.is_paused):
             return asdict(capture.snapshot(self.running, name, note, mode, freeze=freeze, go_on=has_gone))
 
     def revert(self, has_gone: Callable[[], None], name: str) -> None:
         """Put the machine back to a snapshot, in place: see `restore.revert`."""
-        with self.running.guard:
-            self._note(replace(self.record, is_reverting=True))
+        with self.running.guard, self._held():
+            goes_on = self.running.goes_on if self.running.is_broken else not self._process.is_paused
+            self._note(replace(self.record, is_reverting=True, is_standing=goes_on))
             try:
                 restore.revert(self.running, name, stays=self.record.is_paused)
             finally:
                 now, told = self.running.recorded.to_json(), self.running.generation
                 is_broken, is_frozen = self.running.is_broken, self.running.is_frozen
                 self._note_what_is(
-                    replace(self.record, is_reverting=is_broken, recorded=now, told=told, is_frozen=is_frozen)
+                    replace(
+                        self.record,
+                        is_reverting=is_broken,
+                        is_standing=is_broken and self.running.goes_on,
+                        recorded=now,
+                        told=told,
+                        is_frozen=is_frozen,
+                    )
                 )
             if not self._process.is_paused:
                 self._thaw()
@@ -671,16 +700,40 @@ class Supervisor:
             return tell_identity(agent, hostname=hostname, mac=None, clock_ns=time.time_ns() if clock else None)
 
     @contextmanager
-    def _marked(self, *, is_frozen: bool) -> Iterator[None]:
-        """Note for the time of the block that the guest's file systems may be frozen."""
-        if not is_frozen:
-            yield
-            return
-        self._note(replace(self.record, is_frozen=True))
+    def _held(self) -> Iterator[None]:
+        """Die where the machine is not held any more behind the block: another supervisor takes it over, and holds it."""
         try:
             yield
         finally:
-            self._note_what_is(replace(self.record, is_frozen=self.running.is_frozen))
+            if self.running.ram_volume.closed:
+                self._log("the RAM volume could not be opened again; this supervisor ends, and the machine runs on")
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    @contextmanager
+    def _marked(self, *, is_frozen: bool, is_standing: bool) -> Iterator[None]:
+        """Note for the time of the block that the guest's file systems may be frozen, or that it may stand still for it."""
+        if not (is_frozen or is_standing):
+            yield
+            return
+        before = self.record
+        self._note(
+            replace(before, is_frozen=is_frozen or before.is_frozen, is_standing=is_standing or before.is_standing)
+        )
+        stays = False
+        try:
+            yield
+        except BaseException:
+            stays = is_standing and self._may_stand()
+            raise
+        finally:
+            is_standing = before.is_standing or stays
+            self._note_what_is(replace(self.record, is_frozen=self.running.is_frozen, is_standing=is_standing))
+
+    def _may_stand(self) -> bool:
+        try:
+            return self._process.is_paused
+        except MonitorError:  # it answers nothing, and may be found stopped when it does
+            return True
 
 
 def _refuse_elsewhere(begins: machines.Beginning, only_from: str) -> None:

@@ -13,7 +13,7 @@ from support.stand_in import LENGTH, PAGES, Load, StandIn, attach
 import onionskin
 from onionskin.errors import SnapshotExistsError, StateError
 from onionskin.kernels._ram import PAGE_BYTES
-from onionskin.machine import capture
+from onionskin.machine import capture, restore
 from onionskin.machine.ram import GuestRam, UnsavedRam
 from onionskin.machine.restore import find_saved
 from onionskin.machine.running import Running, StateFile, open_layer
@@ -222,6 +222,49 @@ def test_a_paused_machine_stays_paused(running: Running, process: StandIn) -> No
     process.pause()
     assert capture.snapshot(running, "a").pause_seconds == 0
     assert process.is_paused and ram_of(running, "a") == process.whole()
+
+
+@pytest.mark.parametrize(("event", "said"), [("RESUME", "let the machine go on"), ("RESET", "was reset")])
+def test_a_machine_that_somebody_else_disturbs_while_it_stands_still_is_not_taken(
+    running: Running, process: StandIn, event: str, said: str
+) -> None:
+    process.when_stopped = lambda: process.standstill.hear(event)
+    with pytest.raises(StateError, match=f"{said}.* while it stood still .* nothing was taken"):
+        capture.snapshot(running, "a")
+    assert snapshots_of(running) == [] and not process.is_paused
+    process.when_stopped = lambda: None
+    process.write(3, 3)
+    capture.snapshot(running, "a")
+    assert ram_of(running, "a") == process.whole()
+
+
+def test_a_machine_whose_devices_were_changed_while_it_ran_is_not_taken(running: Running, process: StandIn) -> None:
+    before = process.plugged_now
+    process.plugged_now = ["hot (virtio-rng-pci)"]
+    with pytest.raises(StateError, match=r"has hot \(virtio-rng-pci\) in addition and has disk0 .* no more"):
+        capture.snapshot(running, "a")
+    assert snapshots_of(running) == [] and not process.is_paused
+    process.plugged_now = before
+    capture.snapshot(running, "a")
+
+
+def test_a_machine_whose_ram_volume_was_lost_to_a_failed_sync_is_taken_with_every_page(
+    running: Running, process: StandIn
+) -> None:
+    process.write(1, 1)
+    capture.snapshot(running, "a")
+    process.write(1, 2)
+    process.write(900, 2)
+    with pytest.raises(StateError, match="sync failed"):
+        capture.snapshot(running, "b", go_on=running.ram_volume._opened.to_write().path.poison)
+    assert snapshots_of(running) == ["a"] and not process.is_paused
+    process.write(2, 3)
+    capture.snapshot(running, "b")
+    assert ram_of(running, "b") == process.whole()
+    running.ram_volume._opened.to_write().path.poison()
+    restore.revert(running, "a")
+    capture.snapshot(running, "c")
+    assert ram_of(running, "c") == ram_of(running, "a") == process.whole()
 
 
 def test_a_taken_name_is_refused_before_the_machine_is_stopped(running: Running, process: StandIn) -> None:

@@ -1,6 +1,7 @@
 """The connection to QEMU's monitor, against a program that says what QEMU would."""
 
 import json
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -115,6 +116,35 @@ def test_a_command_that_is_not_answered_ends_with_an_error_in_time(qemu: Qemu, p
             monitor.execute("silent", seconds=0.1)
         monitor.execute("next")  # and the connection goes on
     assert qemu.heard == ["qmp_capabilities", "silent", "next"]
+
+
+@pytest.mark.parametrize(
+    ("stands", "events", "went_on", "was_reset"),
+    [
+        (True, ["RESUME"], True, False),
+        (False, ["RESET", "STOP"], False, False),
+        (False, ["STOP", "RESET", "STOP"], False, True),
+        (False, ["STOP", "RESUME", "STOP"], True, False),
+    ],
+)
+def test_what_disturbs_a_machine_that_stands_still_is_known_before_the_next_answer(
+    qemu: Qemu, path: Path, stands: bool, events: list[str], went_on: bool, was_reset: bool
+) -> None:
+    with Monitor(path, "lab") as monitor:
+        standstill = monitor.watch(stands=stands)
+        for event in events:
+            qemu.say({"event": event, "data": {}, "timestamp": {"seconds": 1, "microseconds": 1}})
+        monitor.execute("next")
+        assert (standstill.went_on, standstill.was_reset) == (went_on, was_reset)
+
+
+def test_who_does_not_answer_as_it_was_stopped_is_named_with_what_lets_it_go_on(
+    qemu: Qemu, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onionskin.machine.monitor.is_stopped", lambda pid: pid == os.getpid())
+    said = f"its process {os.getpid()} was stopped .'kill -CONT {os.getpid()}'"
+    with Monitor(path, "lab") as monitor, pytest.raises(MonitorTimeout, match=said):
+        monitor.execute("silent", seconds=0.1)
 
 
 def test_a_command_that_is_refused_says_so_in_the_words_of_qemu(qemu: Qemu, path: Path) -> None:

@@ -191,6 +191,37 @@ def test_a_file_that_was_cut_off_is_made_again(files: RamFiles, source: Source) 
         assert again.path.read_bytes() == whole
 
 
+def alter(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"something else")
+
+
+def test_a_file_that_somebody_wrote_to_is_made_again(files: RamFiles, source: Source) -> None:
+    with files.use(source) as found:
+        whole = found.path.read_bytes()
+    alter(found.path)
+    assert files.use_if_there(source) is None
+    with files.use(source) as again:
+        assert again.path.read_bytes() == whole
+
+
+def test_a_file_in_use_that_somebody_wrote_to_is_given_to_nobody_else(files: RamFiles, source: Source) -> None:
+    with files.use(source) as found:
+        alter(found.path)
+        with pytest.raises(StateError, match="was written to; remove it, and it is made again"):
+            files.use(source)
+        found.path.unlink()
+        files.use(source).close()
+
+
+def test_a_file_is_used_on_a_file_system_that_keeps_no_times(
+    files: RamFiles, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "utime", lambda *given, **how: None)
+    files.use(source).close()
+    files.use(source).close()
+
+
 def test_what_is_no_file_in_the_place_of_one_is_named(files: RamFiles, source: Source) -> None:
     with files.use(source) as found:
         path = found.path

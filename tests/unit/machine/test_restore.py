@@ -99,6 +99,14 @@ def test_a_machine_that_was_started_from_a_snapshot_drops_what_it_wrote(
         again.write(0, 1)
         assert capture.snapshot(restarted, "b").bytes_stored == PAGE_BYTES
         assert again.ram_file.read_bytes() == file_before
+        with again.ram_file.open("r+b") as file:
+            file.write(b"something else")
+        with pytest.raises(StateError, match=r"somebody wrote to .*nothing was taken"):
+            capture.snapshot(restarted, "c")
+        again.write(1, 77)
+        with pytest.raises(StateError, match=r"somebody wrote to .*nothing was changed"):
+            restore.revert(restarted, "b")
+        assert again.read(1) == 77 and not again.is_paused
     finally:
         restarted.close()
         again.close()
@@ -137,6 +145,37 @@ def test_a_machine_that_runs_with_a_disk_of_another_size_is_not_put_back_in_plac
     with pytest.raises(StateError, match=r"disk 'data' had .*stop the machine"):
         restore.revert(running, "a")
     assert not process.is_paused and is_at(running, process, "a", ram)
+
+
+def test_a_machine_whose_devices_were_changed_while_it_ran_is_not_put_back_in_place(
+    running: Running, process: StandIn
+) -> None:
+    snapshot(running, process, "a", {1: 1})
+    process.write(1, 2)
+    before = process.whole()
+    process.plugged_now.append("hot (virtio-rng-pci)")
+    with pytest.raises(StateError, match=r"has hot .* in addition.*nothing was changed"):
+        restore.revert(running, "a")
+    assert process.whole() == before and not process.is_paused and not running.is_broken
+
+
+def test_a_machine_that_somebody_else_lets_go_on_in_a_revert_is_stopped_until_it_is_put_back(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ram = snapshot(running, process, "a", {1: 1})
+    process.write(1, 2)
+    with monkeypatch.context() as patched:
+
+        def load(path: Path) -> None:
+            process.standstill.hear("RESUME")
+            process.resume()
+
+        patched.setattr(process, "load_state", load)
+        with pytest.raises(StateError, match=r"stays stopped; revert it again.*let the machine go on"):
+            restore.revert(running, "a")
+    assert process.is_paused and running.is_broken
+    restore.revert(running, "a")
+    assert not process.is_paused and not running.is_broken and is_at(running, process, "a", ram)
 
 
 def test_a_machine_whose_last_note_fails_stays_stopped_until_it_is_put_back(

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.machines import snapshot_live
@@ -210,3 +211,22 @@ def test_what_a_caller_that_has_gone_asked_for_is_given_up(tmp_path: Path) -> No
     server.join(300)
     server.close()
     assert ended == ["given up"]
+
+
+def test_a_disk_that_has_errors_again_and_again_is_served_by_another_process(
+    store: onionskin.Store,
+) -> None:
+    """Where a sync failed, a server takes no more writes of that disk, and another one does."""
+    done = []
+    supervisor = Supervisor(store, "lab", lambda line: None)
+    try:
+        supervisor._server = SimpleNamespace(uris=["nbd+unix:///web"], end=lambda: done.append("end"))  # type: ignore[assignment]
+        supervisor._process = SimpleNamespace(status="io-error", resume=lambda: done.append("resume"))  # type: ignore[assignment]
+        supervisor.running = SimpleNamespace(guard=threading.RLock(), is_broken=False)  # type: ignore[assignment]
+        supervisor.record = SimpleNamespace(is_paused=False, is_standing=False)  # type: ignore[assignment]
+        supervisor._is_stopped = True
+        for _ in range(5):
+            supervisor._look_at_guest()
+    finally:
+        supervisor._ends.close()
+    assert done == ["resume", "resume", "end", "resume"]
