@@ -32,10 +32,10 @@ from onionskin.base.files import data_ranges
 from onionskin.base.limits import BLOCK_SIZE_MAX, NAME_BYTES_MAX, NOTE_BYTES_MAX, VOLUME_BYTES_MAX
 from onionskin.base.naming import check_name
 from onionskin.base.progress import Progress
-from onionskin.base.zero_runs import split_zeros
 from onionskin.catalog import SnapshotRow
 from onionskin.catalog.tree import Snapshot
 from onionskin.errors import ChainError, FormatError, SnapshotExistsError, StateError
+from onionskin.kernels._copy import split_zeros
 from onionskin.operations import staged_volumes
 from onionskin.operations.differences import State, are_related, diff_of_chains, snapshot_of
 from onionskin.operations.pinned import pinned

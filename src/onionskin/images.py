@@ -311,15 +311,13 @@ class _Import:
 
     def _from_raw_stream(self, source: Source, report: Callable[[int], object]) -> "Volume":
         """Write a stream to a disk, which grows as data arrives."""
-        import numpy as np
-
-        from onionskin.base.zero_runs import split_zeros
+        from onionskin.kernels._copy import split_zeros
 
         disk = self._stage(_FIRST_SIZE_BYTES)
-        buffer = np.empty(_CHUNK_BYTES, dtype=np.uint8)
+        buffer = memoryview(bytearray(_CHUNK_BYTES))
         end = b""  # the last bytes so far, where a fixed VHD has its footer
         done = 0
-        while length := source.readinto(buffer.data):
+        while length := source.readinto(buffer):
             self._refuse_larger(done + length)
             if done + length > disk.size_bytes:
                 disk.resize(min(max(2 * disk.size_bytes, done + length), VOLUME_BYTES_MAX))
@@ -374,21 +372,19 @@ def copy_into(
     OSError
         EIO: the image was cut short meanwhile. `path` is its name in the message.
     """
-    import numpy as np
-
-    from onionskin.base.zero_runs import split_zeros
+    from onionskin.kernels._copy import split_zeros
 
     size_bytes = min(volume.size_bytes, os.lseek(descriptor, 0, os.SEEK_END))
     ranges = list(data_ranges(descriptor, 0, size_bytes))
     total = sum(stop - start for start, stop in ranges)
     done = 0
-    buffer = np.empty(_CHUNK_BYTES, dtype=np.uint8)
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
     for start, stop in ranges:
         at = start
         while at < stop:
             # The first piece of a range ends on a multiple of the chunk, so that the other pieces are whole blocks.
             wanted = min(stop - at, _CHUNK_BYTES - at % _CHUNK_BYTES)
-            length = os.preadv(descriptor, [buffer[:wanted].data], at)
+            length = os.preadv(descriptor, [buffer[:wanted]], at)
             if length == 0:
                 refuse_shorter(descriptor, size_bytes, path)
                 raise OSError(errno.EIO, f"the image cannot be read from byte {at} on", os.fspath(path or "image"))
@@ -473,12 +469,10 @@ def export_to_device(volume: "Volume", device: BlockDevice, *, progress: Progres
     ChainError
         The base changed meanwhile.
     """
-    import numpy as np
-
-    from onionskin.base.zero_runs import split_zeros
+    from onionskin.kernels._copy import split_zeros
 
     refuse_device(volume, device)
-    buffer = np.empty(_CHUNK_BYTES, dtype=np.uint8)
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
     with reading(volume) as disk:
         size_bytes = int(disk.size_bytes)
         for at in range(0, size_bytes, _CHUNK_BYTES):
@@ -488,7 +482,7 @@ def export_to_device(volume: "Volume", device: BlockDevice, *, progress: Progres
                 if is_zero:
                     device.zero(at + first, last - first)
                 else:
-                    device.write(at + first, piece[first:last].data)
+                    device.write(at + first, piece[first:last])
             if progress is not None:
                 progress(at + len(piece), size_bytes)
         device.sync()

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import timedelta
+from datetime import UTC, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -15,6 +15,8 @@ from onionskin.cli.output import json_option
 from onionskin.cli.values import snapshot_value
 
 if TYPE_CHECKING:
+    from datetime import tzinfo
+
     from onionskin.operations.prune import Retention, Rules
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
@@ -172,22 +174,26 @@ def prune(name: Name, time_zone: str, dry_run: bool, as_json: bool, **keep: Any)
 
 
 def _rules(keep: dict[str, Any], time_zone: str) -> "Rules":
-    from zoneinfo import ZoneInfo
-
     from onionskin.operations.prune import Rules
 
-    try:
-        zone = ZoneInfo(time_zone)
-    except (LookupError, OSError, ValueError) as error:
-        raise click.UsageError(
-            f"there is no time zone {time_zone!r} here; write UTC, or a name as Europe/Berlin"
-        ) from error
+    zone = _zone(time_zone)
     rules = Rules(**{what.removeprefix("keep_"): count for what, count in keep.items()}, zone=zone)
     try:
         rules.check()
     except ValueError as error:
         raise click.UsageError("no rule says what to keep, so nothing would be; give one, as --keep-last 3") from error
     return rules
+
+
+def _zone(name: str) -> "tzinfo":
+    if name == "UTC":  # so that the usual prune waits for no module that reads files of zones
+        return UTC
+    from zoneinfo import ZoneInfo
+
+    try:
+        return ZoneInfo(name)
+    except (LookupError, OSError, ValueError) as error:
+        raise click.UsageError(f"there is no time zone {name!r} here; write UTC, or a name as Europe/Berlin") from error
 
 
 def _drawn(found: "list[Retention]", dry_run: bool) -> str:
