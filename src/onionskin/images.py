@@ -21,7 +21,7 @@ import errno
 import io
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
 
@@ -40,6 +40,7 @@ from onionskin.exchange.image_formats import (
     ImageFormat,
     format_of,
     format_of_start,
+    refuse_options,
 )
 from onionskin.exchange.streams import COMPRESSED, Source, is_seekable, unpacked
 
@@ -398,7 +399,15 @@ def copy_into(
     refuse_shorter(descriptor, size_bytes, path)  # a part that was cut off now looks like a hole
 
 
-def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progress: Progress | None = None) -> None:
+def export_image(
+    volume: "Volume",
+    path: AnyPath,
+    *,
+    format: str = "raw",
+    progress: Progress | None = None,
+    compress: bool = False,
+    options: Sequence[str] = (),
+) -> None:
     """Write what a volume, or a view of a snapshot, reads as an image; durable on return.
 
     Parameters
@@ -412,6 +421,11 @@ def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progre
     progress : callable, optional
         Called with the bytes copied so far and in all. For a conversion, these are bytes of the disk, and holes count
         too.
+    compress : bool
+        Whether the data of a qcow2 or VMDK image is compressed.
+    options : sequence of str
+        Options that qemu-img has for the format, such as ``"compression_type=zstd"``. Those that would have the image
+        refer to other files are refused.
 
     Raises
     ------
@@ -424,6 +438,7 @@ def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progre
 
     if format not in FORMATS:
         raise ValueError(f"{format!r} is not a format: it is one of {', '.join(FORMATS)}")
+    refuse_options(format, options, compress=compress)
     target = Path(path)
     if format == "raw":
         export.export(volume._opened, target, replace=False, progress=progress)
@@ -442,7 +457,7 @@ def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progre
         copy.check_room_for_copy(store, opened, target.absolute().parent)
         with served_to_program(opened.path, qemu_img.EXPORT, writable=False) as disk:
             percent = _percents(progress, volume.size_bytes)
-            qemu_img.write_image(disk, made, format, about=path, percent=percent)
+            qemu_img.write_image(disk, made, format, about=path, percent=percent, compress=compress, options=options)
         refuse_changed_base(opened)
 
 

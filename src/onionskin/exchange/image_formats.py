@@ -7,6 +7,7 @@ file is raw.
 
 import os
 import struct
+from collections.abc import Sequence
 from typing import Final
 
 from onionskin.base.files import read_all
@@ -92,6 +93,43 @@ SUFFIXES: Final = {
 }
 KNOWN: Final = frozenset(format.name for format in (*(format for _, _, format in _MAGICS), DMG, LZMA))
 READ: Final = ("raw", QCOW2.name, VMDK.name, VHD.name, VHDX.name, VDI.name)  # read and written; all but raw by qemu-img
+
+
+# What may be said of the images that are written. Left out is what would have the image refer to other files, or not hold
+# the whole disk.
+OPTIONS: Final = {
+    "raw": (),
+    "qcow2": (
+        "cluster_size",
+        "compression_type",
+        "compat",
+        "extended_l2",
+        "lazy_refcounts",
+        "refcount_bits",
+        "preallocation",
+    ),
+    "vmdk": ("subformat", "adapter_type", "hwversion", "toolsversion"),
+    "vhd": ("subformat",),
+    "vhdx": ("subformat", "block_size", "log_size"),
+    "vdi": ("static",),
+}
+_COMPRESSED_BY: Final = ("qcow2", "vmdk")
+_IN_ONE_FILE: Final = ("monolithicSparse", "streamOptimized")
+
+
+def refuse_options(kind: str, options: Sequence[str], *, compress: bool) -> None:
+    """Raise ValueError where options cannot be said of an image of a format, or data is not compressed there."""
+    if compress and kind not in _COMPRESSED_BY:
+        raise ValueError(f"a {kind} image is not compressed: one of {' and '.join(_COMPRESSED_BY)} can be")
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals or key not in OPTIONS[kind] or not value or "," in value:
+            those = f"those of {kind} are {', '.join(OPTIONS[kind])}" if OPTIONS[kind] else f"{kind} has none"
+            raise ValueError(f"{option!r} is no option here: write KEY=VALUE; {those}")
+        if (kind, key) == ("vmdk", "subformat") and value not in _IN_ONE_FILE:
+            raise ValueError(f"{option!r} makes several files; the subformats of one are {' and '.join(_IN_ONE_FILE)}")
+        if compress and (kind, key, value) == ("vmdk", "subformat", "monolithicSparse"):
+            raise ValueError("a VMDK image that is compressed has subformat=streamOptimized")
 
 
 def format_of(descriptor: int) -> ImageFormat | None:
