@@ -189,12 +189,27 @@ def delta(
 
 
 def estimate(store: Store, volume: str | None, a: str | None, b: str) -> Delta:
-    """Say how much `delta` would write at most, from the maps alone; the arguments and errors are the same.
+    """Say how much `delta` would write at most, from the maps alone.
+
+    Parameters
+    ----------
+    store, volume, a, b
+        As for `delta`.
 
     Returns
     -------
     Delta
-        The header of the stream. Blocks of `data_bytes` that turn out to be zeros, or the same in both, are not written.
+        The header of the stream, with counts. Blocks of `data_bytes` that turn out to be zeros, or the same in both, are
+        not written.
+
+    Raises
+    ------
+    VolumeNotFoundError, SnapshotNotFoundError
+        A snapshot does not exist.
+    ChainError
+        A base is not the file that it was.
+    ValueError
+        `a` or `b` cannot be the name of a snapshot.
     """
     with _ends(store, volume, a, b) as ends:
         extents = _extents(store, ends)

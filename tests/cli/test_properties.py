@@ -133,9 +133,9 @@ def test_the_disks_of_a_machine_go_by_its_lifetime_and_labels_alone(vms: Path) -
     with Store(vms) as store:
         store.create_machine("lab", disks=["web"], memory="64M")
         for name in ("web", "lab.ram"):
-            with pytest.raises(StateError, match="belongs to machine 'lab'.*machines have lifetimes of their own"):
+            with pytest.raises(StateError, match=r"belongs to machine 'lab'.*machines have lifetimes of their own"):
                 store.set_lifetime(name, "1h")
-            with pytest.raises(StateError, match="belongs to machine 'lab'.*machines have labels of their own"):
+            with pytest.raises(StateError, match=r"belongs to machine 'lab'.*machines have labels of their own"):
                 store.set_labels(name, {"a": "b"})
 
 
