@@ -266,6 +266,32 @@ def test_a_verb_that_makes_no_array_imports_no_numpy(tmp_path: Path, arguments: 
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL, input=b"")
 
 
+@pytest.mark.parametrize(
+    "arguments", ["export STORE/web OUT", "export STORE/web@a OUT", "flatten STORE/copy", "diff STORE/web@a",
+                  "delta STORE/web@a --output OUT"],
+)  # fmt: skip
+def test_a_verb_that_makes_arrays_loads_no_part_of_numpy_that_takes_longer_than_the_rest(
+    tmp_path: Path, arguments: str
+) -> None:
+    (tmp_path / "disk.img").write_bytes(b"data" * 4096)
+    with onionskin.Store(tmp_path / "store") as store:
+        with store.create("web", base=tmp_path / "disk.img") as volume:
+            volume.write(5000, b"kept")
+            volume.snapshot("a")
+            volume.write(5000, b"more")
+        store.clone("web", "a", "copy")
+    words = [
+        word.replace("STORE", str(tmp_path / "store")).replace("OUT", str(tmp_path / "out"))
+        for word in arguments.split()
+    ]
+    run(
+        "import sys; from onionskin.cli.app import onionskin\n"
+        f"try: onionskin({words!r})\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert 'numpy' in sys.modules and 'numpy.ma' not in sys.modules\n"
+    )
+
+
 def test_every_public_name_is_there() -> None:
     run("import onionskin; assert all(getattr(onionskin, name) for name in onionskin.__all__)")
 
