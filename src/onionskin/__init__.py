@@ -32,7 +32,6 @@ if TYPE_CHECKING:
         VolumeExistsError,
         VolumeNotFoundError,
     )
-    from onionskin.machine.capture import MachineSnapshot
     from onionskin.machine.hypervisor import Configuration as MachineConfiguration
     from onionskin.machine.leftovers import drop_leftovers as drop_leftovers
     from onionskin.machine.leftovers import refuse_processes as refuse_processes
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from onionskin.machine.pool import MachinePool
     from onionskin.machine.pool_leftovers import end_expired as end_expired
     from onionskin.machine.qemu_command import refuse_arguments as refuse_arguments
+    from onionskin.machine.taken import MachineSnapshot
     from onionskin.operations.chain_members import ChainLayer, ChainMember
     from onionskin.operations.check import Problem
     from onionskin.operations.fork_usage import ForkUsage
@@ -90,7 +90,7 @@ _HOME = {
     "MachineDisk": "onionskin.operations.machines",
     "MachineInfo": "onionskin.operations.machines",
     "MachinePool": "onionskin.machine.pool",
-    "MachineSnapshot": "onionskin.machine.capture",
+    "MachineSnapshot": "onionskin.machine.taken",
     "MachineSnapshotInfo": "onionskin.operations.machine_tree",
     "MachineUsage": "onionskin.operations.machine_usage",
     "Problem": "onionskin.operations.check",

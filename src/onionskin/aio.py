@@ -280,9 +280,9 @@ class Store:
         return await self.run(self.sync.lineage, name)
 
     @_twin_of(onionskin.store.Store.expire)
-    async def expire(self) -> list[str]:
+    async def expire(self, *, dry_run: bool = False) -> list[str]:
         """Await `onionskin.Store.expire`."""
-        return await self.run(self.sync.expire)
+        return await self.run(self.sync.expire, dry_run=dry_run)
 
     @_twin_of(onionskin.store.Store.temporary)
     @asynccontextmanager
@@ -322,6 +322,16 @@ class Store:
     async def defaults(self) -> "Defaults":
         """Await `onionskin.Store.defaults`."""
         return await self.run(self.sync.defaults)
+
+    @_twin_of(onionskin.store.Store.set_lifetime)
+    async def set_lifetime(self, name: str, lifetime: "str | float | timedelta | None") -> None:
+        """Await `onionskin.Store.set_lifetime`."""
+        await self.run(self.sync.set_lifetime, name, lifetime)
+
+    @_twin_of(onionskin.store.Store.set_labels)
+    async def set_labels(self, name: str, labels: "Mapping[str, str | None]") -> dict[str, str]:
+        """Await `onionskin.Store.set_labels`."""
+        return await self.run(self.sync.set_labels, name, labels)
 
     @_twin_of(onionskin.store.Store.set_defaults)
     async def set_defaults(self, *, wipe: "WipePolicy | None" = None, block_size: int | None = None) -> "Defaults":
@@ -363,7 +373,7 @@ class Store:
         await self.run(self.sync.unhold, volume, snapshot, holder, guid=guid)
 
     @_twin_of(onionskin.store.Store.holds)
-    async def holds(self, volume: str, snapshot: str | None = None) -> list[Hold]:
+    async def holds(self, volume: str | None = None, snapshot: str | None = None) -> list[Hold]:
         """Await `onionskin.Store.holds`."""
         return await self.run(self.sync.holds, volume, snapshot)
 

@@ -32,10 +32,10 @@ from onionskin.base.files import data_ranges
 from onionskin.base.limits import BLOCK_SIZE_MAX, NAME_BYTES_MAX, NOTE_BYTES_MAX, VOLUME_BYTES_MAX
 from onionskin.base.naming import check_name
 from onionskin.base.progress import Progress
-from onionskin.base.zero_runs import split_zeros
 from onionskin.catalog import SnapshotRow
 from onionskin.catalog.tree import Snapshot
 from onionskin.errors import ChainError, FormatError, SnapshotExistsError, StateError
+from onionskin.kernels._copy import split_zeros
 from onionskin.operations import staged_volumes
 from onionskin.operations.differences import State, are_related, diff_of_chains, snapshot_of
 from onionskin.operations.pinned import pinned
@@ -180,24 +180,62 @@ def delta(
         Reading or writing failed.
     """
     with _ends(store, volume, a, b) as ends:
-        top = ends.opened.chain.top
-        header = Delta(
-            full=ends.a is None,
-            name=ends.b.name,
-            note=ends.b.note,
-            guid_a=ends.a.guid if ends.a else NO_GUID,
-            guid_b=ends.b.guid,
-            size_a=ends.chain_a.top.size_bytes if ends.chain_a else 0,
-            size_b=top.size_bytes,
-            block_size=top.block_size,
-        )
-        extents = _full_extents(ends) if ends.chain_a is None else _changed_extents(store, ends, ends.chain_a)
-        writer = _Writer(out, header)
-        _write_records(writer, ends, _clipped(extents, top.size_bytes), progress)
+        writer = _Writer(out, _header(ends))
+        _write_records(writer, ends, _extents(store, ends), progress)
         for opened in (ends.opened, ends.opened_a):
             if opened is not None:
                 refuse_changed_base(opened)
         return writer.end()
+
+
+def estimate(store: Store, volume: str | None, a: str | None, b: str) -> Delta:
+    """Say how much `delta` would write at most, from the maps alone.
+
+    Parameters
+    ----------
+    store, volume, a, b
+        As for `delta`.
+
+    Returns
+    -------
+    Delta
+        The header of the stream, with counts. Blocks of `data_bytes` that turn out to be zeros, or the same in both, are
+        not written.
+
+    Raises
+    ------
+    VolumeNotFoundError, SnapshotNotFoundError
+        A snapshot does not exist.
+    ChainError
+        A base is not the file that it was.
+    ValueError
+        `a` or `b` cannot be the name of a snapshot.
+    """
+    with _ends(store, volume, a, b) as ends:
+        extents = _extents(store, ends)
+        zero_bytes = sum(length for _, length, is_zero in extents if is_zero)
+        data_bytes = sum(length for _, length, is_zero in extents if not is_zero)
+        return replace(_header(ends), data_bytes=data_bytes, zero_bytes=zero_bytes)
+
+
+def _header(ends: "_Ends") -> Delta:
+    top = ends.opened.chain.top
+    return Delta(
+        full=ends.a is None,
+        name=ends.b.name,
+        note=ends.b.note,
+        guid_a=ends.a.guid if ends.a else NO_GUID,
+        guid_b=ends.b.guid,
+        size_a=ends.chain_a.top.size_bytes if ends.chain_a else 0,
+        size_b=top.size_bytes,
+        block_size=top.block_size,
+    )
+
+
+def _extents(store: Store, ends: "_Ends") -> "Extents":
+    """Return the extents that a stream has to say something about."""
+    extents = _full_extents(ends) if ends.chain_a is None else _changed_extents(store, ends, ends.chain_a)
+    return _clipped(extents, ends.opened.chain.top.size_bytes)
 
 
 def apply(stream: Readable, volume: Volume, *, progress: Progress | None = None) -> Snapshot:

@@ -21,7 +21,7 @@ import errno
 import io
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
 
@@ -40,6 +40,7 @@ from onionskin.exchange.image_formats import (
     ImageFormat,
     format_of,
     format_of_start,
+    refuse_options,
 )
 from onionskin.exchange.streams import COMPRESSED, Source, is_seekable, unpacked
 
@@ -311,15 +312,13 @@ class _Import:
 
     def _from_raw_stream(self, source: Source, report: Callable[[int], object]) -> "Volume":
         """Write a stream to a disk, which grows as data arrives."""
-        import numpy as np
-
-        from onionskin.base.zero_runs import split_zeros
+        from onionskin.kernels._copy import split_zeros
 
         disk = self._stage(_FIRST_SIZE_BYTES)
-        buffer = np.empty(_CHUNK_BYTES, dtype=np.uint8)
+        buffer = memoryview(bytearray(_CHUNK_BYTES))
         end = b""  # the last bytes so far, where a fixed VHD has its footer
         done = 0
-        while length := source.readinto(buffer.data):
+        while length := source.readinto(buffer):
             self._refuse_larger(done + length)
             if done + length > disk.size_bytes:
                 disk.resize(min(max(2 * disk.size_bytes, done + length), VOLUME_BYTES_MAX))
@@ -374,21 +373,19 @@ def copy_into(
     OSError
         EIO: the image was cut short meanwhile. `path` is its name in the message.
     """
-    import numpy as np
-
-    from onionskin.base.zero_runs import split_zeros
+    from onionskin.kernels._copy import split_zeros
 
     size_bytes = min(volume.size_bytes, os.lseek(descriptor, 0, os.SEEK_END))
     ranges = list(data_ranges(descriptor, 0, size_bytes))
     total = sum(stop - start for start, stop in ranges)
     done = 0
-    buffer = np.empty(_CHUNK_BYTES, dtype=np.uint8)
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
     for start, stop in ranges:
         at = start
         while at < stop:
             # The first piece of a range ends on a multiple of the chunk, so that the other pieces are whole blocks.
             wanted = min(stop - at, _CHUNK_BYTES - at % _CHUNK_BYTES)
-            length = os.preadv(descriptor, [buffer[:wanted].data], at)
+            length = os.preadv(descriptor, [buffer[:wanted]], at)
             if length == 0:
                 refuse_shorter(descriptor, size_bytes, path)
                 raise OSError(errno.EIO, f"the image cannot be read from byte {at} on", os.fspath(path or "image"))
@@ -402,7 +399,15 @@ def copy_into(
     refuse_shorter(descriptor, size_bytes, path)  # a part that was cut off now looks like a hole
 
 
-def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progress: Progress | None = None) -> None:
+def export_image(
+    volume: "Volume",
+    path: AnyPath,
+    *,
+    format: str = "raw",
+    progress: Progress | None = None,
+    compress: bool = False,
+    options: Sequence[str] = (),
+) -> None:
     """Write what a volume, or a view of a snapshot, reads as an image; durable on return.
 
     Parameters
@@ -416,6 +421,11 @@ def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progre
     progress : callable, optional
         Called with the bytes copied so far and in all. For a conversion, these are bytes of the disk, and holes count
         too.
+    compress : bool
+        Whether the data of a qcow2 or VMDK image is compressed.
+    options : sequence of str
+        Options that qemu-img has for the format, such as ``"compression_type=zstd"``. Those that would have the image
+        refer to other files are refused.
 
     Raises
     ------
@@ -428,6 +438,7 @@ def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progre
 
     if format not in FORMATS:
         raise ValueError(f"{format!r} is not a format: it is one of {', '.join(FORMATS)}")
+    refuse_options(format, options, compress=compress)
     target = Path(path)
     if format == "raw":
         export.export(volume._opened, target, replace=False, progress=progress)
@@ -446,7 +457,7 @@ def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progre
         copy.check_room_for_copy(store, opened, target.absolute().parent)
         with served_to_program(opened.path, qemu_img.EXPORT, writable=False) as disk:
             percent = _percents(progress, volume.size_bytes)
-            qemu_img.write_image(disk, made, format, about=path, percent=percent)
+            qemu_img.write_image(disk, made, format, about=path, percent=percent, compress=compress, options=options)
         refuse_changed_base(opened)
 
 
@@ -473,12 +484,10 @@ def export_to_device(volume: "Volume", device: BlockDevice, *, progress: Progres
     ChainError
         The base changed meanwhile.
     """
-    import numpy as np
-
-    from onionskin.base.zero_runs import split_zeros
+    from onionskin.kernels._copy import split_zeros
 
     refuse_device(volume, device)
-    buffer = np.empty(_CHUNK_BYTES, dtype=np.uint8)
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
     with reading(volume) as disk:
         size_bytes = int(disk.size_bytes)
         for at in range(0, size_bytes, _CHUNK_BYTES):
@@ -488,7 +497,7 @@ def export_to_device(volume: "Volume", device: BlockDevice, *, progress: Progres
                 if is_zero:
                     device.zero(at + first, last - first)
                 else:
-                    device.write(at + first, piece[first:last].data)
+                    device.write(at + first, piece[first:last])
             if progress is not None:
                 progress(at + len(piece), size_bytes)
         device.sync()

@@ -1042,12 +1042,17 @@ class Store:
             reclaim.work_soon(self._opened)
         return freed
 
-    def expire(self) -> list[str]:
+    def expire(self, *, dry_run: bool = False) -> list[str]:
         """Drop the volumes and the machines whose lifetime is over, as `fork` and `fork_machine` gave it.
 
         One stays that is open or runs, that has a snapshot, or from which a clone or a fork was made that is there still;
         it goes with a later call. A server of the whole store does the same every few seconds, and nothing else does: no
         opening drops a volume. The clock is the one that tells the date. Any thread may call it.
+
+        Parameters
+        ----------
+        dry_run : bool
+            Change nothing, and return what would be dropped by one call. What stands on that goes with the next one.
 
         Returns
         -------
@@ -1056,8 +1061,18 @@ class Store:
         """
         from onionskin.operations import expiry
 
+        if dry_run:
+            return sorted([*self._expired_machines(), *expiry.would_expire(self._opened)])
         self._opened.catalog.refuse_read_only()
         return sorted([*self._expire_machines(), *expiry.expire(self._opened)])
+
+    def _expired_machines(self) -> list[str]:
+        """Return the machines that `expire` would drop."""
+        if not self._opened.catalog.has_machines():
+            return []
+        from onionskin.operations import machine_removal
+
+        return machine_removal.would_expire(self._opened)
 
     def _expire_machines(self) -> list[str]:
         if not self._opened.catalog.has_machines():  # the usual case; then that code is not even imported
@@ -1177,6 +1192,63 @@ class Store:
             properties.set_wipe(self._opened, row, wipe_policy)
         finally:
             lock.close()
+
+    def set_lifetime(self, name: str, lifetime: "str | float | timedelta | None") -> None:
+        """Have a volume expire a time from now, whatever it had before, or never.
+
+        Durable on return. From then on `expire`, and a server of the whole store, may drop it. Any thread may call it. The
+        volume may be open, here or elsewhere.
+
+        Parameters
+        ----------
+        name : str
+            The volume. One that belongs to a machine goes with it, and is refused.
+        lifetime : str, float, datetime.timedelta or None
+            Such as "2h", or seconds, from now on. None: it stays.
+
+        Raises
+        ------
+        VolumeNotFoundError
+            There is none of that name.
+        StateError
+            It belongs to a machine.
+        ValueError
+            It is no time, or ends later than a store can note, in the year 2262.
+        """
+        from onionskin.base.durations import parse_duration
+        from onionskin.operations import properties
+
+        properties.set_lifetime(self._opened, name, None if lifetime is None else parse_duration(lifetime))
+
+    def set_labels(self, name: str, labels: "Mapping[str, str | None]") -> dict[str, str]:
+        """Put labels on a volume, and take labels from it.
+
+        Durable on return. Any thread may call it. The volume may be open, here or elsewhere.
+
+        Parameters
+        ----------
+        name : str
+            The volume. One that belongs to a machine is refused.
+        labels : mapping of str to str or None
+            New values of labels. None takes one away, if it is there. Those that are not named stay.
+
+        Returns
+        -------
+        dict of str to str
+            All labels that the volume has then.
+
+        Raises
+        ------
+        VolumeNotFoundError
+            There is none of that name.
+        StateError
+            It belongs to a machine.
+        ValueError
+            It cannot be a label, or there would be too many.
+        """
+        from onionskin.operations import properties
+
+        return properties.set_labels(self._opened, name, labels)
 
     def defaults(self) -> Defaults:
         """Return what a volume is made with for which nothing else is said.
@@ -1343,21 +1415,21 @@ class Store:
 
         holds.unhold(self._opened, volume, several("snapshot", snapshot), holder, guid)
 
-    def holds(self, volume: str, snapshot: str | None = None) -> "list[Hold]":
-        """Return the holds on a snapshot, or on all snapshots of a volume.
+    def holds(self, volume: str | None = None, snapshot: str | None = None) -> "list[Hold]":
+        """Return the holds on a snapshot, on all snapshots of a volume, or on all of the store.
 
         Parameters
         ----------
-        volume : str
-            The volume.
+        volume : str, optional
+            The volume. With None, the holds on the snapshots of all volumes are returned.
         snapshot : str, optional
             One of its snapshots. With None, the holds on all of them are returned.
 
         Returns
         -------
         list of Hold
-            The holds, in the order in which the snapshots were taken; those of one snapshot are in the order in which
-            they began.
+            The holds, by the name of the volume, in the order in which the snapshots were taken; those of one snapshot are
+            in the order in which they began.
 
         Raises
         ------
@@ -1367,6 +1439,10 @@ class Store:
 
         from onionskin.operations import holds
 
+        if volume is None:
+            if snapshot is not None:
+                raise ValueError(f"{snapshot!r} is a snapshot of some volume, which is not named")
+            return holds.holds_of_store(self._opened)
         return holds.holds(self._opened, volume, snapshot)
 
     def relocate(self, name: str, *, base: "AnyPath", trust: bool = False, verify: bool = False) -> None:

@@ -114,3 +114,17 @@ def test_maps_are_not_read_where_that_takes_long_and_nobody_asked(
     monkeypatch.setattr(usage, "_MAP_BYTES_QUICK", 0)
     assert ok(run("snapshots", f"{two}/web", "-H")).split("\t")[2:4] == ["-", "-"]
     assert ok(run("snapshots", f"{two}/web", "-Hpo", "used,written")) == "0\t4096\n"
+
+
+def test_the_snapshots_of_a_store_are_listed_with_their_volumes(run: Run, vms: Path) -> None:
+    ok(run("clone", f"{vms}/web@clean", f"{vms}/copy"))
+    ok(run("write", f"{vms}/copy", 0, input=b"x" * 8192))
+    ok(run("snapshot", f"{vms}/copy@done"))
+    ok(run("create", f"{vms}/alone", "--size", "1M"))
+    rows = ok(run("snapshots", vms)).splitlines()
+    assert "USED" not in rows[0] and [row.split()[0] for row in rows[1:]] == ["copy@done", "web@clean"]
+    assert ok(run("snapshots", vms, "-Hp", "-o", "name,written")) == "copy@done\t8192\nweb@clean\t4096\n"
+    found = as_json(run("snapshots", vms, "--json"))
+    assert [(one["volume"], one["name"], one["written_bytes"]) for one in found] == [
+        *(("copy", "done", None), ("web", "clean", None)),
+    ]

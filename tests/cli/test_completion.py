@@ -110,3 +110,14 @@ def test_bash_gets_what_it_puts_behind_the_part_that_it_keeps(vms: Path) -> None
     assert bash(line, r" \t\n") == [f"{vms}/web@clean"]
     assert bash(line, r" \t\n@") == ["@clean"]
     assert bash(f"onionskin revert {vms}/we", r" \t\n@") == [f"{vms}/web@clean"]
+
+
+def test_the_end_of_a_range_completes_with_snapshots_of_its_volume(run: Run, vms: Path) -> None:
+    for name in ("web@two", "web@three"):
+        run("snapshot", f"{vms}/{name}")
+    run("clone", f"{vms}/web@clean", f"{vms}/copy")
+    run("snapshot", f"{vms}/copy@two")
+    both = [f"{vms}/web@clean..@three", f"{vms}/web@clean..@two"]
+    assert completed(f"onionskin merge {vms}/web@clean..@t") == both
+    assert completed(f"onionskin hold {vms}/web@clean..@three") == both[:1]
+    assert completed(f"onionskin revert {vms}/web@clean..@t") == []  # which takes one

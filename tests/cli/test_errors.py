@@ -40,7 +40,7 @@ def test_a_store_that_is_not_there(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_store_where_a_volume_is_wanted(run: Run, vms: Path) -> None:
-    for words in (["snapshots", vms], ["snapshot", f"{vms}/"], ["create", vms, "--size", "1M"]):
+    for words in (["lineage", vms], ["snapshot", f"{vms}/"], ["create", vms, "--size", "1M"]):
         one_line(run(*words), 2, f"is a store: write {vms}/VOLUME")
 
 

@@ -35,6 +35,22 @@ FILES = {
     "bzip2": bz2.compress(DISK),
     "zstd": b"\x28\xb5\x2f\xfd" + DISK,
     "lz4": b"\x04\x22\x4d\x18" + DISK,
+    "old lz4": b"\x02\x21\x4c\x18" + DISK,
+    "parallel zstd": b"\x50\x2a\x4d\x18" + DISK,
+    "qcow": b"QFI\xfb\0\0\0\1" + DISK,
+    "dmg": DISK + b"koly\0\0\0\4" + bytes(504),
+    "lzma": lzma.compress(DISK, format=lzma.FORMAT_ALONE),
+    "lzip": b"LZIP\1" + DISK,
+    "lzop": b"\x89LZO\0\r\n\x1a\n" + DISK,
+    "compress": b"\x1f\x9d\x90" + DISK,
+    "zip": b"PK\3\4" + DISK,
+    "7z": b"7z\xbc\xaf\x27\x1c" + DISK,
+    "tar": bytes(257) + b"ustar" + DISK,
+    "vma": b"VMA\0" + DISK,
+    "bochs": b"Bochs Virtual HD Image" + DISK,
+    "cloop": b"#!/bin/sh\n#V2.0 Format\n" + DISK,
+    "simg": b"\x3a\xff\x26\xed\1\0" + DISK,
+    "ewf": b"EVF\x09\x0d\x0a\xff\0" + DISK,
 }
 NOT_READ = [name for name in FILES if name.split()[-1] not in {*FORMATS, *COMPRESSED}]
 

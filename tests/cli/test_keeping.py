@@ -42,6 +42,27 @@ def test_a_snapshot_is_held_and_let_go(run: Run, three: Path) -> None:
     ok(run("merge", f"{three}/web@b"))
 
 
+def test_the_holds_of_a_store_are_listed_by_volume(run: Run, three: Path) -> None:
+    ok(run("clone", f"{three}/web@b", f"{three}/copy"))
+    ok(run("snapshot", f"{three}/copy@z"))
+    assert as_json(run("holds", three, "--json")) == []
+    for name, holder in (("web@c", "one"), ("copy@z", "two"), ("web@b", "late"), ("web@b", "later")):
+        ok(run("hold", f"{three}/{name}", holder))
+    found = as_json(run("holds", three, "--json"))
+    assert [(one["volume"], one["snapshot"], one["holder"]) for one in found] == [
+        *(("copy", "z", "two"), ("web", "b", "late"), ("web", "b", "later"), ("web", "c", "one")),
+    ]
+    assert ok(run("holds", three)).splitlines()[1].split()[:2] == ["copy@z", "two"]
+
+
+@pytest.mark.parametrize("verb", ["hold", "unhold"])
+def test_a_hold_without_a_holder_says_that_one_is_wanted(run: Run, three: Path, verb: str) -> None:
+    refused = run(verb, f"{three}/web@b")
+    assert refused.exit_code == 2 and f"{verb} {three}/web@b backup" in refused.stderr
+    refused = run(verb, "backup")
+    assert refused.exit_code == 2 and f"{verb} STORE/VOLUME@SNAPSHOT backup" in refused.stderr
+
+
 def test_a_note_is_changed(run: Run, three: Path) -> None:
     assert as_json(run("note", f"{three}/web@b", "after the update", "--json"))["note"] == "after the update"
     assert "after the update" in ok(run("snapshots", f"{three}/web"))

@@ -1,6 +1,7 @@
 """The verbs get and set."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 from click.testing import Result
 
+from onionskin.errors import StateError
+from onionskin.operations.forks import LABELS_MAX
 from onionskin.store import Store
 
 Run = Callable[..., Result]
@@ -33,7 +36,16 @@ def test_the_policy_is_set_and_got(run: Run, vms: Path) -> None:
 
 def test_properties_are_shown_for_people_and_exactly(run: Run, vms: Path) -> None:
     lines = ok(run("get", f"{vms}/web")).splitlines()
-    assert [line.split()[0] for line in lines] == ["PROPERTY", "wipe", "size", "block-size", "base", "created"]
+    assert [line.split()[0] for line in lines] == [
+        "PROPERTY",
+        "wipe",
+        "size",
+        "block-size",
+        "base",
+        "created",
+        "expires",
+        "labels",
+    ]
     assert (
         ok(run("get", f"{vms}/web", "size", "block-size", "base", "-Hp"))
         == "size\t1048576\nblock-size\t4096\nbase\t-\n"
@@ -92,3 +104,58 @@ def test_of_a_store_that_is_missing_it_is_said_how_one_is_made(
     assert refused.exit_code == 3 and "neither './vms' nor . is a store; 'onionskin create STORE/" in refused.stderr
     refused = run("list", "vms")
     assert refused.exit_code == 3 and "is not a store; 'onionskin create" in refused.stderr
+
+
+def test_a_lifetime_is_given_counted_from_now_and_taken_away(run: Run, vms: Path) -> None:
+    before = time.time()
+    about = as_json(run("set", f"{vms}/web", "lifetime=2h", "--json"))
+    assert about["expires"] == as_json(run("info", f"{vms}/web", "--json"))["expires"]
+    assert (
+        7199 <= int(ok(run("get", f"{vms}/web", "expires", "-Hp")).split()[1]) - before <= 7200 + time.time() - before
+    )
+    assert ok(run("set", f"{vms}/web", "lifetime=none")).endswith("has lifetime=none now\n")
+    assert ok(run("get", f"{vms}/web", "expires", "-H")) == "expires\t-\n"
+    assert run("set", f"{vms}/web", "lifetime=soon").exit_code == 2
+
+
+def test_labels_are_put_on_and_taken_away_one_by_one(run: Run, vms: Path) -> None:
+    ok(run("set", f"{vms}/web", "label:task=42"))
+    ok(run("set", f"{vms}/web", "label:by=ci=1"))
+    assert as_json(run("get", f"{vms}/web", "labels", "--json"))["labels"] == {"task": "42", "by": "ci=1"}
+    assert ok(run("list", vms, "-H", "-o", "name,labels", "--label", "task=42")) == "web\tby=ci=1 task=42\n"
+    assert ok(run("set", f"{vms}/web", "label:task=")).endswith("has no label:task any more\n")
+    assert "by=ci=1" in ok(run("info", f"{vms}/web")) and "task" not in ok(run("info", f"{vms}/web"))
+    assert run("set", f"{vms}/web", "label:=x").exit_code == 2
+    assert run("set", f"{vms}/web", "label:task").exit_code == 2
+
+
+def test_the_disks_of_a_machine_go_by_its_lifetime_and_labels_alone(vms: Path) -> None:
+    with Store(vms) as store:
+        store.create_machine("lab", disks=["web"], memory="64M")
+        for name in ("web", "lab.ram"):
+            with pytest.raises(StateError, match=r"belongs to machine 'lab'.*machines have lifetimes of their own"):
+                store.set_lifetime(name, "1h")
+            with pytest.raises(StateError, match=r"belongs to machine 'lab'.*machines have labels of their own"):
+                store.set_labels(name, {"a": "b"})
+
+
+def test_a_lifetime_that_ends_behind_the_last_day_is_refused_by_that_day(
+    vms: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Store(vms) as store:
+        monkeypatch.setattr(time, "time_ns", lambda: (1 << 63) - 3_600_000_000_000)
+        store.set_lifetime("web", 3599)
+        with pytest.raises(ValueError, match="2262-04-11"):
+            store.set_lifetime("web", "1h")
+        with pytest.raises(ValueError, match="2262-04-11"):
+            store.fork("web", "clean", lifetime="1h")
+        assert list(store) == ["web"]
+
+
+def test_more_labels_than_there_may_be_change_nothing(vms: Path) -> None:
+    with Store(vms) as store:
+        store.set_labels("web", {str(number): "x" for number in range(LABELS_MAX)})
+        with pytest.raises(ValueError, match="at most"):
+            store.set_labels("web", {"one more": "x"})
+        found = store.set_labels("web", {"one more": "x", "0": None})
+        assert len(found) == LABELS_MAX and store.info("web").labels == found

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ Run = Callable[..., Result]
 VOLUME_KEYS = {"name", "size_bytes", "block_size", "wipe", "base", "created", "snapshots", "holder"} | {
     "used_bytes",
     "written_bytes",
+    "expires",
+    "labels",
 }
 SNAPSHOT_KEYS = {"name", "guid", "created", "parent", "note", "size_bytes"}
 
@@ -338,3 +341,98 @@ def test_a_diff_is_json_lines_for_programs_that_read_lines(tmp_path: Path, run: 
     assert [json.loads(line) for line in lines] == extents and len(lines) == 2
     assert ok(run("diff", f"{vms}/web@a", f"{vms}/web@a", "--json-lines")) == ""
     assert run("diff", f"{vms}/web@a", f"{vms}/web@b", "--json-lines", "--json").exit_code == 2
+
+
+def test_a_diff_of_one_name_shows_what_changed_since_then(run: Run, vms: Path) -> None:
+    ok(run("write", f"{vms}/web", 8192, input=b"x"))
+    since_clean = as_json(run("diff", f"{vms}/web", "--json"))
+    assert (since_clean["from"], since_clean["to"], since_clean["bytes"]) == ("clean", None, 4096)
+    ok(run("snapshot", f"{vms}/web@later"))
+    ok(run("write", f"{vms}/web", 16384, input=b"x"))
+    assert as_json(run("diff", f"{vms}/web", "--json"))["from"] == "later"
+    assert as_json(run("diff", f"{vms}/web@clean", "--json"))["bytes"] == 8192
+    ok(run("revert", f"{vms}/web@clean", "--yes"))
+    assert as_json(run("diff", f"{vms}/web", "--json")) == {"from": "clean", "to": None, "bytes": 0, "extents": []}
+    ok(run("create", f"{vms}/new", "--size", "1M"))
+    refused = run("diff", f"{vms}/new")
+    assert refused.exit_code == 3 and "stands on no snapshot of its own" in refused.stderr
+    for words in ((f"{vms}/new", f"{vms}/web"), (f"{vms}/web@clean",) * 3):
+        assert run("diff", *words).exit_code == 2
+
+
+def test_expire_says_what_it_would_delete(run: Run, vms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ok(run("fork", f"{vms}/web@clean", "--pattern", "job-{n}", "-n", "4", "--lifetime", "1h"))
+    ok(run("snapshot", f"{vms}/job-2@kept"))
+    with onionskin.Store(vms) as store:
+        store.create_machine("lab", disks=["job-4"], memory="64M")
+        now = time.time_ns()
+        monkeypatch.setattr(time, "time_ns", lambda: now + 7_200_000_000_000)
+        with store.open("job-3"):
+            assert store.expire(dry_run=True) == ["job-1"]
+    found = as_json(run("expire", vms, "--dry-run", "--json"))
+    assert found == {"dry_run": True, "would_delete": ["job-1", "job-3"]}
+    assert ok(run("expire", vms, "--dry-run")) == "expire would delete job-1, job-3; nothing was changed\n"
+    assert as_json(run("expire", vms, "--json")) == {"deleted": ["job-1", "job-3"]}
+    assert ok(run("expire", vms, "--dry-run")) == "expire would delete nothing; nothing was changed\n"
+
+
+def test_a_delta_says_how_much_it_would_hold(run: Run, vms: Path, tmp_path: Path) -> None:
+    ok(run("write", f"{vms}/web", 8192, input=b"x" * 8192))
+    ok(run("trim", f"{vms}/web", 0, 4096))
+    ok(run("snapshot", f"{vms}/web@b"))
+    for names in ((f"{vms}/web@b",), (f"{vms}/web@clean", f"{vms}/web@b")):
+        told = as_json(run("delta", *names, "--dry-run", "--json"))
+        assert told.pop("dry_run") is True
+        file = tmp_path / f"{len(names)}.delta"
+        assert "8 KiB of data at most" in ok(run("delta", *names, "--dry-run", "--output", file)) and not file.exists()
+        assert as_json(run("delta", *names, "--output", file, "--json")) == told
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options"),
+    [
+        ("qcow2", ("-c",)),
+        ("qcow2", ("--compress", "-o", "compression_type=zstd", "-o", "cluster_size=128K")),
+        ("vmdk", ("-c",)),
+        ("vhd", ("-o", "subformat=fixed")),
+    ],
+)
+def test_an_export_is_compressed_and_has_the_options_of_its_format(
+    run: Run, vms: Path, tmp_path: Path, suffix: str, options: tuple[str, ...]
+) -> None:
+    ok(run("resize", f"{vms}/web", "8M"))
+    ok(run("write", f"{vms}/web", 4096, input=b"compressible" * 400_000))
+    image = tmp_path / f"out.{suffix}"
+    ok(run("export", f"{vms}/web", image, *options))
+    assert ok(run("compare", f"{vms}/web", image)).startswith("the same")
+    compressed = "-c" in options or "--compress" in options
+    assert image.stat().st_size < 1 << 20 if compressed else image.stat().st_size == (8 << 20) + 512
+
+
+@pytest.mark.parametrize(
+    ("goal", "options", "said"),
+    [
+        ("out.raw", ("-c",), "a raw image is not compressed"),
+        ("-", ("-c",), "a raw image is not compressed"),
+        ("out.vhdx", ("-c",), "a vhdx image is not compressed"),
+        ("out.raw", ("-o", "a=b"), "raw has none"),
+        ("out.qcow2", ("-o", "backing_file=/etc/passwd"), "those of qcow2 are"),
+        ("out.qcow2", ("-o", "cluster_size=64K,backing_file=/etc/passwd"), "those of qcow2 are"),
+        ("out.vmdk", ("-o", "subformat=monolithicFlat"), "makes several files"),
+        ("out.vmdk", ("-c", "-o", "subformat=monolithicSparse"), "subformat=streamOptimized"),
+    ],
+)
+def test_an_option_that_an_export_cannot_have_is_refused_before_anything_is_written(
+    run: Run, vms: Path, tmp_path: Path, goal: str, options: tuple[str, ...], said: str
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    refused = run("export", f"{vms}/web", goal if goal == "-" else tmp_path / goal, *options)
+    assert refused.exit_code == 2 and said in refused.stderr and refused.stdout == ""
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_disk_grows_by_so_much(run: Run, vms: Path) -> None:
+    assert as_json(run("resize", f"{vms}/web", "+1M", "--json"))["size_bytes"] == 2 << 20
+    assert as_json(run("resize", f"{vms}/web", "+4096", "--json"))["size_bytes"] == (2 << 20) + 4096
+    assert as_json(run("resize", f"{vms}/web", "3M", "--json"))["size_bytes"] == 3 << 20
+    assert run("resize", f"{vms}/web", "++1M").exit_code == 2

@@ -12,8 +12,9 @@ from support.lab import MEMORY, LabMachine
 from support.rounds import rounds
 
 import onionskin
+from onionskin.base.dtypes import PAGE_RUN
 from onionskin.errors import StateError
-from onionskin.kernels._ram import PAGE_BYTES, RUN_DTYPE
+from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine import capture, restore
 from onionskin.machine.hypervisor import Configuration
 from onionskin.machine.ram import GuestRam
@@ -225,7 +226,7 @@ def test_a_secret_of_ram_is_nowhere_in_the_store_once_it_was_discarded(
     vms: Path, qemu: list[str], tmp_path: Path
 ) -> None:
     secret = np.frombuffer(secrets.token_bytes(PAGE_BYTES), np.uint8)
-    page = np.array([(2000 * PAGE_BYTES, 2001 * PAGE_BYTES)], RUN_DTYPE)
+    page = np.array([(2000 * PAGE_BYTES, 2001 * PAGE_BYTES)], PAGE_RUN)
     with onionskin.Store(vms) as store:
         lab = LabMachine.make(store, "lab", ["web", "data"], tmp_path / "lab", qemu, wipe="zero").start()
         lab.console.wait_ticks()

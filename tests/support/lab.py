@@ -8,7 +8,7 @@ from support.guests import Console, configuration
 from support.servers import Serve
 
 import onionskin
-from onionskin.kernels._ram import RUN_DTYPE
+from onionskin.kernels._ram import PAGE_RUN
 from onionskin.machine import restore
 from onionskin.machine.hypervisor import Configuration, Identity
 from onionskin.machine.qemu import QemuHypervisor, QemuProcess
@@ -103,7 +103,7 @@ class LabMachine:
         ram = self.running.guest_ram
         assert isinstance(ram, GuestRam)
         room = np.empty(ram.length, np.uint8)
-        ram._tracker.read(np.array([(0, ram.length)], RUN_DTYPE), room)
+        ram._tracker.read(np.array([(0, ram.length)], PAGE_RUN), room)
         return room
 
     def stop(self) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 import onionskin
-from onionskin.kernels._ram import PAGE_BYTES, RUN_DTYPE, PageTracker
+from onionskin.base.dtypes import PAGE_RUN
+from onionskin.kernels._ram import PAGE_BYTES, PageTracker
 from onionskin.machine.hypervisor import Configuration, Identity, Recorded
 from onionskin.machine.monitor import Standstill
 from onionskin.machine.preload import Preload, library
@@ -97,7 +98,7 @@ class StandIn:
         room = np.empty(LENGTH, np.uint8)
         if self._preload is None:
             return self.ram_file.read_bytes()
-        self.tracker.read(np.array([(0, LENGTH)], RUN_DTYPE), room)
+        self.tracker.read(np.array([(0, LENGTH)], PAGE_RUN), room)
         return room.tobytes()
 
     def _fail(self, step: str) -> None:

@@ -26,6 +26,8 @@ PROVENANCE_RUN = numpy.dtype(
         "itemsize": 24,
     }
 )
+# As onion_page_run in csrc/machine/tracking.h.
+PAGE_RUN = numpy.dtype([("start", "<u8"), ("end", "<u8")])
 RECORD = numpy.dtype(
     [
         ("block_index", "<u8"),

@@ -6,6 +6,23 @@ from datetime import timedelta
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _DURATION = re.compile(r"([0-9]{1,9})([smhdw])", re.ASCII)
 _SECONDS_MAX = 100 * 366 * 86400
+_NANOSECONDS_END = 1 << 63  # since 1970: what a store has room for
+
+
+def end_of(start_ns: int, lifetime_ns: int) -> int:
+    """Return the time at which a lifetime is over, in nanoseconds since 1970.
+
+    Raises
+    ------
+    ValueError
+        A store cannot note a time as late as that.
+    """
+    if start_ns + lifetime_ns >= _NANOSECONDS_END:
+        raise ValueError(
+            "a lifetime of that length would end behind 2262-04-11, which is the last day that a store can note; give a "
+            "shorter one, or none"
+        )
+    return start_ns + lifetime_ns
 
 
 def parse_duration(value: str | float | timedelta) -> int:

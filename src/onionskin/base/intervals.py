@@ -1,4 +1,4 @@
-"""Sorted intervals as arrays of starts and ends."""
+"""Sorted intervals as arrays of starts and ends, and the points where they begin and end."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +9,14 @@ if TYPE_CHECKING:
     Array = numpy.typing.NDArray[Any]
 else:
     from onionskin.base.lazy import numpy
+
+
+def distinct(values: "Array") -> "Array":
+    """Return the values, each once, in order: as `numpy.unique`, which would load numpy.ma, for longer than most verbs take."""
+    ordered = numpy.sort(values)
+    is_new = numpy.ones(len(ordered), bool)
+    is_new[1:] = ordered[1:] != ordered[:-1]
+    return ordered[is_new]
 
 
 def covered(points: "Array", starts: "Array", ends: "Array") -> "Array":

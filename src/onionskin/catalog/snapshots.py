@@ -100,6 +100,10 @@ class Snapshots(Connection):
         """Return the holds on the snapshots of these layers, oldest first."""
         return sorted(self.rows_in(HoldRow, "layer", layers), key=lambda row: (row.created_ns, row.holder))
 
+    def holds(self) -> list[HoldRow]:
+        """Return all holds, oldest first."""
+        return sorted(self.rows(HoldRow), key=lambda row: (row.created_ns, row.holder))
+
     def drop_hold(self, layer: bytes, holder: str) -> None:
         """Remove a hold. Inside a transaction."""
         self.delete(HoldRow, "layer = ? AND holder = ?", layer, holder)

@@ -146,12 +146,14 @@ WIPE = click.Choice(["release", "zero"])
 class NameType(click.ParamType):  # type: ignore[type-arg]
     """A name; ``snapshot`` says whether one is wanted ("required"), allowed ("optional") or not ("none").
 
-    ``fresh``: the last part is about to be made, so only the parts before it are completed.
+    ``fresh``: the last part is about to be made, so only the parts before it are completed. ``ranges``: the end of a range
+    as @A..@C is completed too.
     """
 
-    def __init__(self, snapshot: str, *, fresh: bool = False) -> None:
+    def __init__(self, snapshot: str, *, fresh: bool = False, ranges: bool = False) -> None:
         self.snapshot = snapshot
         self.fresh = fresh
+        self.ranges = ranges
         self.wanted = "VOLUME"
         self.name = {
             "required": "STORE/VOLUME@SNAPSHOT",
@@ -187,7 +189,13 @@ class NameType(click.ParamType):  # type: ignore[type-arg]
             return []
         # If a snapshot is required, whole names are offered: a shell puts a blank behind a single match.
         with_snapshots = "@" in last or (self.snapshot == "required" and not self.fresh)
-        names = [name for name in self.names_in(store, with_snapshots) if name.startswith(last)]
+        there = self.names_in(store, with_snapshots)
+        names = [name for name in there if name.startswith(last)]
+        begun, dots, end = last.rpartition("..")
+        if dots and not names and self.ranges:  # the end of a range, of the same volume as its beginning
+            ends = "@" + end.removeprefix("@")
+            of_volume = begun.partition("@")[0]
+            names = [f"{begun}..@{name.partition('@')[2]}" for name in there if name.startswith(of_volume + ends)]
         return [CompletionItem(f"{directory}/{name}") for name in names]
 
     def names_in(self, store: FilePath, with_snapshots: bool) -> list[str]:
@@ -277,6 +285,25 @@ class SizeType(click.ParamType):  # type: ignore[type-arg]
             self.fail(str(wrong), param, ctx)
 
 
+class NewSize(NamedTuple):
+    """A size that a disk is to have, or to have more than now."""
+
+    size_bytes: int
+    is_more: bool
+
+
+class NewSizeType(click.ParamType):  # type: ignore[type-arg]
+    """A size, or with a plus before it, a growth: 20G, +20G."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> NewSize:
+        """Parse the text, or fail as a usage error."""
+        if isinstance(value, NewSize):
+            return value
+        return NewSize(SIZE.convert(value.removeprefix("+"), param, ctx), value.startswith("+"))
+
+
 class LabelType(click.ParamType):  # type: ignore[type-arg]
     """A label, as KEY=VALUE."""
 
@@ -337,12 +364,15 @@ NEW_MACHINE_SNAPSHOT_OR_NONE = MachineNameType("optional", fresh=True)
 VOLUME = NameType("none")
 NEW_VOLUME = NameType("none", fresh=True)
 SNAPSHOT = NameType("required")
+SNAPSHOT_OR_RANGE = NameType("required", ranges=True)
+VOLUME_OR_RANGE = NameType("optional", ranges=True)
 NEW_SNAPSHOT = NameType("required", fresh=True)
 VOLUME_OR_SNAPSHOT = NameType("optional")
 VOLUME_SNAPSHOT_OR_STORE = VolumeOrStoreType("optional")
 VOLUME_OR_STORE = VolumeOrStoreType("none")
 NEW_SNAPSHOT_OR_NONE = NameType("optional", fresh=True)
 SIZE = SizeType()
+NEW_SIZE = NewSizeType()
 FILE = FileType()
 block_size_option = click.option(
     "--block-size",

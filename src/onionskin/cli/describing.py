@@ -11,7 +11,7 @@ from onionskin.cli.arguments import STORE, VOLUME_SNAPSHOT_OR_STORE, Name, open_
 from onionskin.cli.chosen import find_snapshot
 from onionskin.cli.output import json_option
 from onionskin.cli.picture_file import PictureType, write_picture
-from onionskin.cli.values import holder, snapshot_value, space_of, space_value, volume_value
+from onionskin.cli.values import holder, labels_text, snapshot_value, space_of, space_value, volume_value
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -156,6 +156,8 @@ def _volume_fields(about: "VolumeInfo") -> list[tuple[str, str]]:
         ("used", output.size(about.used_bytes)),
         ("written", f"{output.size(about.written_bytes)} since the last snapshot"),
         ("held by", holder(about) or "nobody"),
+        ("expires", "" if about.expires is None else output.when(about.expires)),
+        ("labels", labels_text(about.labels)),
     ]
 
 

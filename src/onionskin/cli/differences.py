@@ -6,30 +6,45 @@ from typing import TYPE_CHECKING
 import click
 
 from onionskin.cli import output
-from onionskin.cli.arguments import SNAPSHOT, VOLUME_OR_SNAPSHOT, Name, live, open_to_read, trust_option
+from onionskin.cli.arguments import VOLUME_OR_SNAPSHOT, Name, live, open_to_read, trust_option
 from onionskin.cli.chosen import find_snapshot, same_store
 from onionskin.cli.output import json_option
+from onionskin.errors import SnapshotNotFoundError
 
 if TYPE_CHECKING:
     from onionskin.store import Store
 
 
 @click.command()
-@click.argument("a", type=SNAPSHOT, metavar="STORE/VOLUME@A")
-@click.argument("b", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@B]")
+@click.argument(
+    "names", type=VOLUME_OR_SNAPSHOT, nargs=-1, required=True, metavar="STORE/VOLUME[@A] [STORE/VOLUME[@B]]"
+)
 @click.option("--json-lines", "as_lines", is_flag=True, help="Print each extent as JSON on a line of its own.")
 @trust_option
 @json_option
-def diff(a: Name, b: Name, as_lines: bool, as_json: bool) -> None:
+def diff(names: tuple[Name, ...], as_lines: bool, as_json: bool) -> None:
     """Show what changed between two snapshots, or up to a head.
 
     Both may be of different volumes of a store, such as a snapshot and a clone of it. Only what the volumes hold is
     looked at: what was written again with the same contents counts as changed.
+
+    With one name, show what changed since then: behind a snapshot, up to the head of its volume, and without one, since
+    the snapshot that the disk stands on.
     """
     if as_lines and as_json:
         raise click.UsageError("--json and --json-lines do not go together")
-    same_store(a, b)
+    if len(names) > 2:
+        raise click.UsageError("diff compares two states; three are named")
+    a, b = names[0], names[-1]
+    if len(names) == 2:
+        if a.snapshot is None:
+            raise click.UsageError(f"'{a}' names no snapshot: write {a}@SNAPSHOT, or {b} alone for what changed in it")
+        same_store(a, b)
     with a.open_store() as store:
+        if a.snapshot is None:
+            a = a._replace(snapshot=_snapshot_below(store, a))
+        elif len(names) == 1:
+            b = a._replace(snapshot=None)
         extents = _diff(store, a, b)
     if as_lines:
         for offset, length, state in extents:
@@ -55,6 +70,18 @@ def diff(a: Name, b: Name, as_lines: bool, as_json: bool) -> None:
         )
 
     output.show(as_json, value, draw)
+
+
+def _snapshot_below(store: "Store", name: Name) -> str:
+    """Return the snapshot that the head of a volume stands on."""
+    with live(store, name.volume) or open_to_read(store, name) as volume:
+        parent = volume.parent
+    if parent is None:
+        raise SnapshotNotFoundError(
+            f"{name} stands on no snapshot of its own, since which anything could have changed; name two states, such as the "
+            f"snapshot that 'onionskin lineage {name}' says and {name}"
+        )
+    return parent.name
 
 
 def _diff(store: "Store", a: Name, b: Name) -> list[tuple[int, int, int]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from onionskin.cli import losses, output
-from onionskin.cli.arguments import SIZE, SNAPSHOT, VOLUME_OR_SNAPSHOT, Name, trust_option
+from onionskin.cli.arguments import SIZE, SNAPSHOT, SNAPSHOT_OR_RANGE, VOLUME_OR_RANGE, Name, trust_option
 from onionskin.cli.chosen import SNAPSHOTS, chosen_snapshots, find_snapshot, guids_of, listed
 from onionskin.cli.losses import dry_run_option, yes_option
 from onionskin.cli.output import json_option
@@ -46,7 +46,7 @@ def revert(name: Name, yes: bool, dry_run: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("names", type=SNAPSHOT, nargs=-1, required=True, metavar=SNAPSHOTS)
+@click.argument("names", type=SNAPSHOT_OR_RANGE, nargs=-1, required=True, metavar=SNAPSHOTS)
 @click.option("--recursive", is_flag=True, help="Discard the snapshots that were taken on top of it too.")
 @yes_option
 @dry_run_option
@@ -116,7 +116,7 @@ def _ancestors(volume: "Volume | LiveVolume") -> list[str]:
 
 
 @click.command()
-@click.argument("names", type=VOLUME_OR_SNAPSHOT, nargs=-1, required=True, metavar=SNAPSHOTS)
+@click.argument("names", type=VOLUME_OR_RANGE, nargs=-1, required=True, metavar=SNAPSHOTS)
 @click.option("--into-base", is_flag=True, help="Write the snapshot, or the whole volume, into the base file.")
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads that copy; 0 chooses.")
 @click.option("--rate", type=SIZE, metavar="SIZE", help="Copy at most so many bytes a second, as 100M.")

@@ -6,7 +6,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -27,12 +27,12 @@ from onionskin.cli.arguments import (
 from onionskin.cli.chosen import same_store
 from onionskin.cli.output import json_option
 from onionskin.cli.values import snapshot_value, volume_value
-from onionskin.exchange.image_formats import KNOWN, READ, SUFFIXES
+from onionskin.exchange.image_formats import KNOWN, READ, SUFFIXES, refuse_options
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from onionskin.delta import Readable
+    from onionskin.delta import Delta, Readable
     from onionskin.store import Store
 
 FORMAT = click.Choice(READ)
@@ -106,10 +106,27 @@ def _image_to_read(image: "Path") -> "Iterator[Path | IO[bytes]]":
 @click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
 @click.argument("image", type=FILE)
 @click.option("--format", "image_format", type=FORMAT, help="Format of IMAGE; by default told by its suffix, or raw.")
+@click.option("-c", "--compress", is_flag=True, help="Compress the data, of a qcow2 or VMDK image.")
+@click.option(
+    "-o",
+    "--option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An option of the format, as compression_type=zstd or subformat=fixed; for several, give it again.",
+)
 @click.option("--yes", is_flag=True, help="Write over what a block device holds without asking.")
 @trust_option
 @json_option
-def export(name: Name, image: "Path", image_format: str | None, yes: bool, as_json: bool) -> None:
+def export(
+    name: Name,
+    image: "Path",
+    image_format: str | None,
+    compress: bool,
+    options: tuple[str, ...],
+    yes: bool,
+    as_json: bool,
+) -> None:
     """Write a volume or a snapshot as a disk image.
 
     IMAGE must not exist yet. Holes are kept. "-" writes a raw image to stdout, with holes as zeros, and the summary of
@@ -119,6 +136,8 @@ def export(name: Name, image: "Path", image_format: str | None, yes: bool, as_js
     device holds, which wants --yes where no terminal is. What the device has behind the end of the disk stays.
     """
     goal = _goal(image)
+    kind = image_format or ("raw" if goal != "file" else _format_by_suffix(image))
+    refuse_options(kind, options, compress=compress)
     if goal != "file":
         if image_format not in (None, "raw"):
             raise click.UsageError(f"only a raw image can be written to {_GOALS[goal]}: give a file for {image_format}")
@@ -127,10 +146,9 @@ def export(name: Name, image: "Path", image_format: str | None, yes: bool, as_js
         return
     from onionskin.images import export_image
 
-    kind = image_format or _format_by_suffix(image)
     with name.open_store() as store, open_to_read(store, name) as volume:
         with output.progress(f"export {name}", as_json) as progress:
-            export_image(volume, image, format=kind, progress=progress)
+            export_image(volume, image, format=kind, progress=progress, compress=compress, options=options)
         size_bytes = volume.size_bytes
     allocated = image.stat().st_blocks * 512
     value = {"path": str(image), "format": kind, "size_bytes": size_bytes, "allocated_bytes": allocated}
@@ -227,9 +245,10 @@ def _export_to_device(name: Name, image: "Path", *, as_json: bool, yes: bool) ->
 @click.command()
 @click.argument("names", type=SNAPSHOT, nargs=-1, required=True, metavar="[STORE/VOLUME@A] STORE/VOLUME@B")
 @click.option("-o", "--output", "path", type=FILE, help="Write to this new file and not to stdout.")
+@click.option("--dry-run", is_flag=True, help="Write nothing, and say how much the stream would hold at most.")
 @trust_option
 @json_option
-def delta(names: tuple[Name, ...], path: "Path | None", as_json: bool) -> None:
+def delta(names: tuple[Name, ...], path: "Path | None", dry_run: bool, as_json: bool) -> None:
     """Write the changes between two snapshots as a stream.
 
     If no A is given, write all of B. Both may be of different volumes of a store, such as a snapshot and one of a clone.
@@ -247,6 +266,9 @@ def delta(names: tuple[Name, ...], path: "Path | None", as_json: bool) -> None:
     if len(names) == 2:
         same_store(names[0], b)
         start = f"{names[0].volume}@{names[0].required_snapshot}"
+    if dry_run:
+        _tell_estimate(names, start, as_json=as_json)
+        return
     if path is None and sys.stdout.isatty():
         raise click.UsageError("the stream is not for a terminal: pipe it to apply, or give --output FILE")
     with (
@@ -256,20 +278,36 @@ def delta(names: tuple[Name, ...], path: "Path | None", as_json: bool) -> None:
     ):
         sent = stream.delta(store, b.volume, start, b.required_snapshot, out, progress=progress)
         out.finish()
-    value = {
-        "from": names[0].snapshot if start else None,
-        "to": b.snapshot,
-        "full": sent.full,
-        "size_bytes": sent.size_b,
-        "data_bytes": sent.data_bytes,
-        "zero_bytes": sent.zero_bytes,
-    }
-    if start and names[0].volume != b.volume:
-        value |= {"from_volume": names[0].volume, "to_volume": b.volume}
+    value = _delta_value(names, sent)
     if path is not None:
         output.tell(as_json, value, lambda: f"wrote {path}: {output.size(sent.data_bytes)} of data")
     elif as_json:
         output.echo(output.as_json_text(value), err=True)
+
+
+def _tell_estimate(names: tuple[Name, ...], start: str | None, *, as_json: bool) -> None:
+    from onionskin import delta as stream
+
+    b = names[-1]
+    with b.open_store() as store:
+        found = stream.estimate(store, b.volume, start, b.required_snapshot)
+    text = f"the stream would have {output.size(found.data_bytes)} of data at most; nothing was written"
+    output.show(as_json, {"dry_run": True} | _delta_value(names, found), lambda: text)
+
+
+def _delta_value(names: tuple[Name, ...], about: "Delta") -> dict[str, Any]:
+    a, b = names[0] if len(names) == 2 else None, names[-1]
+    value = {
+        "from": a.snapshot if a else None,
+        "to": b.snapshot,
+        "full": about.full,
+        "size_bytes": about.size_b,
+        "data_bytes": about.data_bytes,
+        "zero_bytes": about.zero_bytes,
+    }
+    if a and a.volume != b.volume:
+        value |= {"from_volume": a.volume, "to_volume": b.volume}
+    return value
 
 
 @contextlib.contextmanager

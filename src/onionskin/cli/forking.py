@@ -17,6 +17,7 @@ from onionskin.cli.arguments import (
     trust_option,
 )
 from onionskin.cli.chosen import same_store
+from onionskin.cli.losses import dry_run_option
 from onionskin.cli.output import json_option
 
 
@@ -125,13 +126,18 @@ def lineage(name: Name, as_json: bool) -> None:
 
 @click.command()
 @click.argument("store", type=STORE)
+@dry_run_option
 @trust_option
 @json_option
-def expire(store: FilePath, as_json: bool) -> None:
+def expire(store: FilePath, dry_run: bool, as_json: bool) -> None:
     """Delete the volumes whose lifetime is over.
 
     One stays that is open, that has snapshots, or from which others were forked; it goes with a later call.
     """
     with open_store(store) as opened:
-        gone = opened.expire()
+        gone = opened.expire(dry_run=dry_run)
+    if dry_run:
+        text = f"expire would delete {', '.join(gone) or 'nothing'}; nothing was changed"
+        output.show(as_json, {"dry_run": True, "would_delete": gone}, lambda: text)
+        return
     output.tell(as_json, {"deleted": gone}, lambda: f"deleted {', '.join(gone)}" if gone else "nothing has expired")

@@ -3,18 +3,30 @@
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import timedelta
+from datetime import UTC, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from onionskin.base.paths import FilePath
 from onionskin.cli import output
-from onionskin.cli.arguments import SNAPSHOT, VOLUME, VOLUME_OR_SNAPSHOT, Name, live, trust_option
+from onionskin.cli.arguments import (
+    SNAPSHOT,
+    SNAPSHOT_OR_RANGE,
+    VOLUME,
+    VOLUME_SNAPSHOT_OR_STORE,
+    Name,
+    live,
+    open_store,
+    trust_option,
+)
 from onionskin.cli.chosen import SNAPSHOTS, chosen_snapshots, find_snapshot, guids_of, listed
 from onionskin.cli.output import json_option
 from onionskin.cli.values import snapshot_value
 
 if TYPE_CHECKING:
+    from datetime import tzinfo
+
     from onionskin.operations.prune import Retention, Rules
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
@@ -40,7 +52,7 @@ class DurationType(click.ParamType):  # type: ignore[type-arg]
 
 
 @click.command()
-@click.argument("names", type=SNAPSHOT, nargs=-1, required=True, metavar=SNAPSHOTS)
+@click.argument("names", type=SNAPSHOT_OR_RANGE, nargs=-1, metavar=SNAPSHOTS)
 @click.argument("holder")
 @trust_option
 @json_option
@@ -50,6 +62,7 @@ def hold(names: tuple[Name, ...], holder: str, as_json: bool) -> None:
     HOLDER says who needs them, and lets them go with unhold. Several snapshots of a volume, and ranges as vms/web@a..@c, are
     held together, or none is.
     """
+    _refuse_no_holder("hold", names, holder)
     with names[0].open_store() as store:
         found = store.snapshots(names[0].volume)
         chosen = chosen_snapshots(found, names)
@@ -61,7 +74,7 @@ def hold(names: tuple[Name, ...], holder: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("names", type=SNAPSHOT, nargs=-1, required=True, metavar=SNAPSHOTS)
+@click.argument("names", type=SNAPSHOT_OR_RANGE, nargs=-1, metavar=SNAPSHOTS)
 @click.argument("holder")
 @trust_option
 @json_option
@@ -70,6 +83,7 @@ def unhold(names: tuple[Name, ...], holder: str, as_json: bool) -> None:
 
     Several snapshots of a volume, and ranges as vms/web@a..@c, are let go together, or none is.
     """
+    _refuse_no_holder("unhold", names, holder)
     with names[0].open_store() as store:
         found = store.snapshots(names[0].volume)
         chosen = chosen_snapshots(found, names)
@@ -79,23 +93,39 @@ def unhold(names: tuple[Name, ...], holder: str, as_json: bool) -> None:
     output.tell(as_json, value, lambda: f"{listed(names, chosen)} {is_are} not held by {holder} any more")
 
 
+def _refuse_no_holder(verb: str, names: tuple[Name, ...], holder: str) -> None:
+    """Refuse a call of one word, which is the snapshot, as it seems, and not its holder."""
+    if not names:
+        raise click.UsageError(
+            f"{verb} wants snapshots, and behind them who holds them, as 'onionskin {verb} {holder} backup'"
+            if "@" in holder
+            else f"{verb} wants snapshots before {holder!r}, as 'onionskin {verb} STORE/VOLUME@SNAPSHOT {holder}'"
+        )
+
+
 def _hold_value(names: tuple[Name, ...], chosen: list[str], holder: str) -> dict[str, Any]:
     only = chosen[0] if len(chosen) == 1 else None
     return {"volume": names[0].volume, "snapshot": only, "snapshots": chosen, "holder": holder}
 
 
 @click.command()
-@click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
+@click.argument("name", type=VOLUME_SNAPSHOT_OR_STORE, metavar="STORE[/VOLUME[@SNAPSHOT]]")
 @trust_option
 @json_option
-def holds(name: Name, as_json: bool) -> None:
-    """List who holds a snapshot, or any of a volume."""
-    with name.open_store() as store:
-        found = store.holds(name.volume, name.snapshot)
-    value = [
-        {"snapshot": one.snapshot, "holder": one.holder, "created": output.timestamp(one.created)} for one in found
+def holds(name: Name | FilePath, as_json: bool) -> None:
+    """List who holds a snapshot, any of a volume, or any of a store."""
+    of_store = isinstance(name, FilePath)
+    with open_store(name) if isinstance(name, FilePath) else name.open_store() as store:
+        found = store.holds() if isinstance(name, FilePath) else store.holds(name.volume, name.snapshot)
+    value: list[dict[str, Any]] = [
+        ({"volume": one.volume} if of_store else {})
+        | {"snapshot": one.snapshot, "holder": one.holder, "created": output.timestamp(one.created)}
+        for one in found
     ]
-    rows = [(one.snapshot, one.holder, output.when(one.created)) for one in found]
+    rows = [
+        (f"{one.volume}@{one.snapshot}" if of_store else one.snapshot, one.holder, output.when(one.created))
+        for one in found
+    ]
     output.show(as_json, value, lambda: output.table(("SNAPSHOT", "HOLDER", "SINCE"), rows))
 
 
@@ -172,22 +202,26 @@ def prune(name: Name, time_zone: str, dry_run: bool, as_json: bool, **keep: Any)
 
 
 def _rules(keep: dict[str, Any], time_zone: str) -> "Rules":
-    from zoneinfo import ZoneInfo
-
     from onionskin.operations.prune import Rules
 
-    try:
-        zone = ZoneInfo(time_zone)
-    except (LookupError, OSError, ValueError) as error:
-        raise click.UsageError(
-            f"there is no time zone {time_zone!r} here; write UTC, or a name as Europe/Berlin"
-        ) from error
+    zone = _zone(time_zone)
     rules = Rules(**{what.removeprefix("keep_"): count for what, count in keep.items()}, zone=zone)
     try:
         rules.check()
     except ValueError as error:
         raise click.UsageError("no rule says what to keep, so nothing would be; give one, as --keep-last 3") from error
     return rules
+
+
+def _zone(name: str) -> "tzinfo":
+    if name == "UTC":  # so that the usual prune waits for no module that reads files of zones
+        return UTC
+    from zoneinfo import ZoneInfo
+
+    try:
+        return ZoneInfo(name)
+    except (LookupError, OSError, ValueError) as error:
+        raise click.UsageError(f"there is no time zone {name!r} here; write UTC, or a name as Europe/Berlin") from error
 
 
 def _drawn(found: "list[Retention]", dry_run: bool) -> str:

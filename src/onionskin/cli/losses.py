@@ -56,7 +56,9 @@ def agree(verb: str, losses: "Sequence[Loss]", *, yes: bool) -> None:
     """Ask before something is lost; where nothing is, ask nothing."""
     if any(loss.is_lost for loss in losses):
         what = describe(losses)
-        output.confirm_loss(f"{verb} drops {what}. Drop them?", f"{verb} would drop {what}", yes=yes)
+        # A snapshot saves nothing of a volume that goes itself.
+        advice = "drop them" if any(loss.volumes for loss in losses) else "drop them, or take a snapshot first"
+        output.confirm_loss(f"{verb} drops {what}. Drop them?", f"{verb} would drop {what}", yes=yes, advice=advice)
 
 
 def flushed(store: "Store", name: str) -> "LiveVolume | None":

@@ -9,14 +9,17 @@ from onionskin.base.sizes import parse_size
 from onionskin.cli import output
 from onionskin.cli.arguments import VOLUME_OR_STORE, Name, open_store, trust_option
 from onionskin.cli.output import json_option
+from onionskin.cli.values import labels_text
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from click.shell_completion import CompletionItem
 
     from onionskin.catalog import Defaults
     from onionskin.operations.listing import VolumeInfo
 
-_PROPERTIES = ("wipe", "size", "block-size", "base", "created")
+_PROPERTIES = ("wipe", "size", "block-size", "base", "created", "expires", "labels")
 _OF_STORE = ("wipe", "block-size")
 
 
@@ -27,6 +30,8 @@ def complete_assignment(ctx: click.Context, param: click.Parameter, incomplete: 
     offered = ["wipe=release", "wipe=zero"]
     if isinstance(ctx.params.get("name"), FilePath):
         offered.append("block-size=")
+    else:
+        offered += ["lifetime=none", "lifetime=", "label:"]
     return [CompletionItem(one) for one in offered if one.startswith(incomplete)]
 
 
@@ -41,6 +46,9 @@ def set_(name: Name | FilePath, assignment: str, as_json: bool) -> None:
     Of a volume, which nobody may have open: wipe=zero overwrites from then on what is freed of the volume and its
     snapshots, and wipe=release gives it back as it is.
 
+    Of any volume: lifetime=2h has 'expire' delete it from then on, counted from now, and lifetime=none keeps it.
+    label:task=42 marks it, and label:task= takes that label away.
+
     Of a store: wipe and block-size are those of the volumes that are made or imported from then on without --wipe and
     --block-size. Volumes that exist keep theirs, and a clone has those of its origin.
     """
@@ -48,15 +56,22 @@ def set_(name: Name | FilePath, assignment: str, as_json: bool) -> None:
     if isinstance(name, FilePath):
         _set_default(name, key, value, assignment, as_json)
         return
-    if key != "wipe":
+    is_label = key.startswith("label:") and "=" in assignment
+    if not is_label and key not in ("wipe", "lifetime"):
         raise click.UsageError(
-            f"{assignment!r} sets no property of a volume that can be set: write wipe=zero or wipe=release"
+            f"{assignment!r} sets no property of a volume that can be set: write wipe=zero, wipe=release, lifetime=2h, "
+            "lifetime=none or label:KEY=VALUE"
         )
-    policy = _policy(value)
     with name.open_store() as store:
-        store.set_wipe(name.volume, policy)
+        if is_label:
+            store.set_labels(name.volume, {key.removeprefix("label:"): value or None})
+        elif key == "lifetime":
+            store.set_lifetime(name.volume, None if value == "none" else value)
+        else:
+            store.set_wipe(name.volume, _policy(value))
         about = store.info(name.volume)
-    output.tell(as_json, _values(about), lambda: f"{name} has {key}={value} now")
+    has = f"{name} has {key}={value} now" if value else f"{name} has no {key} any more"
+    output.tell(as_json, _values(about), lambda: has)
 
 
 def _set_default(path: FilePath, key: str, value: str, assignment: str, as_json: bool) -> None:
@@ -93,9 +108,9 @@ def _policy(value: str) -> Literal["release", "zero"]:
 def get(name: Name | FilePath, properties: tuple[str, ...], without_header: bool, exact: bool, as_json: bool) -> None:
     """Show properties of a volume or of a store.
 
-    All are shown, or those that are named. A volume has wipe, size, block-size, base and created. A store has wipe and
-    block-size, which are those of the volumes that are made without saying them. set changes wipe, and block-size of a
-    store.
+    All are shown, or those that are named. A volume has wipe, size, block-size, base, created, expires and labels. A
+    store has wipe and block-size, which are those of the volumes that are made without saying them. set changes wipe, the
+    lifetime and labels, and block-size of a store.
     """
     if isinstance(name, FilePath):
         for one in properties:
@@ -114,7 +129,9 @@ def get(name: Name | FilePath, properties: tuple[str, ...], without_header: bool
             "size": _size(about.size_bytes, exact),
             "block-size": _size(about.block_size, exact),
             "base": "-" if about.base is None else str(about.base),
-            "created": str(int(about.created.timestamp())) if exact else output.when(about.created),
+            "created": _time(about.created, exact),
+            "expires": "-" if about.expires is None else _time(about.expires, exact),
+            "labels": labels_text(about.labels) or "-",
         }
     rows = [(key, shown[key]) for key in chosen]
 
@@ -124,6 +141,10 @@ def get(name: Name | FilePath, properties: tuple[str, ...], without_header: bool
         return output.table(("PROPERTY", "VALUE"), rows)
 
     output.show(as_json, {key: value for key, value in values.items() if key in _keys(chosen)}, draw)
+
+
+def _time(at: "datetime", exact: bool) -> str:
+    return str(int(at.timestamp())) if exact else output.when(at)
 
 
 def _size(size_bytes: int, exact: bool) -> str:
@@ -138,6 +159,8 @@ def _values(about: "VolumeInfo") -> dict[str, Any]:
         "block_size": about.block_size,
         "base": None if about.base is None else str(about.base),
         "created": output.timestamp(about.created),
+        "expires": None if about.expires is None else output.timestamp(about.expires),
+        "labels": dict(about.labels),
     }
 
 

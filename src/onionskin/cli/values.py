@@ -6,6 +6,8 @@ from onionskin.cli import output
 from onionskin.errors import FormatError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from onionskin.catalog.tree import Snapshot
     from onionskin.operations.listing import VolumeInfo
     from onionskin.operations.usage import SnapshotSpace
@@ -25,6 +27,8 @@ def volume_value(info: "VolumeInfo") -> dict[str, Any]:
         "holder": info.holder,
         "used_bytes": info.used_bytes,
         "written_bytes": info.written_bytes,
+        "expires": None if info.expires is None else output.timestamp(info.expires),
+        "labels": dict(info.labels),
     }
 
 
@@ -59,6 +63,11 @@ def space_of(store: "Store", volume: str, *, wanted: bool | None) -> "dict[str, 
         if wanted:
             raise
         return {}
+
+
+def labels_text(labels: "Mapping[str, str]") -> str:
+    """Write labels for people, as they are given to --label."""
+    return " ".join(f"{key}={value}" for key, value in sorted(labels.items()))
 
 
 def holder(about: "VolumeInfo") -> str:

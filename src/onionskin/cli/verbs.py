@@ -23,7 +23,7 @@ _CALLED = {
     **dict.fromkeys(("branch", "cp", "copy"), "clone"),
     **dict.fromkeys(("new", "init", "mk", "make"), "create"),
     **dict.fromkeys(("ls", "volumes"), "list"),
-    **dict.fromkeys(("show", "describe"), "info"),
+    **dict.fromkeys(("show", "describe", "inspect"), "info"),
     **dict.fromkeys(("df", "du", "space"), "usage"),
     **dict.fromkeys(("send", "export-diff", "backup"), "delta"),
     **dict.fromkeys(("receive", "recv", "import-diff"), "apply"),
@@ -37,6 +37,9 @@ _CALLED = {
     **dict.fromkeys(("convert",), "import, or onionskin export"),
     **dict.fromkeys(("load",), "import"),
     **dict.fromkeys(("release", "unprotect"), "unhold"),
+    **dict.fromkeys(("forget", "expire-snapshots"), "prune"),
+    **dict.fromkeys(("tag", "annotate"), "note"),
+    "dd": "read, or onionskin write",
     "protect": "hold",
     "children": "forks",
     # Verbs of machines, without the word machine.

@@ -9,6 +9,7 @@ from onionskin.base.sizes import format_size
 from onionskin.cli import losses, output
 from onionskin.cli.arguments import (
     FILE,
+    NEW_SIZE,
     NEW_SNAPSHOT,
     NEW_VOLUME,
     SIZE,
@@ -17,6 +18,7 @@ from onionskin.cli.arguments import (
     VOLUME_OR_SNAPSHOT,
     WIPE,
     Name,
+    NewSize,
     block_size_option,
     live,
     matching,
@@ -144,19 +146,21 @@ def flatten(name: Name, as_json: bool) -> None:
 
 @click.command()
 @click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
-@click.argument("size", type=SIZE)
+@click.argument("wanted", type=NEW_SIZE, metavar="[+]SIZE")
 @click.option("--force", is_flag=True, help="Shrink, which drops what lies beyond the new end.")
 @yes_option
 @dry_run_option
 @trust_option
 @json_option
-def resize(name: Name, size: int, force: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
+def resize(name: Name, wanted: NewSize, force: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
     """Change the size of a disk.
 
-    Snapshots keep their sizes, and revert brings the old size back. A disk that is being served does not shrink.
+    With a plus, as +10G, it grows by so much. Snapshots keep their sizes, and revert brings the old size back. A disk that is
+    being served does not shrink.
     """
     with name.open_store() as store:
         with live(store, name.volume) or store.open(name.volume) as volume:
+            size = volume.size_bytes + wanted.size_bytes if wanted.is_more else wanted.size_bytes
             shrinks = size < volume.size_bytes
             if dry_run or (shrinks and force):
                 loss = _lost_by_shrinking(store, name, volume, size, force=force)

@@ -7,6 +7,7 @@ file is raw.
 
 import os
 import struct
+from collections.abc import Sequence
 from typing import Final
 
 from onionskin.base.files import read_all
@@ -16,6 +17,7 @@ from onionskin.errors import FormatError
 START_BYTES: Final = 512
 VHD_FOOTER_BYTES: Final = 512
 VHD_COOKIE: Final = b"conectix"
+_DMG_START_OF_END: Final = b"koly\0\0\0\4"  # of its last 512 bytes
 
 
 @record
@@ -35,15 +37,25 @@ def _unpacked(name: str, title: str, program: str) -> ImageFormat:
     return ImageFormat(name, f"compressed with {title}", f"unpack it with '{program} -d'")
 
 
+def _archive(name: str, title: str, command: str) -> ImageFormat:
+    return ImageFormat(name, title, f"unpack it with '{command}'")
+
+
 QCOW2 = _converted("qcow2", "a qcow2 image")
 VMDK = _converted("vmdk", "a VMDK image")
 VHD = _converted("vhd", "a VHD image", "vpc")
 VHDX = _converted("vhdx", "a VHDX image")
 VDI = _converted("vdi", "a VDI image")
+DMG = _converted("dmg", "a DMG image")
+LZMA = _unpacked("lzma", "lzma", "xz")
+ZSTD = _unpacked("zstd", "zstd", "zstd")
+LZ4 = _unpacked("lz4", "lz4", "lz4")
+TAR = _archive("tar", "a tar archive, as an OVA is", "tar -xf")
 
 # Offset, magic bytes, format. They come from the formats' specifications. Those of the compressed formats are RFC 1952
 # (gzip), RFC 8878 (zstd), the .xz file format 1.2.1, the LZ4 frame format 1.6.1, and bzip2's own documentation.
 _MAGICS: Final = (
+    (0, b"QFI\xfb\0\0\0\1", _converted("qcow", "a qcow image of version 1")),
     (0, b"QFI\xfb", QCOW2),
     (0, b"KDMV", VMDK),
     (0, b"COWD", VMDK),
@@ -57,14 +69,67 @@ _MAGICS: Final = (
     (0, b"LUKS\xba\xbe", _converted("luks", "a LUKS container")),
     (0, b"\x1f\x8b", _unpacked("gzip", "gzip", "gzip")),
     (0, b"\xfd7zXZ\0", _unpacked("xz", "xz", "xz")),
-    (0, b"\x28\xb5\x2f\xfd", _unpacked("zstd", "zstd", "zstd")),
+    (0, b"\x28\xb5\x2f\xfd", ZSTD),
+    (0, b"\x50\x2a\x4d\x18", ZSTD),  # a frame to skip, with which pzstd begins
     (0, b"BZh", _unpacked("bzip2", "bzip2", "bzip2")),
-    (0, b"\x04\x22\x4d\x18", _unpacked("lz4", "lz4", "lz4")),
+    (0, b"\x04\x22\x4d\x18", LZ4),
+    (0, b"\x02\x21\x4c\x18", LZ4),  # of lz4 -l
+    (0, b"LZIP", _unpacked("lzip", "lzip", "lzip")),
+    (0, b"\x89LZO\0\r\n\x1a\n", _unpacked("lzop", "lzop", "lzop")),
+    (0, b"\x1f\x9d", ImageFormat("compress", "compressed with compress", "unpack it with 'uncompress'")),
+    (0, b"PK\3\4", _archive("zip", "a zip archive", "unzip")),
+    (0, b"7z\xbc\xaf\x27\x1c", _archive("7z", "a 7z archive", "7z x")),
+    (257, b"ustar", TAR),
+    (0, b"VMA\0", _archive("vma", "a VMA archive", "vma extract")),
+    (0, b"Bochs Virtual HD Image", _converted("bochs", "a Bochs image")),
+    (0, b"#!/bin/sh\n#V2.0 Format\n", _converted("cloop", "a cloop image")),
+    (0, b"\x3a\xff\x26\xed", ImageFormat("simg", "an Android sparse image", "convert it with 'simg2img'")),
+    (0, b"EVF\x09\x0d\x0a\xff\0", ImageFormat("ewf", "an EWF image", "convert it with 'ewfexport'")),
 )
 # The formats that suffixes of file names mean, where the suffix is not itself the name of a format.
-SUFFIXES: Final = {"vpc": "vhd", "gz": "gzip", "zst": "zstd", "bz2": "bzip2", "lz4": "lz4", "img": "raw", "bin": "raw"}
-KNOWN: Final = frozenset(format.name for _, _, format in _MAGICS)
+SUFFIXES: Final = {
+    **{"vpc": "vhd", "img": "raw", "bin": "raw", "ova": "tar", "e01": "ewf"},
+    **{"gz": "gzip", "zst": "zstd", "bz2": "bzip2", "lz": "lzip", "lzo": "lzop", "z": "compress"},
+}
+KNOWN: Final = frozenset(format.name for format in (*(format for _, _, format in _MAGICS), DMG, LZMA))
 READ: Final = ("raw", QCOW2.name, VMDK.name, VHD.name, VHDX.name, VDI.name)  # read and written; all but raw by qemu-img
+
+
+# What may be said of the images that are written. Left out is what would have the image refer to other files, or not hold
+# the whole disk.
+OPTIONS: Final = {
+    "raw": (),
+    "qcow2": (
+        "cluster_size",
+        "compression_type",
+        "compat",
+        "extended_l2",
+        "lazy_refcounts",
+        "refcount_bits",
+        "preallocation",
+    ),
+    "vmdk": ("subformat", "adapter_type", "hwversion", "toolsversion"),
+    "vhd": ("subformat",),
+    "vhdx": ("subformat", "block_size", "log_size"),
+    "vdi": ("static",),
+}
+_COMPRESSED_BY: Final = ("qcow2", "vmdk")
+_IN_ONE_FILE: Final = ("monolithicSparse", "streamOptimized")
+
+
+def refuse_options(kind: str, options: Sequence[str], *, compress: bool) -> None:
+    """Raise ValueError where options cannot be said of an image of a format, or data is not compressed there."""
+    if compress and kind not in _COMPRESSED_BY:
+        raise ValueError(f"a {kind} image is not compressed: one of {' and '.join(_COMPRESSED_BY)} can be")
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals or key not in OPTIONS[kind] or not value or "," in value:
+            those = f"those of {kind} are {', '.join(OPTIONS[kind])}" if OPTIONS[kind] else f"{kind} has none"
+            raise ValueError(f"{option!r} is no option here: write KEY=VALUE; {those}")
+        if (kind, key) == ("vmdk", "subformat") and value not in _IN_ONE_FILE:
+            raise ValueError(f"{option!r} makes several files; the subformats of one are {' and '.join(_IN_ONE_FILE)}")
+        if compress and (kind, key, value) == ("vmdk", "subformat", "monolithicSparse"):
+            raise ValueError("a VMDK image that is compressed has subformat=streamOptimized")
 
 
 def format_of(descriptor: int) -> ImageFormat | None:
@@ -83,14 +148,19 @@ def format_of(descriptor: int) -> ImageFormat | None:
         end = read_all(descriptor, len(VHD_COOKIE), size_bytes - VHD_FOOTER_BYTES)
         if end == VHD_COOKIE:
             return VHD
+        if end == _DMG_START_OF_END:
+            return DMG
     return None
 
 
 def format_of_start(start: bytes) -> ImageFormat | None:
-    """Return the format by the first `START_BYTES` of an image. A fixed VHD is not found: only its end tells."""
+    """Return the format by the first `START_BYTES` of an image. A fixed VHD and a DMG are not found: only their ends tell."""
     for offset, magic, format in _MAGICS:
         if start[offset : offset + len(magic)] == magic:
             return format
+    # The .lzma files of xz: the usual properties, any size of the dictionary, and no size of what is packed.
+    if start.startswith(b"\x5d\0\0") and start[5:13] == b"\xff" * 8:
+        return LZMA
     return None
 
 

@@ -179,7 +179,16 @@ def first_difference(a: str, b: str, *, keep: Sequence[int], percent: Percent | 
     return int(found[1]) if found else None
 
 
-def write_image(disk: int, target: int, kind: str, *, about: AnyPath, percent: Percent | None) -> None:
+def write_image(
+    disk: int,
+    target: int,
+    kind: str,
+    *,
+    about: AnyPath,
+    percent: Percent | None,
+    compress: bool = False,
+    options: Sequence[str] = (),
+) -> None:
     """Write the disk that is served through a descriptor as an image to an empty file.
 
     Parameters
@@ -192,11 +201,19 @@ def write_image(disk: int, target: int, kind: str, *, about: AnyPath, percent: P
         The file's name in messages.
     percent : callable, optional
         Called with the part that is done, in percent.
+    compress : bool
+        Whether the data is compressed.
+    options : sequence of str
+        Options of the format, which `image_formats.refuse_options` has let pass.
     """
-    # Without force_size, qemu-img rounds the size of a VHD to cylinders and heads.
-    options = ("-o", "force_size=on") if kind == "vhd" else ()
+    said = list(options)
+    if kind == "vhd":
+        said.append("force_size=on")  # without it, qemu-img rounds the size of a VHD to cylinders and heads
+    if kind == "vmdk" and compress and not any(one.startswith("subformat=") for one in said):
+        said.append("subformat=streamOptimized")
+    flags = [*(["-c"] if compress else []), *(word for one in said for word in ("-o", one))]
     driver = _DRIVERS.get(kind, kind)
-    arguments = ("convert", "--image-opts", served_disk(disk), "-O", driver, *options, f"/proc/self/fd/{target}")
+    arguments = ("convert", "--image-opts", served_disk(disk), "-O", driver, *flags, f"/proc/self/fd/{target}")
     run(*arguments, about=about, keep=(disk, target), percent=percent)
 
 

@@ -3,6 +3,8 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from onionskin.base.annotations import ReadableBuffer
+
 DEFAULT_THREADS: int
 EXTENT_FIELDS: list[tuple[str, str]]
 
@@ -33,3 +35,5 @@ class CopyJob:
     def bytes_total(self) -> int: ...
     def run(self) -> CopyResult: ...
     def cancel(self) -> None: ...
+
+def split_zeros(data: ReadableBuffer, block_size: int) -> list[tuple[int, int, bool]]: ...

@@ -38,6 +38,9 @@ cdef extern from "bulk/copy.h" nogil:
     int onion_copy(onion_copy_extent *extents, size_t extent_count, int threads, int flags,
                    onion_copy_progress *progress)
 
+cdef extern from "bulk/zero_runs.h" nogil:
+    size_t onion_zero_run(const unsigned char *data, size_t length, size_t block_size, int *is_zero)
+
 cdef extern from *:
     """
     #define onion_load(pointer) __atomic_load_n((pointer), __ATOMIC_RELAXED)
@@ -199,3 +202,32 @@ cdef class CopyJob:
             raise OSError(_EIO, f"the copy ended at {self.bytes_done} of {self.bytes_total} bytes; run it again")
         return CopyResult(self._progress.bytes_done, self._progress.bytes_reflinked, self._progress.bytes_ranged,
                           self._progress.bytes_copied, self._progress.bytes_zeroed)
+
+
+def split_zeros(const unsigned char[::1] data not None, size_t block_size):
+    """Split a buffer into runs of blocks that are all zero and runs of blocks that are not.
+
+    Parameters
+    ----------
+    data : buffer of bytes, one dimension, contiguous
+        Any length; the last block may be shorter than the others.
+    block_size : int
+        More than 0.
+
+    Returns
+    -------
+    list of (start, stop, is_zero)
+        Bytes of `data`; `stop` is exclusive. Runs follow each other without gaps and alternate. `is_zero` says whether
+        every byte of the run is zero.
+    """
+    cdef size_t start = 0, stop, length = data.shape[0]
+    cdef int is_zero = 0
+    if block_size == 0:
+        raise ValueError("blocks of 0 bytes: give a block size")
+    found = []
+    while start < length:
+        with nogil:
+            stop = start + onion_zero_run(&data[start], length - start, block_size, &is_zero)
+        found.append((start, stop, is_zero != 0))
+        start = stop
+    return found

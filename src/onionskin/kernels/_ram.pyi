@@ -10,7 +10,6 @@ PAGE_BYTES: int
 SAME: int
 ZERO: int
 DATA: int
-RUN_DTYPE: np.dtype[np.void]
 
 def classify(pages: _Buffer, parent: _Buffer | None = None) -> NDArray[np.uint8]: ...
 

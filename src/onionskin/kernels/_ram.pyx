@@ -8,7 +8,8 @@ from libc.stdint cimport uint8_t, uint64_t
 
 import os
 
-import numpy as np
+from onionskin.base.lazy import dtypes
+from onionskin.base.lazy import numpy as np
 
 cdef extern from "machine/pages.h" nogil:
     enum: ONION_PAGE_BYTES
@@ -42,7 +43,6 @@ SAME = ONION_PAGE_SAME
 ZERO = ONION_PAGE_ZERO
 DATA = ONION_PAGE_DATA
 
-RUN_DTYPE = np.dtype([("start", np.uint64), ("end", np.uint64)])
 cdef enum:
     RUNS_AT_ONCE = 16384
 
@@ -132,7 +132,7 @@ cdef class PageTracker:
 
         Returns
         -------
-        ndarray of RUN_DTYPE
+        ndarray of dtypes.PAGE_RUN
             Runs of pages as byte offsets in the range, `end` not included, sorted.
 
         Raises
@@ -153,7 +153,7 @@ cdef class PageTracker:
 
         Returns
         -------
-        ndarray of RUN_DTYPE
+        ndarray of dtypes.PAGE_RUN
             As for `written`.
 
         Raises
@@ -170,7 +170,7 @@ cdef class PageTracker:
         cdef int failed = 0
         parts = []
         while at < self._end and not failed:
-            part = np.empty(RUNS_AT_ONCE, RUN_DTYPE)
+            part = np.empty(RUNS_AT_ONCE, dtypes.PAGE_RUN)
             into = part
             with nogil:
                 count = onion_find_pages(self._pagemap, &at, self._end, wanted, &into[0], RUNS_AT_ONCE)
@@ -178,7 +178,7 @@ cdef class PageTracker:
                 failed = -count
             else:
                 parts.append(part[:count])
-        runs = np.concatenate(parts) if parts else np.empty(0, RUN_DTYPE)
+        runs = np.concatenate(parts) if parts else np.empty(0, dtypes.PAGE_RUN)
         for field in ("start", "end"):
             runs[field] -= self._start
         if failed:
@@ -192,7 +192,7 @@ cdef class PageTracker:
 
         Parameters
         ----------
-        runs : ndarray of RUN_DTYPE
+        runs : ndarray of dtypes.PAGE_RUN
             Byte offsets in the range.
         to : writable buffer
             As long as all runs together.
@@ -215,7 +215,7 @@ cdef class PageTracker:
 
         Parameters
         ----------
-        runs : ndarray of RUN_DTYPE
+        runs : ndarray of dtypes.PAGE_RUN
             Byte offsets in the range.
         to : writable buffer
             As long as the range.
@@ -240,7 +240,7 @@ cdef class PageTracker:
 
         Parameters
         ----------
-        runs : ndarray of RUN_DTYPE
+        runs : ndarray of dtypes.PAGE_RUN
             Byte offsets in the range.
         data : buffer
             As long as all runs together.
@@ -263,7 +263,7 @@ cdef class PageTracker:
 
         Parameters
         ----------
-        runs : ndarray of RUN_DTYPE
+        runs : ndarray of dtypes.PAGE_RUN
             Byte offsets in the range, and in the file.
         file : int
             An open file that is as long as the range.
@@ -290,7 +290,7 @@ cdef class PageTracker:
 
     def _checked(self, runs):
         """Return the runs as addresses, without empty ones, after a look at what would reach out of the range."""
-        runs = np.ascontiguousarray(runs, RUN_DTYPE)
+        runs = np.ascontiguousarray(runs, dtypes.PAGE_RUN)
         runs = runs[runs["end"] != runs["start"]]
         if len(runs) and ((runs["end"] < runs["start"]).any() or int(runs["end"].max()) > self._end - self._start):
             raise ValueError("a run ends before it begins, or behind the range")

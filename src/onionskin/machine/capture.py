@@ -17,13 +17,14 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from onionskin.base.lazy import logger
 from onionskin.errors import OnionskinError, StateError
 from onionskin.machine.ram import GuestRam
 from onionskin.machine.running import Running, StateFile, source_of, stopped
+from onionskin.machine.taken import MachineSnapshot
 from onionskin.operations.machine_snapshots import MachineCut, cut_machine, refuse_taken_name
 
 if TYPE_CHECKING:
@@ -34,33 +35,6 @@ _log = logger(__name__)
 MODES = ("live", "pause")
 ROUNDS_MAX = 12
 FEW_PAGES = 128  # so many are collected in less than a millisecond
-
-
-@dataclass(frozen=True, slots=True)
-class MachineSnapshot:
-    """A snapshot of a machine that was taken.
-
-    Attributes
-    ----------
-    name, note, mode : str
-        As it is called; and how it was taken: "live", "pause", or "off".
-    pause_seconds : float
-        For how long the machine stood still; 0 where it did not run.
-    bytes_stored : int
-        What RAM and the state of the devices took in the store.
-    disks : tuple of str
-        The names of the disks in it.
-    frozen : tuple of str
-        What the guest's agent froze.
-    """
-
-    name: str
-    note: str
-    mode: str
-    pause_seconds: float = 0.0
-    bytes_stored: int = 0
-    disks: tuple[str, ...] = ()
-    frozen: tuple[str, ...] = ()
 
 
 def _go_on() -> None:

@@ -18,12 +18,12 @@ from onionskin.base.sockets import connect_unix
 from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.machine import daemon, disk_server, orphans, pool, pool_leftovers, record
 from onionskin.machine import fork as fork_process
-from onionskin.machine.capture import MachineSnapshot
 from onionskin.machine.control import MachineControl, NotAsked
 from onionskin.machine.entropy import doubt_about
 from onionskin.machine.hypervisor import Configuration, Recorded, compare
 from onionskin.machine.pool import MachinePool
 from onionskin.machine.record import Record
+from onionskin.machine.taken import MachineSnapshot
 from onionskin.operations import machine_forks, machine_tree, machines
 from onionskin.operations.forks import check_wanted
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from socket import socket
-from typing import Any, Self
-
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Self
 
 from onionskin.base.sockets import connect_unix
 from onionskin.errors import FormatError, StateError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _MAGIC = 0x316D6172
 _WHERE, _ARM, _FORGET = 1, 2, 3
@@ -89,14 +90,14 @@ class Preload:
         """Have all writes to RAM noted from now on, and what was noted forgotten."""
         return self._ask(_ARM, "cannot note what is written to its memory (Linux 6.7 and permission for userfaultfd)")
 
-    def forget(self, runs: NDArray[Any]) -> None:
+    def forget(self, runs: "NDArray[Any]") -> None:
         """Drop what the guest wrote to these runs: they read as the RAM file again.
 
         They count as written until they are protected again (`PageTracker.written`).
 
         Parameters
         ----------
-        runs : ndarray of RUN_DTYPE
+        runs : ndarray of dtypes.PAGE_RUN
             Byte offsets in RAM.
         """
         packed = runs.copy()

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onionskin.base.files import data_ranges, read_all, write_all
 from onionskin.base.sizes import format_size
@@ -34,8 +34,10 @@ from onionskin.machine.hypervisor import Configuration, Identity, Recorded
 from onionskin.machine.monitor import JOB_PREFIX, Monitor, MonitorError, MonitorTimeout, Standstill
 from onionskin.machine.orphans import copy_of_ram
 from onionskin.machine.preload import Preload, library
-from onionskin.machine.ram import GuestRam
 from onionskin.storage.locks import start_ticks
+
+if TYPE_CHECKING:
+    from onionskin.machine.ram import GuestRam
 
 START_SECONDS = 60.0
 _ENDING_SECONDS = 5.0
@@ -288,6 +290,8 @@ class QemuProcess:
         if not where.length:
             raise StateError(f"QEMU of machine {self.name!r} has not mapped its RAM as it was told to")
         self._tracker = PageTracker(self.pid, where.start, where.length)
+        from onionskin.machine.ram import GuestRam  # it brings NumPy, which whoever only looks needs not
+
         ram = GuestRam(self._tracker, where.length)
         # The marks of noting look like pages that were swapped out.
         if not again or _swapped_bytes(self.pid):

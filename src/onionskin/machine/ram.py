@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onionskin.base.dtypes import PAGE_RUN
 from onionskin.base.files import write_all
 from onionskin.base.states import DATA as DATA_STATE
 from onionskin.errors import StateError
 from onionskin.kernels import _ram
-from onionskin.kernels._ram import PAGE_BYTES, RUN_DTYPE, PageTracker
+from onionskin.kernels._ram import PAGE_BYTES, PageTracker
 from onionskin.machine.preload import Preload
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ _LONG_RUN_PAGES = 32  # runs that are as long as this on the average are written
 def runs_of(pages: NDArray[np.bool_]) -> NDArray[Any]:
     """Return the runs of the pages that are set, as byte offsets."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], pages, [False])).astype(np.int8)))
-    runs = np.empty(len(edges) // 2, RUN_DTYPE)
+    runs = np.empty(len(edges) // 2, PAGE_RUN)
     runs["start"], runs["end"] = edges[::2] * PAGE_BYTES, edges[1::2] * PAGE_BYTES
     return runs
 
@@ -65,11 +66,11 @@ def pieces_of(runs: NDArray[Any]) -> Iterator[NDArray[Any]]:
     first, held = 0, 0
     for number, (start, end) in enumerate(cut):
         if held and held + end - start > PIECE_BYTES:
-            yield np.array(cut[first:number], RUN_DTYPE)
+            yield np.array(cut[first:number], PAGE_RUN)
             first, held = number, 0
         held += end - start
     if held:
-        yield np.array(cut[first:], RUN_DTYPE)
+        yield np.array(cut[first:], PAGE_RUN)
 
 
 def runs_of_extents(extents: NDArray[Any], length: int, *, only_data: bool) -> NDArray[Any]:
@@ -77,7 +78,7 @@ def runs_of_extents(extents: NDArray[Any], length: int, *, only_data: bool) -> N
     kept = extents[extents["offset"] < length]
     if only_data:
         kept = kept[kept["state"] == DATA_STATE]
-    runs = np.empty(len(kept), RUN_DTYPE)
+    runs = np.empty(len(kept), PAGE_RUN)
     starts = kept["offset"].astype(np.int64)
     runs["start"] = starts // PAGE_BYTES * PAGE_BYTES
     runs["end"] = np.minimum(-(-(starts + kept["length"].astype(np.int64)) // PAGE_BYTES) * PAGE_BYTES, length)
@@ -401,7 +402,7 @@ class GuestRam(UnsavedRam):
 
     def write_page(self, number: int, page: NDArray[np.uint8]) -> None:
         """Change a page of the machine, which is stopped. It counts as written by the machine."""
-        run = np.array([(number * PAGE_BYTES, (number + 1) * PAGE_BYTES)], RUN_DTYPE)
+        run = np.array([(number * PAGE_BYTES, (number + 1) * PAGE_BYTES)], PAGE_RUN)
         self.add_unsaved(run)
         self._tracker.write(run, page)
 

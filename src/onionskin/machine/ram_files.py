@@ -28,7 +28,6 @@ from onionskin.base.lazy import logger
 from onionskin.base.waiting import within
 from onionskin.errors import OnionskinError, StateError
 from onionskin.kernels._wipe import wipe
-from onionskin.machine.ram import fill_file
 
 if TYPE_CHECKING:
     from onionskin.storage.open_store import OpenStore
@@ -213,6 +212,8 @@ class RamFiles:
             thread.join()
 
     def _make(self, source: Source, path: Path) -> None:
+        from onionskin.machine.ram import fill_file  # it brings NumPy, which whoever only drops files needs not
+
         self._make_directory()
         with self._drafted(path) as descriptor:
             if descriptor is None or path.exists():  # somebody else made it meanwhile

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from onionskin.base.dtypes import PAGE_RUN
 from onionskin.base.files import read_all, write_all
 from onionskin.base.lazy import logger
 from onionskin.base.states import DATA
@@ -208,7 +209,7 @@ def differing_pages(running: Running) -> NDArray[Any]:
     except FormatError:
         raise
     except OnionskinError:  # the layer of the file is gone: it was folded into another one
-        return np.array([(0, length)], _ram.RUN_DTYPE)
+        return np.array([(0, length)], PAGE_RUN)
 
 
 def diff_of_layers(store: "Store", one: bytes, other: bytes, length: int) -> NDArray[Any]:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from onionskin.base.files import data_ranges, name_of
-from onionskin.base.intervals import covered
+from onionskin.base.intervals import covered, distinct
 from onionskin.base.lazy import dtypes
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.naming import some_of
@@ -248,10 +248,10 @@ def _by_segments(
 
     Yields each part with the descriptors that the caller has to close.
     """
-    numbers = numpy.unique(segment)
+    numbers = distinct(segment)
     for first in range(0, len(numbers), OPEN_SEGMENTS_MAX):
         group = numbers[first : first + OPEN_SEGMENTS_MAX]
-        mine = numpy.isin(segment, group)
+        mine = (segment >= group[0]) & (segment <= group[-1])  # those of a group follow each other
         part = table[mine].copy()
         descriptors = []
         try:
@@ -388,7 +388,7 @@ def pieces_of(opened: OpenChain) -> "Array":
         found = list(data_ranges(opened.base_lock.descriptor, 0, base_bytes))
         base = numpy.array(found, dtype=numpy.int64).reshape(-1, 2)
     base_first, base_end = base[:, 0] // block_size, -(-base[:, 1] // block_size)
-    cuts = numpy.unique(numpy.concatenate((run_first, run_end, base_first, base_end)))
+    cuts = distinct(numpy.concatenate((run_first, run_end, base_first, base_end)))
     first, end = cuts[:-1], cuts[1:]
     run = covered(first, run_first, run_end)
     hidden = run >= 0

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from onionskin.base.intervals import covered
+from onionskin.base.intervals import covered, distinct
 from onionskin.base.lazy import dtypes
 from onionskin.base.records import record
 from onionskin.catalog import BaseRow, Catalog, LayerRow, SnapshotRow, VolumeRow
@@ -223,10 +223,7 @@ def _split(within: Ranges, runs: "Array", block_size: int) -> "Array":
     """Cut ranges of bytes at the borders of runs of blocks, so that each piece has one state (0: the base's)."""
     starts, ends = within
     run_starts, run_ends = _bytes_of(runs, block_size)
-    cuts = numpy.sort(numpy.concatenate((starts, ends, run_starts, run_ends)))
-    is_new = numpy.ones(len(cuts), bool)
-    is_new[1:] = cuts[1:] != cuts[:-1]
-    cuts = cuts[is_new]  # as `numpy.unique`, which would load numpy.ma: longer than most diffs take
+    cuts = distinct(numpy.concatenate((starts, ends, run_starts, run_ends)))
     if len(cuts) < 2:
         return numpy.empty(0, dtype=dtypes.EXTENT)
     left, right = cuts[:-1], cuts[1:]

@@ -15,6 +15,7 @@ from contextlib import ExitStack, suppress
 from onionskin.catalog import VolumeRow
 from onionskin.errors import StateError
 from onionskin.operations import forks, reclaim
+from onionskin.operations.unflushed import refuse_open
 from onionskin.operations.volumes import remove_volumes, unlink_files
 from onionskin.storage.locks import locked_to_remove
 from onionskin.storage.open_store import OpenStore
@@ -26,6 +27,17 @@ def expire(store: OpenStore) -> list[str]:
     """Drop what may be dropped now. Returns the names, sorted."""
     store.catalog.refuse_read_only()
     return sorted(name for rows in due(store) for name in drop(store, rows))
+
+
+def would_expire(store: OpenStore) -> list[str]:
+    """Return the names of the volumes that `expire` would drop now, sorted. Nothing is changed."""
+    names = []
+    for rows in due(store):
+        for row in rows:
+            with suppress(StateError):  # it is open
+                refuse_open(store, row.name)
+                names.append(row.name)
+    return sorted(names)
 
 
 def due(store: OpenStore) -> Iterator[Sequence[VolumeRow]]:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 
-from onionskin.base.durations import parse_duration
+from onionskin.base.durations import end_of, parse_duration
 from onionskin.base.limits import NAME_BYTES_MAX, WIPE_POLICIES
 from onionskin.base.naming import check_name, is_text, some_of
 from onionskin.base.records import record
@@ -430,7 +430,7 @@ def insert_named(
     """Write the rows of forks with these names, which are free. Inside a transaction."""
     catalog = store.catalog
     now_ns = time.time_ns()
-    expires_ns = None if wanted.lifetime_ns is None else now_ns + wanted.lifetime_ns
+    expires_ns = None if wanted.lifetime_ns is None else end_of(now_ns, wanted.lifetime_ns)
     first = NewHead.on(
         layer,
         base=None,

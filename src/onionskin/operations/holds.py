@@ -29,11 +29,14 @@ class Hold:
         Who it is, in words of their own choice.
     created : datetime.datetime
         Since when, in UTC.
+    volume : str
+        The volume of the snapshot.
     """
 
     snapshot: str
     holder: str
     created: datetime
+    volume: str = ""
 
 
 def refuse_held(catalog: Catalog, layers: Iterable[bytes], *, for_machine: bool = False) -> None:
@@ -102,4 +105,20 @@ def holds(store: OpenStore, volume: str, snapshot: str | None) -> list[Hold]:
         found = catalog.holds_on([one.layer for one in rows])
     places = {one.layer: place for place, one in enumerate(rows)}
     found.sort(key=lambda hold: places[hold.layer])
-    return [Hold(rows[places[one.layer]].name, one.holder, when(one.created_ns)) for one in found]
+    return [Hold(rows[places[one.layer]].name, one.holder, when(one.created_ns), volume) for one in found]
+
+
+def holds_of_store(store: OpenStore) -> list[Hold]:
+    """Return who holds any snapshot of a store: by volume, in the order of taking, and of holding."""
+    catalog = store.catalog
+    with catalog.reading():
+        found = catalog.holds()
+        taken = {row.layer: row for row in catalog.snapshots_of_layers({one.layer for one in found})}
+        volumes = {row.volume: catalog.volume_with_id(row.volume) for row in taken.values()}
+    listed = []
+    for one in found:
+        row = taken.get(one.layer)
+        volume = volumes[row.volume] if row else None
+        if row and volume:
+            listed.append((volume.name, row.number, Hold(row.name, one.holder, when(one.created_ns), volume.name)))
+    return [hold for _, _, hold in sorted(listed, key=lambda one: one[:2])]

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
 
+from onionskin.base.durations import end_of
 from onionskin.base.naming import some_of
 from onionskin.catalog import (
     LabelRow,
@@ -115,7 +116,7 @@ def _take(store: OpenStore, wanted: Wanted, machine: MachineRow, name: str) -> N
     for volume, called in names.items() | {(machine.ram, machines.ram_name(name))}:
         catalog.update(VolumeRow, volume, name=called, created_ns=now_ns)
         lineage.rename(catalog, volume, called)
-    expires_ns = None if wanted.lifetime_ns is None else now_ns + wanted.lifetime_ns
+    expires_ns = None if wanted.lifetime_ns is None else end_of(now_ns, wanted.lifetime_ns)
     catalog.update(VolumeRow, machine.ram, expires_ns=expires_ns)
     catalog.set_labels(machine.ram, wanted.labels)
     catalog.update_machine(machine.id, name=name, created_ns=now_ns, resumes=machines.BOOTS, state_bytes=0, recorded="")
@@ -200,7 +201,7 @@ def _new_ram(store: OpenStore, wanted: Wanted, names: Sequence[str], machine: Ma
     wipe = wanted.wipe or (catalog.layer(source.head).wipe if source else catalog.defaults().wipe)
     heads = [machines.new_ram_head(memory_bytes, wipe) for _ in names]
     insert_heads(catalog, heads)
-    expires_ns = None if wanted.lifetime_ns is None else now_ns + wanted.lifetime_ns
+    expires_ns = None if wanted.lifetime_ns is None else end_of(now_ns, wanted.lifetime_ns)
     rows = [
         VolumeRow(new_id(), machines.ram_name(name), head.layer.id, now_ns, expires_ns)
         for name, head in zip(names, heads, strict=True)

@@ -172,6 +172,16 @@ def _remove(store: OpenStore, parts: _Parts) -> Removed:
 # ---- those whose lifetime is over ----
 
 
+def would_expire(store: OpenStore) -> list[str]:
+    """Return the names of the machines that `expire` would remove now. Nothing is changed."""
+    names = []
+    for machine in store.catalog.expired_machines(time.time_ns()):
+        with suppress(OnionskinError):
+            loss_of_delete(store, [machine.name], recursive=False)  # which refuses as the removal itself does
+            names.append(machine.name)
+    return names
+
+
 def expire(store: OpenStore, refuse_processes: RefuseProcesses) -> tuple[list[str], list[Removed]]:
     """Remove the machines whose lifetime is over: not those that run, that have snapshots, or that were forked.
 

@@ -4,7 +4,13 @@ What must hold for a volume: its lock is held, so that no data path goes on with
 for all that the volume holds, also for what waits to be freed; a laxer one for what is written from then on.
 """
 
+import time
+from collections.abc import Mapping
+
+from onionskin.base.durations import end_of
 from onionskin.catalog import Defaults, LayerRow, VolumeRow, WorkRow
+from onionskin.operations.forks import check_labels
+from onionskin.operations.ownership import refuse_owned
 from onionskin.operations.space import own_layers
 from onionskin.storage.open_store import OpenStore
 
@@ -25,6 +31,35 @@ def set_wipe(store: OpenStore, volume: VolumeRow, wipe: str) -> None:
             catalog.update(WorkRow, work.id, wipe=wipe)
 
     store.change(change)
+
+
+def set_lifetime(store: OpenStore, volume: str, lifetime_ns: int | None) -> None:
+    """Have a volume expire a time from now, or never. See `Store.set_lifetime`."""
+    catalog = store.catalog
+
+    def change() -> None:
+        row = catalog.volume(volume)
+        refuse_owned(catalog, [row.id], "given a lifetime", "machines have lifetimes of their own")
+        catalog.update(
+            VolumeRow, row.id, expires_ns=None if lifetime_ns is None else end_of(time.time_ns(), lifetime_ns)
+        )
+
+    store.change(change)
+
+
+def set_labels(store: OpenStore, volume: str, labels: Mapping[str, str | None]) -> dict[str, str]:
+    """Put labels on a volume and take others away, and return those that it has then. See `Store.set_labels`."""
+    catalog = store.catalog
+    check_labels({key: "" if value is None else value for key, value in labels.items()})
+
+    def change() -> dict[str, str]:
+        row = catalog.volume(volume)
+        refuse_owned(catalog, [row.id], "labelled", "machines have labels of their own")
+        found = {key: value for key, value in {**catalog.labels_of(row.id), **labels}.items() if value is not None}
+        catalog.set_labels(row.id, check_labels(found))
+        return found
+
+    return store.change(change)
 
 
 def with_defaults(store: OpenStore, block_size: int | None, wipe: str | None) -> tuple[int, str]:

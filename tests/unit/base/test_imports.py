@@ -224,23 +224,72 @@ def test_volumes_are_made_written_and_taken_back_without_numpy(tmp_path: Path) -
     subprocess.run([sys.executable, "-c", CALLS, tmp_path / "store"], check=True)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    ["create STORE/new --size 1G", "snapshot STORE/web@b", "revert STORE/web@a --yes", "tree STORE", "info STORE/web",
-     "clone STORE/web@a STORE/copy", "write STORE/web 5000", "read STORE/web 5000 4", "snapshots STORE/web"],
+# Of all verbs those that need no array; diff, compare, map, delta, export, flatten and merges into a base make some.
+VERBS = (
+    "create STORE/new --size 1G", "snapshot STORE/web@b", "revert STORE/web@a --yes", "tree STORE", "info STORE/web",
+    "clone STORE/web@a STORE/copy", "write STORE/web 5000", "read STORE/web 5000 4", "snapshots STORE/web",
+    "list STORE -o name,used,written", "info STORE", "info STORE/web@a", "snapshots STORE/web -o name,used,written",
+    "fork STORE/web@a -n 2", "fork STORE/web", "forks STORE/web@a", "lineage STORE/web", "expire STORE",
+    "resize STORE/web 65M", "rename STORE/web www", "rename STORE/web@a b", "set STORE/web wipe=zero",
+    "set STORE wipe=zero", "get STORE/web", "hold STORE/web@a me", "holds STORE/web", "note STORE/web@a why",
+    "prune STORE/web --keep-last 1", "prune STORE/web --keep-daily 1 --dry-run", "usage STORE/web",
+    "usage STORE/web@a --forks", "trim STORE/web 0 64K", "zero STORE/web 0 64K", "check STORE", "delete STORE/alone",
+    "discard STORE/web@a --yes", "import IMAGE STORE/new", "import IMAGE STORE/new --format raw",
+    "machine create STORE/lab --disk alone --memory 64M", "machine list STORE", "machine status STORE/guest",
+    "machine snapshot STORE/guest@s", "machine snapshots STORE/guest", "machine tree STORE/guest",
+    "machine usage STORE/guest", "machine rename STORE/guest box", "machine delete STORE/guest",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", VERBS)
 def test_a_verb_that_makes_no_array_imports_no_numpy(tmp_path: Path, arguments: str) -> None:
-    with onionskin.Store(tmp_path / "store") as store, store.create("web", size="64M") as volume:
-        volume.write(5000, b"kept")
-        volume.snapshot("a")
-        volume.write(5000, b"lost")
+    (tmp_path / "disk.img").write_bytes(b"data".ljust(8192, b"\0"))
+    with onionskin.Store(tmp_path / "store") as store:
+        for name in ("disk", "alone"):
+            store.create(name, size="1M").close()
+        store.create_machine("guest", disks=["disk"], memory="64M")
+        with store.create("web", size="64M") as volume:
+            volume.write(5000, b"kept")
+            volume.snapshot("a")
+            volume.write(5000, b"lost")
+    words = [
+        word.replace("STORE", str(tmp_path / "store")).replace("IMAGE", str(tmp_path / "disk.img"))
+        for word in arguments.split()
+    ]
     program = (
         "import sys; from onionskin.cli.app import onionskin\n"
-        f"try: onionskin({[word.replace('STORE', str(tmp_path / 'store')) for word in arguments.split()]!r})\n"
+        f"try: onionskin({words!r})\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         "assert 'numpy' not in sys.modules and 'sqlite3' in sys.modules\n"
+        "assert 'zoneinfo' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL, input=b"")
+
+
+@pytest.mark.parametrize(
+    "arguments", ["export STORE/web OUT", "export STORE/web@a OUT", "flatten STORE/copy", "diff STORE/web@a",
+                  "delta STORE/web@a --output OUT"],
+)  # fmt: skip
+def test_a_verb_that_makes_arrays_loads_no_part_of_numpy_that_takes_longer_than_the_rest(
+    tmp_path: Path, arguments: str
+) -> None:
+    (tmp_path / "disk.img").write_bytes(b"data" * 4096)
+    with onionskin.Store(tmp_path / "store") as store:
+        with store.create("web", base=tmp_path / "disk.img") as volume:
+            volume.write(5000, b"kept")
+            volume.snapshot("a")
+            volume.write(5000, b"more")
+        store.clone("web", "a", "copy")
+    words = [
+        word.replace("STORE", str(tmp_path / "store")).replace("OUT", str(tmp_path / "out"))
+        for word in arguments.split()
+    ]
+    run(
+        "import sys; from onionskin.cli.app import onionskin\n"
+        f"try: onionskin({words!r})\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert 'numpy' in sys.modules and 'numpy.ma' not in sys.modules\n"
+    )
 
 
 def test_every_public_name_is_there() -> None:

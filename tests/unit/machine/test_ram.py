@@ -15,8 +15,9 @@ import pytest
 from support.forbid_calls import PROCESS_MADVISE, forbid
 
 import onionskin
+from onionskin.base.dtypes import PAGE_RUN
 from onionskin.kernels import _ram
-from onionskin.kernels._ram import PAGE_BYTES, RUN_DTYPE, PageTracker
+from onionskin.kernels._ram import PAGE_BYTES, PageTracker
 from onionskin.machine.preload import Preload, library
 from onionskin.machine.ram import GuestRam, blocks_of, build_file, pieces_of, runs_of
 
@@ -236,15 +237,15 @@ def test_pages_are_written_from_a_file_and_no_others(child: Child, tmp_path: Pat
     tracker, _ = tracked(child)
     content = np.random.default_rng(2).integers(1, 255, LENGTH, dtype=np.uint8)
     (tmp_path / "file").write_bytes(content.tobytes())
-    runs = np.array([(PAGE_BYTES * at, PAGE_BYTES * (at + 3)) for at in range(1, 4000, 5)], RUN_DTYPE)
+    runs = np.array([(PAGE_BYTES * at, PAGE_BYTES * (at + 3)) for at in range(1, 4000, 5)], PAGE_RUN)
     before = np.empty(LENGTH, np.uint8)
-    tracker.read(np.array([(0, LENGTH)], RUN_DTYPE), before)
+    tracker.read(np.array([(0, LENGTH)], PAGE_RUN), before)
     with (tmp_path / "file").open("rb") as file:
         tracker.write_from(runs, file.fileno())
     for start, end in runs.tolist():
         before[start:end] = content[start:end]
     after = np.empty(LENGTH, np.uint8)
-    tracker.read(np.array([(0, LENGTH)], RUN_DTYPE), after)
+    tracker.read(np.array([(0, LENGTH)], PAGE_RUN), after)
     assert np.array_equal(before, after)
     os.truncate(tmp_path / "file", LENGTH // 2)
     with (tmp_path / "file").open("rb") as file, pytest.raises(OSError):
@@ -266,7 +267,7 @@ def test_a_machine_goes_back_to_a_snapshot_and_its_writes_are_noted_again(child:
         with store.open("ram", snapshot="a") as view:
             ram.put_back(runs_of(ram._unsaved), view)
             whole = np.empty(LENGTH, np.uint8)
-            tracker.read(np.array([(0, LENGTH)], RUN_DTYPE), whole)
+            tracker.read(np.array([(0, LENGTH)], PAGE_RUN), whole)
             assert whole[PAGE_BYTES:].tobytes() == view.read(0, LENGTH)[PAGE_BYTES:]
         assert ram.collect() == 0
         child.write(5, 1)
@@ -277,7 +278,7 @@ def test_pages_that_are_forgotten_read_as_the_file_and_are_noted_again(child: Ch
     tracker, _ = tracked(child)
     child.write(0, 9)
     child.write(1, 9)
-    child.preload.forget(np.array([(0, PAGE_BYTES)], RUN_DTYPE))
+    child.preload.forget(np.array([(0, PAGE_BYTES)], PAGE_RUN))
     assert (child.read(0), child.read(1)) == (1, 9)
     tracker.written(protect=True)
     child.write(0, 3)
@@ -295,10 +296,10 @@ def test_more_runs_than_one_call_takes_are_forgotten_and_nothing_between_them(
         tracker, _ = tracked(child)
         for page in range(3000):
             child.write(page, 9)
-        runs = np.array([(PAGE_BYTES * at, PAGE_BYTES * (at + 1)) for at in range(0, 3000, 2)], RUN_DTYPE)
+        runs = np.array([(PAGE_BYTES * at, PAGE_BYTES * (at + 1)) for at in range(0, 3000, 2)], PAGE_RUN)
         child.preload.forget(runs)
         whole = np.empty(LENGTH, np.uint8)
-        tracker.read(np.array([(0, LENGTH)], RUN_DTYPE), whole)
+        tracker.read(np.array([(0, LENGTH)], PAGE_RUN), whole)
         assert whole[::PAGE_BYTES].tolist() == [1, 9] * 1500 + [1] * (PAGES - 3000)
     finally:
         child.close()
@@ -307,14 +308,14 @@ def test_more_runs_than_one_call_takes_are_forgotten_and_nothing_between_them(
 def test_of_runs_one_of_which_is_outside_of_the_memory_none_is_forgotten(child: Child) -> None:
     child.write(0, 9)
     with pytest.raises(OSError, match="cannot put its memory back"):
-        child.preload.forget(np.array([(0, PAGE_BYTES), (0, LENGTH + PAGE_BYTES)], RUN_DTYPE))
+        child.preload.forget(np.array([(0, PAGE_BYTES), (0, LENGTH + PAGE_BYTES)], PAGE_RUN))
     assert child.read(0) == 9
 
 
 @pytest.mark.parametrize("run", [(0, LENGTH + PAGE_BYTES), (PAGE_BYTES, 0), (1, PAGE_BYTES + 1)])
 def test_a_run_outside_of_the_memory_is_refused(child: Child, run: tuple[int, int]) -> None:
     with pytest.raises(OSError, match="cannot put its memory back"):
-        child.preload.forget(np.array([run], RUN_DTYPE))
+        child.preload.forget(np.array([run], PAGE_RUN))
     assert child.preload.where().length == LENGTH
 
 
@@ -323,7 +324,7 @@ def test_a_process_that_ended_is_an_error(child: Child) -> None:
     child.process.kill()
     child.process.wait()
     with pytest.raises(OSError):
-        tracker.read(np.array([(0, PAGE_BYTES)], RUN_DTYPE), np.empty(PAGE_BYTES, np.uint8))
+        tracker.read(np.array([(0, PAGE_BYTES)], PAGE_RUN), np.empty(PAGE_BYTES, np.uint8))
 
 
 def test_a_file_is_built_from_a_snapshot_sparse_and_for_its_owner(tmp_path: Path) -> None:
@@ -356,7 +357,7 @@ def test_pages_are_told_apart() -> None:
 
 
 def test_runs_are_cut_into_pieces_that_are_all_of_them() -> None:
-    runs = np.array([(0, 4096), (8192, 8192 + (30 << 20)), (40 << 20, (40 << 20) + 4096)], RUN_DTYPE)
+    runs = np.array([(0, 4096), (8192, 8192 + (30 << 20)), (40 << 20, (40 << 20) + 4096)], PAGE_RUN)
     pieces = list(pieces_of(runs))
     assert np.concatenate([blocks_of(piece) for piece in pieces]).tolist() == blocks_of(runs).tolist()
     assert all(int((piece["end"] - piece["start"]).sum()) <= 8 << 20 for piece in pieces)

@@ -9,8 +9,9 @@ import pytest
 from support.stand_in import LENGTH, PAGES, RECORDED, StandIn, attach
 
 import onionskin
+from onionskin.base.dtypes import PAGE_RUN
 from onionskin.errors import SnapshotNotFoundError, StateError
-from onionskin.kernels._ram import PAGE_BYTES, RUN_DTYPE
+from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine import capture, restore
 from onionskin.machine.ram import GuestRam
 from onionskin.machine.running import Running
@@ -254,7 +255,7 @@ def test_the_generation_id_that_the_hypervisor_wrote_stays(
         load(path)
         data = bytearray(ram[4 * PAGE_BYTES : 5 * PAGE_BYTES])
         data[40:56] = generation
-        process.tracker.write(np.array([(4 * PAGE_BYTES, 5 * PAGE_BYTES)], RUN_DTYPE), np.frombuffer(data, np.uint8))
+        process.tracker.write(np.array([(4 * PAGE_BYTES, 5 * PAGE_BYTES)], PAGE_RUN), np.frombuffer(data, np.uint8))
 
     process.load_state = load_and_tell  # type: ignore[method-assign]
     restore.revert(running, "a")
@@ -271,7 +272,7 @@ def test_a_guest_that_goes_back_finds_another_generation_id_each_time(
     start = page * PAGE_BYTES
     own = bytes(40) + uuid.UUID(running.identity.generation).bytes_le
     whole = np.frombuffer(own.ljust(PAGE_BYTES, b"\0"), np.uint8)
-    load, run = process.load_state, np.array([(start, start + PAGE_BYTES)], RUN_DTYPE)
+    load, run = process.load_state, np.array([(start, start + PAGE_BYTES)], PAGE_RUN)
     process.tracker.write(run, whole)
     ram = snapshot(running, process, "a", {4: 3})
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onionskin.base.zero_runs import split_zeros
+from onionskin.kernels._copy import split_zeros
 
 
 @given(
@@ -31,4 +31,4 @@ def test_runs_are_those_that_a_loop_over_blocks_finds(
             expected[-1] = (expected[-1][0], stop, is_zero)
         else:
             expected.append((start, stop, is_zero))
-    assert list(split_zeros(data, block_size)) == expected
+    assert split_zeros(data, block_size) == expected
