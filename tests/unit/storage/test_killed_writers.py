@@ -529,3 +529,36 @@ def test_a_log_that_is_mostly_dead_is_written_anew_while_the_volume_is_open(tmp_
             longest = max(longest, *(path.stat().st_size for path in store._opened.layout.layers.iterdir()))
         assert longest < 1 << 20
         assert web.read(0, 4096) == before
+
+
+def pages_of_records(store: Path) -> list[dict[str, str]]:
+    """What the kernel says of each mapping of a file of records: the header of the file, and its two halves."""
+    found: list[dict[str, str]] = []
+    is_one = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        word, _, rest = line.partition(" ")
+        if not word.endswith(":"):
+            is_one = str(store / "volumes") in rest and rest.endswith(".dirty")
+            if is_one:
+                found.append({})
+        elif is_one:
+            found[-1][word] = rest.strip()
+    return found
+
+
+def test_the_pages_of_records_are_there_before_a_writer_needs_them(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", size=BLOCK) as web:
+        web.write(0, b"one")
+        found = pages_of_records(store.path)
+        assert len(found) == 3
+        assert [one["Rss:"] for one in found] == [one["Size:"] for one in found]
+
+
+def test_no_page_of_records_is_read_ahead_of_also_when_there_are_more(tmp_path: Path) -> None:
+    blocks = 4096
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", size=blocks * BLOCK) as web:
+        for block in range(0, blocks, 2):
+            web.write(block * BLOCK, b"one")
+        found = pages_of_records(store.path)
+        assert max(int(one["Size:"].split()[0]) for one in found) > 16  # KiB: a half has grown
+        assert all("rr" in one["VmFlags:"].split() for one in found)
