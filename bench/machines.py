@@ -292,7 +292,7 @@ def measure_forks(times: Times, lab: "onionskin.Machine", root: Path, given: arg
         found |= fork(times, lab, count, f"fork of {count} to last first output")
         with lab.pool("first", warm=count):
             found |= fork(times, lab, count, f"fork of {count} from a pool to the same")
-    return found
+    return found | memory_of_forks(lab, given.forks)
 
 
 def fork(times: Times, lab: "onionskin.Machine", count: int, row: str) -> dict[str, float]:
@@ -311,6 +311,29 @@ def fork(times: Times, lab: "onionskin.Machine", count: int, row: str) -> dict[s
     return {
         f"{row}: PSS MiB": sum(whole for whole, _ in memory),
         f"{row}: of which guest RAM": sum(guests for _, guests in memory),
+    }
+
+
+def memory_of_forks(lab: "onionskin.Machine", count: int) -> dict[str, float]:
+    """Let forks run one after the other, each to its first output, and return how much memory they have together then.
+
+    Forks that run take more all the time: what their guests write, and what QEMU translates. So what those have that run at
+    once says how long the last of them took, too.
+    """
+    forks = lab.fork("first", count=count, start=False)
+    try:
+        for one in forks:
+            one.start()
+            console_of(one).wait_ticks(since=0)
+            one.pause()
+        memory = [pss_mib(pid_of(one)) for one in forks]
+    finally:
+        for one in forks:
+            one.stop(force=True)
+            one.delete()
+    return {
+        f"{count} forks, each at its first output: PSS MiB": sum(whole for whole, _ in memory),
+        f"{count} forks, each at its first output: of which guest RAM": sum(guests for _, guests in memory),
     }
 
 
@@ -386,6 +409,8 @@ def main() -> int:
         print(f"first savevm / snapshot: {times.median('first savevm') / times.median('first snapshot, durable'):.1f}")
         print(f"first savevm / pause: {times.median('first savevm') / times.median('its pause'):.1f}")
         print(f"savevm / snapshot: {times.median('second savevm') / times.median('second snapshot, durable'):.1f}")
+        together = found[f"{given.forks} forks, each at its first output: PSS MiB"]
+        print(f"memory of {given.forks} forks / booted: {together / found['booted: PSS MiB']:.2f}")
         print(f"loadvm / revert: {times.median('loadvm to first output') / times.median('revert to first output'):.1f}")
         for count in (1, given.forks):
             peers = times.median(f"{count} fresh -loadvm to last first output")

@@ -205,8 +205,9 @@ static int forget_at_once(const struct onion_preload_run *runs, size_t count) {
     return syscall(SYS_process_madvise, preload.self, parts, count, MADV_DONTNEED, 0) == (ssize_t)length;
 }
 
-/* Drops the private pages of runs, so that they read as the file. They count as written then: who asked for this protects
- * them with the next scan, all in one call. */
+/* Drops the private pages of runs, so that they read as the file. On Linux 6.18 a page that was written since the last scan
+ * counts as written still, and one that a scan has protected stays protected and counts as clean. Other kernels may count
+ * that one too, so nobody relies on it: who asked for this protects all of them with the next scan, in one call. */
 static int forget(const struct onion_preload_run *runs, size_t count) {
     int status = 0;
     for (size_t i = 0; i < count && !status; i++)

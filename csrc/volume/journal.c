@@ -480,7 +480,8 @@ static void advance_owners(struct onion_volume *volume, const struct onion_journ
     struct onion_journal_owner *mine = is_owner ? &journal->owner : &journal->alternative;
     if (memcmp(mine->map_id, now->map_id, ONION_UUID_BYTES))
         return;
-    *mine = *now;
+    mine->frames = now->frames;
+    mine->crc = now->crc;
     if (!journal->header)
         return;
     struct onion_journal_half *half = &journal->header->halves[journal->current];

@@ -23,6 +23,7 @@ from onionskin.machine.record import DISKS, SERVER_LOG, ProcessId
 READY_SECONDS = 60.0
 END_SECONDS = 60.0  # it flushes the disks
 RESTARTS_MAX, WITHIN_SECONDS = 5, 60.0
+TELL_LISTENING = "--tell-listening"
 
 
 # Starts a server from a process that has loaded it already (`fork.py`), and returns its id and its output.
@@ -112,7 +113,7 @@ class DiskServer:
         names = [f"{self._store}/{volume}" for volume in self._volumes]
         log = os.open(self._directory / SERVER_LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         arguments = ["serve", *names, "--socket", str(self._directory / DISKS), "--allow-revert", "--json", *trust]
-        arguments += ["--tell-listening"]
+        arguments += [TELL_LISTENING]
         arguments += [f"--as={label}" for label in self.labels]
         try:
             pid, output = spawn(arguments, log) if spawn is not None else self._start_program(arguments, log)

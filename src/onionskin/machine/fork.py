@@ -26,11 +26,12 @@ from contextlib import ExitStack, suppress
 from typing import IO, TYPE_CHECKING, Any
 
 from onionskin.base.forking import ForkableLock
+from onionskin.base.sockets import UnixListener
 from onionskin.control import frames
 from onionskin.errors import OnionskinError, StateError
 from onionskin.machine import daemon, disk_server
 from onionskin.machine.record import SUPERVISOR_LOG, make_directory
-from onionskin.operations import machines
+from onionskin.operations import load_all, machines
 
 STARTS_AT_ONCE = 16
 IDLE_SECONDS = 60.0
@@ -164,9 +165,8 @@ def main(descriptor: int) -> int:
     """Be the process that forks, as long as who started it asks for something."""
     asked = socket.socket(fileno=descriptor)
     asked.set_inheritable(False)
-    for module in _OF_SERVERS:
-        with suppress(ImportError):
-            importlib.import_module(module)
+    with suppress(ImportError):  # those that are forked say what is missing
+        load_servers()
     signal.signal(signal.SIGCHLD, _reap)
     poll = select.poll()
     poll.register(asked, select.POLLIN)
@@ -179,6 +179,13 @@ def main(descriptor: int) -> int:
             _start_machines(json.loads(text), writers, asked)
             asked.send(_DONE)
     return 0
+
+
+def load_servers() -> None:
+    """Load all that a server of disks needs, also what it would load once it is ready: those that are forked have it."""
+    for module in _OF_SERVERS:
+        importlib.import_module(module)
+    load_all()
 
 
 def _reap(*_: object) -> None:
@@ -293,7 +300,7 @@ def _become_server(asked: socket.socket) -> int:
     os.setsid()
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     try:
-        sys.argv = ["onionskin", *json.loads(what)]
+        sys.argv = ["onionskin", *_listening(json.loads(what))]
         runpy.run_module("onionskin", run_name="__main__")
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 1
@@ -303,6 +310,18 @@ def _become_server(asked: socket.socket) -> int:
     finally:
         sys.stdout.flush()
     return 0
+
+
+def _listening(arguments: list[str]) -> list[str]:
+    """Listen now, before the command line is read, and say so: a hypervisor that connects waits until the disks are open.
+
+    Returns the arguments without the one that asks for it.
+    """
+    from onionskin.nbd import listener
+
+    listener.beforehand = UnixListener(arguments[arguments.index("--socket") + 1])
+    print(json.dumps({"listening": True}), flush=True)
+    return [one for one in arguments if one != disk_server.TELL_LISTENING]
 
 
 def _write_to(log: str) -> None:

@@ -336,7 +336,7 @@ class Hypervisor(Protocol):
         disks: Sequence[str],
         state: Path | None,
         identity: Identity,
-        wait_for_disks: Callable[[], None] = lambda: None,
+        beside_its_start: Callable[[], None] = lambda: None,
     ) -> Process:
         """Start a machine that is stopped before its first instruction.
 
@@ -354,8 +354,9 @@ class Hypervisor(Protocol):
         state : Path, optional
             State of its devices to load; `ram_file` is then the RAM of the same snapshot.
         identity : Identity
-        wait_for_disks : callable
-            Returns when the disks can be read, whose server listens already. The process can be started meanwhile.
+        beside_its_start : callable
+            Is called when the process was started, which takes its time, and maybe more than once. It returns when the disks
+            can be read, whose server listens already.
         """
 
 

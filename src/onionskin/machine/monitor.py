@@ -8,7 +8,7 @@ import asyncio
 import itertools
 import os
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -149,6 +149,31 @@ class Monitor:
         """
         return self._await(self._client.execute(command, arguments), command, seconds)
 
+    def execute_all(
+        self, commands: Sequence[tuple[str, dict[str, Any] | None]], *, seconds: float = SECONDS
+    ) -> list[Any]:
+        """Run commands in this order, and return what they return. None waits for the answer to the one before it.
+
+        QEMU carries out those behind one that it refuses, too.
+
+        Raises
+        ------
+        MonitorTimeout, MonitorError
+            As for `execute`: of the first one that failed.
+        """
+
+        async def run() -> list[Any]:
+            asked = (self._client.execute(*command) for command in commands)
+            found = await asyncio.gather(*asked, return_exceptions=True)
+            for (command, _), one in zip(commands, found, strict=True):
+                if isinstance(one, ExecuteError):
+                    raise self._refused(command, one)
+                if isinstance(one, BaseException):
+                    raise one
+            return found
+
+        return list(self._await(run(), commands[0][0], seconds))
+
     def request(self, command: str, arguments: dict[str, Any] | None = None) -> None:
         """Ask for a command behind all that were asked for, and wait for nothing."""
 
@@ -192,6 +217,9 @@ class Monitor:
         self._standstill.hear(str(event["event"]))
         return False
 
+    def _refused(self, command: str, error: ExecuteError) -> MonitorError:
+        return MonitorError(f"QEMU of machine {self._name!r} refused {command!r}: {error}")
+
     def _listen(self, on_event: Callable[[str, dict[str, Any]], None]) -> None:
         events = EventListener()
         self._client.register_listener(events)
@@ -218,7 +246,7 @@ class Monitor:
                 f"QEMU of machine {self._name!r} did not answer {what!r} within {seconds:g} s; {self._why_silent()}"
             ) from None
         except ExecuteError as error:
-            raise MonitorError(f"QEMU of machine {self._name!r} refused {what!r}: {error}") from None
+            raise self._refused(what, error) from None
         except (QMPError, OSError, EOFError) as error:
             said = "it is being disconnected" if isinstance(error, DisconnectedError) else error
             raise MonitorError(

@@ -140,8 +140,7 @@ class Pool:
 
     def begin(self) -> None:
         """Load what supervisors need, listen, and start the first machines."""
-        for module in fork._OF_SERVERS:
-            importlib.import_module(module)
+        fork.load_servers()
         importlib.import_module("onionskin.machine.supervisor")
         directory = make_directory(self._root, self._machine)
         self._listener = listen(directory, self._snapshot)

@@ -93,7 +93,7 @@ class Preload:
     def forget(self, runs: "NDArray[Any]") -> None:
         """Drop what the guest wrote to these runs: they read as the RAM file again.
 
-        They count as written until they are protected again (`PageTracker.written`).
+        They may count as written until they are protected again (`PageTracker.written`).
 
         Parameters
         ----------

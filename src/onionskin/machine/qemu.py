@@ -56,8 +56,15 @@ STATE_CLUSTER_BYTES = 16384  # as fast as QEMU's 65536, and half a MiB less
 _STATE_NODE, _FILE_NODE = "state-", "file-of-state-"
 # In the environment: what is written to RAM is found by comparing, as where the kernel or a sandbox forbids to note it.
 NO_TRACKING = "ONIONSKIN_NO_TRACKING"
+_TUNABLES, _LARGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"  # from glibc 2.35 on; others leave it alone
 
 OnEvent = Callable[[str, dict[str, Any]], None]
+Command = tuple[str, dict[str, Any] | None]
+# RAM is not part of a saved state, as it is mapped shared.
+_WITHOUT_RAM: Command = (
+    "migrate-set-capabilities",
+    {"capabilities": [{"capability": "x-ignore-shared", "state": True}]},
+)
 
 
 class QemuHypervisor:
@@ -102,7 +109,7 @@ class QemuHypervisor:
         disks: Sequence[str],
         state: Path | None,
         identity: Identity,
-        wait_for_disks: Callable[[], None] = lambda: None,
+        beside_its_start: Callable[[], None] = lambda: None,
     ) -> "QemuProcess":
         """Start a machine that is stopped before its first instruction. See `Hypervisor.launch`."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -121,15 +128,14 @@ class QemuHypervisor:
                 disks=disks,
                 identity=identity,
             )
-            return _start(command, name, directory, ram, self._on_event, wait_for_disks, is_tracked=is_tracked)
+            return _start(command, name, directory, ram, self._on_event, beside_its_start, is_tracked=is_tracked)
 
         process = _start_tracked(start, ram_file) or _start_compared(start, ram_file, directory)
         try:
-            process.monitor.execute(
-                "migrate-set-capabilities", {"capabilities": [{"capability": "x-ignore-shared", "state": True}]}
-            )
-            if state is not None:
-                process.load_state(state)
+            if state is None:
+                process.monitor.execute(*_WITHOUT_RAM)
+            else:
+                process.load_state(state, _WITHOUT_RAM)
         except BaseException:
             process.quit(0)
             raise
@@ -382,16 +388,19 @@ class QemuProcess:
         if prepared is not None:
             self._remove_node(prepared[0])
 
-    def load_state(self, path: Path) -> None:
+    def load_state(self, path: Path, *before: Command) -> None:
         """Load the state of the devices, while it is stopped and its RAM is as it was then. QEMU writes to that file."""
-        with self.loading(path) as load:
+        with self.loading(path, *before) as load:
             load()
 
     @contextmanager
-    def loading(self, path: Path) -> Iterator[Callable[[], None]]:
-        """Open the file of a state, while the machine may run, and give what loads it, as `load_state`."""
+    def loading(self, path: Path, *before: Command) -> Iterator[Callable[[], None]]:
+        """Open the file of a state, while the machine may run, and give what loads it, as `load_state`.
+
+        Commands that are to be carried out before that are asked for with it.
+        """
         with self._explained():
-            node = self._add_node(path, is_new=False)
+            node = self._add_node(path, *before, is_new=False)
 
         def load() -> None:
             self._reset_where_it_must_be()
@@ -463,17 +472,23 @@ class QemuProcess:
     def _run_on_state(self, command: str, node: str) -> None:
         self.monitor.run_job(command, {"tag": STATE_TAG, "vmstate": node, "devices": [node]}, seconds=STATE_SECONDS)
 
-    def _add_node(self, path: Path, *, is_new: bool) -> str:
+    def _add_node(self, path: Path, *before: Command, is_new: bool) -> str:
         self._nodes += 1
         node, file = f"{_STATE_NODE}{self._nodes}", f"{_FILE_NODE}{self._nodes}"
         if is_new and self._empty_state:  # QEMU looks at the length when it opens it
             path.write_bytes(self._empty_state)
-        self.monitor.execute("blockdev-add", {"driver": "file", "node-name": file, "filename": str(path.absolute())})
+        cache = {"direct": False, "no-flush": True}  # whoever keeps the state syncs it
+        commands: list[Command] = [
+            *before,
+            ("blockdev-add", {"driver": "file", "node-name": file, "filename": str(path.absolute())}),
+            ("blockdev-add", {"driver": "qcow2", "node-name": node, "file": file, "cache": cache}),
+        ]
         try:
             if is_new and not self._empty_state:
+                self.monitor.execute_all(commands[:-1])
                 self._format(path, file)
-            cache = {"direct": False, "no-flush": True}  # whoever keeps the state syncs it
-            self.monitor.execute("blockdev-add", {"driver": "qcow2", "node-name": node, "file": file, "cache": cache})
+                del commands[:-1]
+            self.monitor.execute_all(commands)
         except BaseException:
             with suppress(MonitorError):
                 self.monitor.execute("blockdev-del", {"node-name": file})
@@ -584,13 +599,13 @@ def _start(
     directory: Path,
     ram: Path,
     on_event: OnEvent | None,
-    wait_for_disks: Callable[[], None],
+    beside_its_start: Callable[[], None],
     *,
     is_tracked: bool,
 ) -> QemuProcess:
     for socket in (qemu_command.QMP, qemu_command.CONSOLE, qemu_command.AGENT, qemu_command.PRELOAD):
         (directory / socket).unlink(missing_ok=True)
-    environment = dict(os.environ)
+    environment = dict(os.environ) | {_TUNABLES: _with_large_pages(os.environ.get(_TUNABLES, ""))}
     if is_tracked:
         # The library takes these out of the environment again, so no child of QEMU inherits them.
         environment |= {
@@ -613,7 +628,7 @@ def _start(
     finally:
         os.close(log)
     try:
-        wait_for_disks()  # QEMU loads its libraries meanwhile, and answers nothing before it has its disks
+        beside_its_start()  # QEMU loads its libraries meanwhile, and answers nothing before it has its disks
         return QemuProcess(
             child.pid,
             start_ticks(child.pid),
@@ -641,6 +656,15 @@ def _kill_session(child: "subprocess.Popen[bytes]") -> None:
     """Kill a child that leads a session, which was not waited for yet, with what it started."""
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
+
+
+def _with_large_pages(tunables: str) -> str:
+    """Return tunables of the C library with which memory that is asked for comes in large pages, unless they speak of that.
+
+    QEMU reads the kernel of a guest to its memory before it answers, and the processor was told of each page of that.
+    """
+    name = _LARGE_PAGES.partition("=")[0]
+    return tunables if name in tunables else ":".join(filter(None, (tunables, _LARGE_PAGES)))
 
 
 def adopt(

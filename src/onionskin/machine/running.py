@@ -116,11 +116,12 @@ class Running:
         *,
         mapped: bytes | None,
         plugged: list[str] | None = None,
+        differ: NDArray[Any] | None = None,
     ) -> Self:
         """Take a machine in hand that was started, or whose supervisor died.
 
-        All that the process has and the RAM volume has not counts as unsaved. `plugged` are the devices that it was started
-        with, where that was noted before; else those that it has now.
+        All that the process has and the RAM volume has not counts as unsaved: `differ`, where it was looked for already.
+        `plugged` are the devices that it was started with, where that was noted before; else those that it has now.
         """
         guest_ram = process.guest_ram or ComparedRam(process.ram_file, ram_volume)
         running = cls(
@@ -129,7 +130,9 @@ class Running:
         )  # fmt: skip
         running.generation = identity.generation
         running.plugged = process.plugged() if plugged is None else plugged
-        running.guest_ram.add_unsaved(differing_pages(running))
+        if differ is None:
+            differ = differing_pages(store, ram_volume, mapped, guest_ram.length)
+        running.guest_ram.add_unsaved(differ)
         return running
 
     @property
@@ -194,18 +197,17 @@ class Running:
             self.guest_ram.close()
 
 
-def differing_pages(running: Running) -> NDArray[Any]:
+def differing_pages(store: "Store", volume: Volume, mapped: bytes | None, length: int) -> NDArray[Any]:
     """Return the runs of RAM in which the RAM volume may have something else than what the process was started over."""
     from onionskin.machine.ram import runs_of_extents
 
-    volume, length = running.ram_volume, running.guest_ram.length
-    if running.mapped is None:
+    if mapped is None:
         return runs_of_extents(volume.extents(), length, only_data=True)
     opened = volume._opened
-    if opened.head != running.mapped:
+    if opened.head != mapped:
         volume.flush()
     try:
-        return diff_of_layers(running.store, running.mapped, opened.head, length)
+        return diff_of_layers(store, mapped, opened.head, length)
     except FormatError:
         raise
     except OnionskinError:  # the layer of the file is gone: it was folded into another one

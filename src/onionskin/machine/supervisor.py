@@ -38,10 +38,12 @@ from onionskin.machine.monitor import MonitorError, MonitorTimeout
 from onionskin.machine.qemu import QemuHypervisor, QemuProcess
 from onionskin.machine.ram import GuestRam
 from onionskin.machine.record import BEGINNING, DISKS_ALONE, ProcessId, Record
-from onionskin.machine.running import Running
+from onionskin.machine.running import Running, differing_pages
 from onionskin.operations import machine_forks, machine_tree, machines
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from onionskin.catalog import MachineRow
     from onionskin.store import Store
     from onionskin.volume import Volume
@@ -165,6 +167,14 @@ class Supervisor:
                 was = prepared.saved.recorded
                 now = replace(now, guest_kernel=was.guest_kernel)  # that is in its RAM
             self._server.begin()
+            differ: list[NDArray[Any]] = []
+
+            def beside_its_start() -> None:
+                if prepared is not None:
+                    saved = prepared.saved
+                    differ.append(differing_pages(store, volume, saved.layer, saved.ram_bytes))
+                self._server.wait_ready()
+
             self._process = hypervisor.launch(
                 configuration,
                 name=self._name,
@@ -173,13 +183,14 @@ class Supervisor:
                 disks=self._server.uris,
                 state=prepared.state.path if prepared else None,
                 identity=identity,
-                wait_for_disks=self._server.wait_ready,
+                beside_its_start=beside_its_start,
             )
             self._ends.callback(self._process.quit, QUIT_SECONDS)
             mapped = prepared.saved.layer if prepared and self._process.ram() is not None else None
             self.running = Running.attach(
                 *(store, self._name, self._process, volume, configuration, now, identity, self._directory),
                 mapped=mapped,
+                differ=differ[-1] if differ and mapped is not None else None,
             )
             if prepared is not None:
                 restore.settle(self.running, prepared.saved)

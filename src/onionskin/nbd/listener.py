@@ -14,6 +14,9 @@ from onionskin.base.sockets import UnixListener, is_local, listen_tcp, uri_of
 from onionskin.errors import StateError
 from onionskin.nbd.tls import Terms
 
+# A Unix socket that this process made before it knew what it serves, for who asks for its path: clients can wait there.
+beforehand: UnixListener | None = None
+
 
 @dataclass(slots=True)
 class Listener:
@@ -70,7 +73,7 @@ def open_listeners(
     found = [Listener(one, None, None if one.family == socket.AF_UNIX else terms, one.close) for one in given]
     try:
         if path:
-            unix = UnixListener(path, mode=mode)
+            unix = _made_beforehand(path) or UnixListener(path, mode=mode)
             found.append(Listener(unix.socket, unix.path, None, unix.close))
         for host, port in addresses:
             found += [Listener(one, None, terms, one.close) for one in listen_tcp(host, port)]
@@ -79,3 +82,13 @@ def open_listeners(
             listener.close()
         raise
     return found
+
+
+def _made_beforehand(path: Path) -> UnixListener | None:
+    """Return the socket that listens at this path since before, once."""
+    global beforehand
+    made = beforehand
+    if made is None or made.path != FilePath(path).absolute():
+        return None
+    beforehand = None
+    return made

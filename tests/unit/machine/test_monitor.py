@@ -152,6 +152,21 @@ def test_a_command_that_is_refused_says_so_in_the_words_of_qemu(qemu: Qemu, path
         monitor.execute("refused")
 
 
+def test_commands_that_are_asked_for_together_wait_for_no_answer_in_between(qemu: Qemu, path: Path) -> None:
+    with Monitor(path, "lab") as monitor:
+        with pytest.raises(MonitorTimeout, match="did not answer 'silent'"):
+            monitor.execute_all([("silent", None), ("second", {"a": 1})], seconds=0.1)
+        qemu.wait_for("second")
+        assert monitor.execute_all([("third", None), ("fourth", None)]) == [{}, {}]
+    assert qemu.heard == ["qmp_capabilities", "silent", "second", "third", "fourth"]
+
+
+def test_the_first_refusal_of_several_commands_is_raised_when_all_were_answered(qemu: Qemu, path: Path) -> None:
+    with Monitor(path, "lab") as monitor, pytest.raises(MonitorError, match="refused 'refused': not now"):
+        monitor.execute_all([("first", None), ("refused", None), ("last", None)])
+    assert qemu.heard == ["qmp_capabilities", "first", "refused", "last"]
+
+
 def test_a_job_that_failed_raises_its_error_and_is_dismissed(qemu: Qemu, path: Path) -> None:
     with Monitor(path, "lab") as monitor:
         with pytest.raises(MonitorError, match="start-job: it failed"):

@@ -1,0 +1,48 @@
+"""What the process that forks machines has ready for those that it forks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from onionskin.base.sockets import connect_unix
+from onionskin.machine import fork
+from onionskin.nbd.listener import open_listeners
+
+
+def test_a_server_that_is_forked_has_nothing_left_to_import() -> None:
+    text = """
+import sys
+from onionskin.machine import fork
+fork.load_servers()
+before = set(sys.modules)
+from onionskin.operations import load_all
+load_all()
+print(sorted(one for one in set(sys.modules) - before if one.startswith("onionskin")))
+"""
+    said = subprocess.run([sys.executable, "-c", text], check=True, capture_output=True, text=True).stdout
+    assert said == "[]\n"
+
+
+def test_a_server_that_is_forked_listens_before_it_reads_what_to_serve(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "nbd"
+    left = fork._listening(["serve", "vms/web", "--socket", str(path), "--tell-listening"])
+    assert json.loads(capsys.readouterr().out) == {"listening": True}
+    assert left == ["serve", "vms/web", "--socket", str(path)]
+    with connect_unix(path):  # it waits in line
+        (listener,) = open_listeners((), path=path, mode=0o600, addresses=(), terms=None)
+        listener.socket.accept()[0].close()
+    listener.close()
+    assert not path.exists()
+
+
+def test_a_socket_that_was_made_beforehand_serves_no_other_path(tmp_path: Path) -> None:
+    fork._listening(["serve", "--socket", str(tmp_path / "one"), "--tell-listening"])
+    for name in ("other", "one", "another"):
+        (listener,) = open_listeners((), path=tmp_path / name, mode=0o600, addresses=(), terms=None)
+        assert listener.path == str(tmp_path / name)
+        listener.close()
