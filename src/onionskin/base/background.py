@@ -9,7 +9,10 @@ most of this work.
 import threading
 from collections.abc import Callable
 
+from onionskin.base.signals import DeferredInterrupt
+
 LINGER_SECONDS = 1.0
+INTERRUPT_SECONDS = 0.1  # for which an interrupt waits at most for its turn
 
 
 class Background:
@@ -26,32 +29,40 @@ class Background:
 
     def __init__(self, work: Callable[[], None], name: str) -> None:
         self._work, self._name = work, name
-        self._changed = threading.Condition()
+        # Each block enters the lock itself. The condition would do so in Python, where an interrupt that comes as the block
+        # ends is raised before the lock is given up, and then nobody ever has it again.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._asked = self._begun = self._done = 0  # requests: all of them, those that work was begun for, and done for
         self._ending = False
 
     def wake(self) -> None:
         """Ask for the work to be done soon."""
-        with self._changed:
+        with DeferredInterrupt(), self._lock:
             self._asked += 1
             if self._thread is None and not self._ending:
-                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                thread.start()  # it waits for the lock: an interrupt in here leaves no unknown thread
-                self._thread = thread
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                try:
+                    self._thread.start()
+                except BaseException:  # there is no memory for it, for example
+                    self._thread = None
+                    raise
             self._changed.notify_all()
 
     def finish(self) -> None:
         """Wait until what was asked for is done."""
-        with self._changed:
-            if self._thread is threading.current_thread():
-                return
-            asked = self._asked
-            self._changed.wait_for(lambda: self._thread is None or self._done >= asked)
+        asked = None
+        while True:
+            with DeferredInterrupt(), self._lock:  # the condition itself, which is Python, may be interrupted nowhere
+                asked = self._asked if asked is None else asked
+                if self._thread in (None, threading.current_thread()) or self._done >= asked:
+                    return
+                self._changed.wait(INTERRUPT_SECONDS)
 
     def end(self) -> None:
         """Finish, and let the thread go. Later requests are ignored."""
-        with self._changed:
+        with self._lock:
             self._ending = True
             self._changed.notify_all()
             thread = self._thread
@@ -64,7 +75,7 @@ class Background:
             while begun := self._next(begun):
                 self._work()
         finally:
-            with self._changed:
+            with self._lock:
                 if self._thread is threading.current_thread():
                     self._done, self._thread = max(self._done, begun), None
                     self._changed.notify_all()
@@ -74,7 +85,7 @@ class Background:
 
         The work is done for the first `done` of them.
         """
-        with self._changed:
+        with self._lock:
             self._done = max(self._done, done)
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._asked > self._begun or self._ending, LINGER_SECONDS)
