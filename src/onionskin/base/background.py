@@ -13,6 +13,8 @@ run between. So callers take the plain lock, and each waits for a lock of its ow
 import threading
 from collections.abc import Callable
 
+from onionskin.base.signals import DeferredInterrupt
+
 LINGER_SECONDS = 1.0
 
 
@@ -39,7 +41,7 @@ class Background:
 
     def wake(self) -> None:
         """Ask for the work to be done soon."""
-        with self._guard:
+        with DeferredInterrupt(), self._guard:
             self._asked += 1
             if self._thread is None and not self._ending:
                 thread = threading.Thread(target=self._run, name=self._name, daemon=True)

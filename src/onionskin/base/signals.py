@@ -3,16 +3,21 @@
 Only the main thread is interrupted, so there is nothing to do in other threads. Other signals whose handlers raise are
 not held back. Code that uses this must survive one exception at any point. Two exceptions in a row would leave a step
 half done.
+
+A generator that is a context (`contextlib.contextmanager`) is left where it is if an interrupt comes just behind its
+`yield` was reached, or just before it goes on: its `finally` runs only when the exception is forgotten. So one that holds
+what others wait for until then, as a lock or a transaction, holds interrupts back from before its `yield` until behind it.
 """
 
-import signal
 import threading
+from _signal import getsignal, signal  # type: ignore[import-not-found]  # those of `signal` make enums: five times as slow
 from collections.abc import Callable
+from signal import SIGHUP, SIGINT, SIGTERM
 from types import FrameType
 
 Handler = Callable[[int, FrameType | None], object]
 
-DEFERRED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+DEFERRED = (SIGINT, SIGTERM, SIGHUP)
 
 
 class DeferredInterrupt:
@@ -20,21 +25,37 @@ class DeferredInterrupt:
 
     def __init__(self) -> None:
         self._handlers: dict[int, Handler] = {}
-        self._noted: list[int] = []
+        self._noted: list[tuple[int, Handler]] = []
 
     def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
+        if threading.get_ident() != threading.main_thread().ident:
+            return
+        try:
             for number in DEFERRED:
-                handler = signal.getsignal(number)
-                if callable(handler):
+                handler = getsignal(number)
+                if callable(handler) and not isinstance(getattr(handler, "__self__", None), DeferredInterrupt):
                     self._handlers[number] = handler
-                    signal.signal(number, self._note)
+                    signal(number, self._note)
+        except BaseException:  # one of them came before it was its turn, and nobody would put the others back
+            self._put_back()
+            raise
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._put_back()
         if self._noted:
-            self._handlers[self._noted[0]](self._noted[0], None)
+            number, handler = self._noted[0]
+            handler(number, None)
+
+    def _put_back(self) -> None:
+        """Put all handlers back, also where one of them is called, and raises, as soon as it is there."""
+        try:
+            while self._handlers:
+                number, handler = next(iter(self._handlers.items()))
+                signal(number, handler)
+                del self._handlers[number]
+        except BaseException:
+            self._put_back()
+            raise
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted.append(number)
+        self._noted.append((number, self._handlers[number]))

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from onionskin.base import forking
 from onionskin.base.modes import make_file
 from onionskin.base.paths import FilePath
+from onionskin.base.signals import DeferredInterrupt
 from onionskin.base.waiting import within
 from onionskin.catalog.copy_on_write import has_quotas, make_index_in_place, refuse_without_room
 from onionskin.catalog.read_only import connect_to_read, copied, why_not_written
@@ -348,8 +349,10 @@ class Connection:
 
         Notes
         -----
-        An interrupt that arrives while COMMIT runs is raised after it, so the transaction has happened by then. Code
-        that undoes the work around a transaction therefore asks the catalog first how the transaction ended.
+        An interrupt that arrives meanwhile is raised after COMMIT, so the transaction has happened by then. Code that
+        undoes the work around a transaction therefore asks the catalog first how the transaction ended. If it were raised
+        in between, the transaction could be left open, with the lock that other threads wait for, until the exception is
+        forgotten; and then what another transaction has done by then would be rolled back, and its rest would be done.
         """
         self.refuse_read_only()
         with self._transaction():
@@ -363,7 +366,7 @@ class Connection:
 
     @contextmanager
     def _transaction(self, *, is_synced: bool = True) -> Iterator[None]:
-        with self._guard, self._errors():
+        with self._guard, DeferredInterrupt(), self._errors():
             if self._changing:  # the outer transaction would be rolled back, with all its changes so far
                 raise AssertionError("a transaction was begun inside another one")
             stamp = os.urandom(16)
@@ -469,7 +472,7 @@ class Connection:
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Run the body on one state of the catalog."""
-        with self._guard, self._errors():
+        with self._guard, DeferredInterrupt(), self._errors():
             if self._connection.in_transaction:
                 yield
                 return

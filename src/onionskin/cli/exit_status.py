@@ -157,7 +157,13 @@ def ended_by_signals() -> Iterator[None]:
         yield
     finally:
         for number in ours:
-            signal.signal(number, signal.SIG_DFL)
+            if signal.getsignal(number) is not _end_next_time:
+                signal.signal(number, signal.SIG_DFL)
+
+
+def _end_next_time(number: int, frame: FrameType | None) -> None:
+    """Take no notice of a signal, but have the next one end the process at once, in case something keeps it from its end."""
+    signal.signal(number, signal.SIG_DFL)
 
 
 def status_of(error: BaseException) -> int:
@@ -219,6 +225,8 @@ def say(line: str) -> None:
 class Verbs(click.Group):
     """The group of all commands, which ends the process with a documented status."""
 
+    _has_process = False  # whether it runs in a process of its own, whose signals are its own too
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         """List the verbs in the order in which a user meets them, not by the alphabet."""
         return list(self.commands)
@@ -240,8 +248,19 @@ class Verbs(click.Group):
         found = super().resolve_command(ctx, args)
         # From here on there may be something to undo. Until here Ctrl-C ended the process as the system does it.
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+            self._has_process = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
         return found
+
+    def _is_done(self) -> None:
+        """Have signals change nothing any more, since all is done and printed: the status says that.
+
+        So what was cut short always says so in a line.
+        """
+        if self._has_process:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if callable(signal.getsignal(number)):
+                    signal.signal(number, _end_next_time)
 
     def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> Any:  # type: ignore[override]
         """Run one command line and exit; never returns."""
@@ -255,18 +274,25 @@ class Verbs(click.Group):
         for of_click in ("standalone_mode", "complete_var", "windows_expand_args"):
             extra.pop(of_click, None)
         arguments = sys.argv[1:] if args is None else list(args)
-        status = self._run(arguments, extra)
-        _give_up_streams()
+        try:
+            with ended_by_signals():
+                status = self._run(arguments, extra)
+                _give_up_streams()
+                self._is_done()
+        except KeyboardInterrupt as ended:
+            how = f"ended by {signal.Signals(ended.number).name}" if isinstance(ended, Ended) else "interrupted"
+            say(f"{how}; run the command again to go on or to begin anew")
+            status = status_of(ended)
+            _give_up_streams()
         sys.exit(status)
 
     def _run(self, arguments: list[str], extra: dict[str, Any]) -> int:
         try:
-            with ended_by_signals():
-                with output.naming("stdout"):  # --help and --version print in here
-                    ctx = self.make_context("onionskin", arguments, **extra)
-                with ctx:
-                    self.invoke(ctx)
-                output.echo("", nl=False)  # flushes
+            with output.naming("stdout"):  # --help and --version print in here
+                ctx = self.make_context("onionskin", arguments, **extra)
+            with ctx:
+                self.invoke(ctx)
+            output.echo("", nl=False)  # flushes
         except Exit as leave:
             return leave.exit_code
         except click.ClickException as wrong:
@@ -277,10 +303,6 @@ class Verbs(click.Group):
         except BrokenPipeError:
             _silence(sys.stdout)
             return BROKEN_PIPE
-        except KeyboardInterrupt as ended:
-            how = f"ended by {signal.Signals(ended.number).name}" if isinstance(ended, Ended) else "interrupted"
-            say(f"{how}; run the command again to go on or to begin anew")
-            return status_of(ended)
         except (OnionskinError, OSError, ValueError, MemoryError) as error:
             if os.environ.get("ONIONSKIN_TRACEBACK"):
                 import traceback

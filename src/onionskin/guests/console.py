@@ -34,7 +34,10 @@ class Console:
         self._who = who
         self._text = ""
         self._is_open = True
-        self._news = threading.Condition()
+        self._lock = (
+            threading.RLock()
+        )  # entered itself, as in `base/background.py`: an interrupt leaves it held by nobody
+        self._news = threading.Condition(self._lock)
         self._thread = threading.Thread(target=self._read, name="onionskin console", daemon=True)
         self._thread.start()
 
@@ -54,7 +57,7 @@ class Console:
     @property
     def text(self) -> str:
         """All that was said, or what `forget_before` left of it."""
-        with self._news:
+        with self._lock:
             return self._text
 
     def type(self, line: str) -> None:
@@ -63,7 +66,7 @@ class Console:
 
     def forget_before(self, last: str) -> None:
         """Forget all before the last place at which something was said."""
-        with self._news:
+        with self._lock:
             self._text = self._text[self._text.rindex(last) :]
 
     def wait(self, found: Callable[[str], "_T | None"], seconds: float, what: str) -> _T:
@@ -75,7 +78,7 @@ class Console:
             It was not found in time, or the guest has ended. `what` says what was waited for.
         """
         deadline = time.monotonic() + seconds
-        with self._news:
+        with self._lock:
             while (answer := found(self._text)) is None:
                 left = deadline - time.monotonic()
                 if not self._is_open or left <= 0:
@@ -90,7 +93,7 @@ class Console:
                 part = self._connection.recv(_PART_BYTES)
             except OSError:
                 part = b""
-            with self._news:
+            with self._lock:
                 self._text += part.decode(errors="replace")
                 self._is_open = bool(part)
                 self._news.notify_all()

@@ -126,7 +126,10 @@ class RamFiles:
     def __init__(self, store: "OpenStore") -> None:
         self._store = store
         self._directory = Path(store.layout.root) / DIRECTORY
-        self._changed = threading.Condition()
+        self._lock = (
+            threading.RLock()
+        )  # entered itself, as in `base/background.py`: an interrupt leaves it held by nobody
+        self._changed = threading.Condition(self._lock)
         self._wanted: Source | None = None
         self._due = 0.0
         self._building: threading.Thread | None = None
@@ -174,7 +177,7 @@ class RamFiles:
 
         If that fails, it is made when it is needed. Of several requests only the last one counts.
         """
-        with self._changed:
+        with self._lock:
             self._wanted, self._due = source, time.monotonic() + QUIET_SECONDS
             if self._building is None:
                 self._building = threading.Thread(target=self._make_wanted, name="onionskin RAM file", daemon=True)
@@ -192,7 +195,7 @@ class RamFiles:
 
     def _next(self) -> Source | None:
         """Wait until what is wanted is due. Return it, or None if nothing is: the thread ends then."""
-        with self._changed:
+        with self._lock:
             while self._wanted is not None and (left := self._due - time.monotonic()) > 0:
                 self._changed.wait(left)
             source, self._wanted = self._wanted, None
@@ -202,7 +205,7 @@ class RamFiles:
 
     def finish(self, *, is_wanted: bool = True) -> None:
         """Wait until what was asked for in the background is done, which begins at once; or until it is given up."""
-        with self._changed:
+        with self._lock:
             self._due = 0.0
             if not is_wanted:
                 self._wanted = None

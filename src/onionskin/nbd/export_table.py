@@ -39,13 +39,13 @@ class ExportTable:
     @contextmanager
     def being_made(self, export: str) -> Iterator[None]:
         """Make this thread the only one that makes an export of that label. Other threads wait, without the guard."""
-        with self.changed:
+        with self.guard:
             self.changed.wait_for(lambda: export not in self._opening)
             self._opening.add(export)
         try:
             yield
         finally:
-            with self.changed:
+            with self.guard:
                 self._opening.discard(export)
                 self.changed.notify_all()
 
@@ -120,7 +120,7 @@ class ExportTable:
 
     def views_changed(self, served: ServedVolume) -> None:
         """Note that the opening or the closing of a view of this volume has ended."""
-        with self.changed:
+        with self.guard:
             served.views_changing -= 1
             self.changed.notify_all()
 

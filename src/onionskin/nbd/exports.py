@@ -365,7 +365,7 @@ class Exports:
             A client is reading such a view.
         """
         with self.table.operation(served), served.barred(names):
-            with self.table.changed:
+            with self.table.guard:
                 self.table.changed.wait_for(lambda: not served.views_changing)
                 taken, busy = self.table.take_views(served, names)
             for view in taken:
@@ -423,7 +423,7 @@ class Exports:
 
         The C server asks again where nothing was done: the export may have got another name, or be in no table yet.
         """
-        with self.table.changed:
+        with self.table.guard:
             self.table.changed.wait_for(lambda: name in self.table.served, timeout=NAME_WAIT_SECONDS)
             served = self.table.served.get(name)
         if served is None:

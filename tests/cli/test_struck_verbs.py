@@ -1,0 +1,133 @@
+"""Each verb that changes something, interrupted at calls that are spread over its run: all of it is done, or nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from subprocess import PIPE
+from typing import Any
+
+import pytest
+from support import struck_verbs
+
+from onionskin import Store
+
+BLOCK = 4096
+VERBS = [
+    "create {store}/new --size 1M",
+    "snapshot {store}/web@new",
+    "snapshot {store}/web@new {store}/over@new",
+    "revert {store}/web@a --yes",
+    "discard {store}/web@b --recursive --yes",
+    "discard {store}/over@a..@b --yes",
+    "merge {store}/web@a..@b",
+    "merge {store}/web@a..",
+    "clone {store}/web@a {store}/new",
+    "fork {store}/web@a -n 3",
+    "fork {store}/web -n 3",
+    "fork {store}/web {store}/over -n 3",
+    "expire {store}",
+    "flatten {store}/old",
+    "resize {store}/web 2M",
+    "rename {store}/web www",
+    "rename {store}/web@a z",
+    "set {store}/over wipe=zero",
+    "hold {store}/web@a..@c me",
+    "unhold {store}/held@a..@b me",
+    "note {store}/web@a text",
+    "prune {store}/web --keep-last 1",
+    "delete {store}/over {store}/old --recursive --yes",
+    "trim {store}/web 0 64K",
+]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose volume `old` may be deleted by now, since its lifetime is over."""
+    path = tmp_path_factory.mktemp("struck") / "store"
+    with Store(path) as store:
+        for name, snapshots in {"web": "abc", "over": "ab", "held": "ab"}.items():
+            with store.create(name, size=1 << 20) as volume:
+                for number, snapshot in enumerate(snapshots):
+                    volume.write(number * 16 * BLOCK, snapshot.encode() * 2 * BLOCK)
+                    volume.write(100 * BLOCK, snapshot.encode() * BLOCK)
+                    volume.snapshot(snapshot)
+                volume.write(number * 16 * BLOCK, b"h" * BLOCK)
+        store.hold("held", ["a", "b"], "me")
+        store.fork("web", "a", names=["old"], lifetime=0.001)
+    return path
+
+
+@pytest.fixture(scope="module")
+def program() -> Iterator["subprocess.Popen[str]"]:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    line = [sys.executable, struck_verbs.__file__]
+    with subprocess.Popen(line, stdin=PIPE, stdout=PIPE, text=True, env=environment) as program:
+        yield program
+        program.stdin.close()
+
+
+@pytest.fixture
+def struck(template: Path, tmp_path: Path, program: "subprocess.Popen[str]") -> Callable[..., None]:
+    """Interrupt a verb at parts of its run, and look at what it says and what it leaves."""
+
+    def interrupt(verb: str, places: list[float], number: int = signal.SIGINT) -> None:
+        given = {
+            "template": str(template),
+            "work": str(tmp_path),
+            "words": verb.split(),
+            "places": places,
+            "number": number,
+        }
+        print(json.dumps(given), file=program.stdin, flush=True)
+        judge(json.loads(program.stdout.readline()), number)
+
+    return interrupt
+
+
+def judge(found: dict[str, Any], number: int) -> None:
+    before, whole = found["before"], found["whole"]
+    assert whole["status"] == 0, whole["err"]
+    for run in found["struck"]:
+        assert run["errors"] == []
+        where = f"at event {run['at']}: {run['status']}, {run['out']!r}, {run['err']!r}"
+        assert run["left"] in (before, whole["left"]), where
+        if run["status"] == 0:
+            assert run["left"] == whole["left"] and run["out"] and not run["err"], where
+        elif run["status"] == -number:  # before the verb began
+            assert run["left"] == before and run["out"] == run["err"] == "", where
+        else:
+            assert run["status"] == 128 + number, where
+            said = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+            assert run["err"].splitlines()[-1].startswith(f"onionskin: {said}; "), where
+
+
+def spread(count: int, begin: float = 0.0) -> list[float]:
+    return [begin + (1 - begin) * (place + 0.5) / count for place in range(count)]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_interrupted_verb_does_all_or_nothing_and_says_that_it_was_cut_short(
+    struck: Callable[..., None], verb: str
+) -> None:
+    struck(verb, [0.0, *spread(3, 0.4), 1.0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_another_signal_that_ends_a_command_does_as_an_interrupt(
+    struck: Callable[..., None], hangup: None, number: int
+) -> None:
+    struck("merge {store}/web@a..@b", [*spread(3), 1.0], number)
+
+
+def test_a_signal_when_all_is_printed_changes_nothing(struck: Callable[..., None]) -> None:
+    struck("hold {store}/web@a..@c me", [1 - part / 2000 for part in range(12)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_that_is_interrupted_anywhere_does_all_or_nothing(struck: Callable[..., None], verb: str) -> None:
+    struck(verb, [*spread(100), *spread(10, 0.99)])
