@@ -276,7 +276,7 @@ class Supervisor:
             is_frozen=self.running.is_frozen,
             labels=self._server.labels,
             is_waiting=self._pool is not None,
-            is_standing=not paused,
+            is_standing=self._pool is not None or not paused,
             plugged=self.running.plugged,
         )
 
@@ -287,7 +287,7 @@ class Supervisor:
         self._is_recorded = False
         was_waiting = found.is_waiting
         if was_waiting:  # in a pool, and a fork has taken it since
-            found = replace(found, is_paused=False, is_waiting=False)
+            found = replace(found, is_paused=False, is_waiting=False, is_standing=True)
         self._log(f"the supervisor of machine {self._name!r} was killed; taking it over")
         if self._server.process is None:
             self._server.start()  # QEMU may wait for it, and then answers nothing
