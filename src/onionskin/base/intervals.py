@@ -12,7 +12,10 @@ else:
 
 
 def distinct(values: "Array") -> "Array":
-    """Return the values, each once, in order: as `numpy.unique`, which would load numpy.ma, for longer than most verbs take."""
+    """Return the values, each once, in order.
+
+    `numpy.unique` does so too, and loads numpy.ma for that, which takes longer than most verbs.
+    """
     ordered = numpy.sort(values)
     is_new = numpy.ones(len(ordered), bool)
     is_new[1:] = ordered[1:] != ordered[:-1]

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 from onionskin.base.durations import end_of
 from onionskin.catalog import Defaults, LayerRow, VolumeRow, WorkRow
-from onionskin.operations.forks import check_labels
 from onionskin.operations.ownership import refuse_owned
 from onionskin.operations.space import own_layers
 from onionskin.storage.open_store import OpenStore
@@ -49,6 +48,8 @@ def set_lifetime(store: OpenStore, volume: str, lifetime_ns: int | None) -> None
 
 def set_labels(store: OpenStore, volume: str, labels: Mapping[str, str | None]) -> dict[str, str]:
     """Put labels on a volume and take others away, and return those that it has then. See `Store.set_labels`."""
+    from onionskin.operations.forks import check_labels  # which whoever makes a volume needs not
+
     catalog = store.catalog
     check_labels({key: "" if value is None else value for key, value in labels.items()})
 
