@@ -56,7 +56,6 @@ STATE_CLUSTER_BYTES = 16384  # as fast as QEMU's 65536, and half a MiB less
 _STATE_NODE, _FILE_NODE = "state-", "file-of-state-"
 # In the environment: what is written to RAM is found by comparing, as where the kernel or a sandbox forbids to note it.
 NO_TRACKING = "ONIONSKIN_NO_TRACKING"
-_TUNABLES, _LARGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"  # from glibc 2.35 on; others leave it alone
 
 OnEvent = Callable[[str, dict[str, Any]], None]
 Command = tuple[str, dict[str, Any] | None]
@@ -605,7 +604,7 @@ def _start(
 ) -> QemuProcess:
     for socket in (qemu_command.QMP, qemu_command.CONSOLE, qemu_command.AGENT, qemu_command.PRELOAD):
         (directory / socket).unlink(missing_ok=True)
-    environment = dict(os.environ) | {_TUNABLES: _with_large_pages(os.environ.get(_TUNABLES, ""))}
+    environment = dict(os.environ)
     if is_tracked:
         # The library takes these out of the environment again, so no child of QEMU inherits them.
         environment |= {
@@ -656,15 +655,6 @@ def _kill_session(child: "subprocess.Popen[bytes]") -> None:
     """Kill a child that leads a session, which was not waited for yet, with what it started."""
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-
-
-def _with_large_pages(tunables: str) -> str:
-    """Return tunables of the C library with which memory that is asked for comes in large pages, unless they speak of that.
-
-    QEMU reads the kernel of a guest to its memory before it answers, and the processor was told of each page of that.
-    """
-    name = _LARGE_PAGES.partition("=")[0]
-    return tunables if name in tunables else ":".join(filter(None, (tunables, _LARGE_PAGES)))
 
 
 def adopt(
