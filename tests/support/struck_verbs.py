@@ -2,7 +2,9 @@
 
 Each line of stdin is a JSON object: template, work, words, number, and places, which are parts of the run of the verb, from 0
 to 1. The answer is a line of JSON: the contents of the store before the verb, how a whole run ended and what it left, and the
-same of each run that was struck. All modules are loaded once, and a child is forked for each run.
+same of each run that was struck. With `store` and `at` instead of `template` and `places`, the verb runs once, in the store
+itself, and is struck at that event (0: at none); the answer says how it ended, and how many events there were.
+All modules are loaded once, and a child is forked for each run.
 """
 
 import faulthandler
@@ -55,7 +57,7 @@ class Runs:
     def __init__(self, given: dict[str, Any]) -> None:
         self.given = given
         self.work = Path(given["work"])
-        self.store = self.work / "store"
+        self.store = Path(given.get("store", self.work / "store"))
         self.events = 0
         self._strikes = Strikes()
 
@@ -63,14 +65,17 @@ class Runs:
         """Run it in a fresh copy, and strike at an event, if it is not 0."""
         shutil.rmtree(self.store, ignore_errors=True)
         shutil.copytree(self.given["template"], self.store)
+        return self.run_here(at) | {"left": contents(self.store), "errors": errors(self.store)}
+
+    def run_here(self, at: int) -> dict[str, Any]:
+        """Run it in the store as it is."""
         child = os.fork()
         if child == 0:
             self._become_the_command(at)
         _, status = os.waitpid(child, 0)
         self.events = int((self.work / "events").read_text()) if at == 0 else self.events
-        ended = {"at": at, "status": os.waitstatus_to_exitcode(status)}
-        ended |= {name: (self.work / name).read_text() for name in ("out", "err")}
-        return ended | {"left": contents(self.store), "errors": errors(self.store)}
+        ended = {"at": at, "status": os.waitstatus_to_exitcode(status), "events": self.events}
+        return ended | {name: (self.work / name).read_text() for name in ("out", "err")}
 
     def _become_the_command(self, at: int) -> None:
         """Run the command line as a process of its own does, and count from where its verb begins."""
@@ -105,12 +110,16 @@ class Runs:
 def main() -> None:
     """Answer each line of stdin."""
     warnings.simplefilter("ignore")
-    for package in ("base", "catalog", "storage", "operations", "cli"):
+    for package in ("base", "catalog", "storage", "operations", "control", "machine", "cli"):
         of = importlib.import_module(f"onionskin.{package}")
         for module in pkgutil.iter_modules(of.__path__, f"{of.__name__}."):
-            importlib.import_module(module.name)
+            if not module.name.endswith(("__main__", "_preload")):
+                importlib.import_module(module.name)
     for line in sys.stdin:
         runs = Runs(json.loads(line))
+        if "at" in runs.given:
+            print(json.dumps(runs.run_here(runs.given["at"])), flush=True)
+            continue
         before = contents(Path(runs.given["template"]))
         whole = runs.run(0)
         struck = [runs.run(max(1, round(place * runs.events))) for place in runs.given["places"]]

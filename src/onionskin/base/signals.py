@@ -27,9 +27,9 @@ class DeferredInterrupt:
         self._handlers: dict[int, Handler] = {}
         self._noted: list[tuple[int, Handler]] = []
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "DeferredInterrupt":
         if threading.get_ident() != threading.main_thread().ident:
-            return
+            return self
         try:
             for number in DEFERRED:
                 handler = getsignal(number)
@@ -39,12 +39,17 @@ class DeferredInterrupt:
         except BaseException:  # one of them came before it was its turn, and nobody would put the others back
             self._put_back()
             raise
+        return self
+
+    def handle_noted(self) -> None:
+        """Handle a signal that came by now, at a point where what was begun can be undone."""
+        if self._noted:
+            number, handler = self._noted.pop(0)
+            handler(number, None)
 
     def __exit__(self, *error: object) -> None:
         self._put_back()
-        if self._noted:
-            number, handler = self._noted[0]
-            handler(number, None)
+        self.handle_noted()
 
     def _put_back(self) -> None:
         """Put all handlers back, also where one of them is called, and raises, as soon as it is there."""

@@ -349,8 +349,9 @@ class Connection:
 
         Notes
         -----
-        An interrupt that arrives meanwhile is raised after COMMIT, so the transaction has happened by then. Code that
-        undoes the work around a transaction therefore asks the catalog first how the transaction ended. If it were raised
+        An interrupt that arrives meanwhile is raised behind the body, and nothing happened. One that arrives while COMMIT
+        runs is raised after it, so the transaction has happened by then. Code that undoes the work around a transaction
+        therefore asks the catalog first how the transaction ended. If it were raised
         in between, the transaction could be left open, with the lock that other threads wait for, until the exception is
         forgotten; and then what another transaction has done by then would be rolled back, and its rest would be done.
         """
@@ -366,7 +367,7 @@ class Connection:
 
     @contextmanager
     def _transaction(self, *, is_synced: bool = True) -> Iterator[None]:
-        with self._guard, DeferredInterrupt(), self._errors():
+        with self._guard, DeferredInterrupt() as interrupts, self._errors():
             if self._changing:  # the outer transaction would be rolled back, with all its changes so far
                 raise AssertionError("a transaction was begun inside another one")
             stamp = os.urandom(16)
@@ -381,6 +382,7 @@ class Connection:
                 self._connection.execute("BEGIN IMMEDIATE")
                 self.refuse_moved()
                 yield
+                interrupts.handle_noted()  # so nothing was done, in nearly all cases
                 self._connection.execute("UPDATE store SET stamp = ?", (stamp,))
                 seen = self._version_of_others()  # nobody else commits before this transaction ends
             except BaseException:

@@ -14,6 +14,7 @@ from functools import wraps
 from socket import socket
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from onionskin.base.signals import DeferredInterrupt
 from onionskin.base.sockets import connect_unix
 from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.machine import daemon, disk_server, orphans, pool, pool_leftovers, record
@@ -566,19 +567,26 @@ class Machine:
                 check_wanted(self._name, snapshot, names, count, pattern, None, lifetime, labels, None)
             )
         if forks is None:
-            made = self._store.fork_machine(
-                self._name,
-                snapshot,
-                count=count,
-                names=names,
-                pattern=pattern,
-                idempotency_key=idempotency_key,
-                lifetime=lifetime,
-                labels=labels,
-                wipe=wipe,
-            )
-            forks = [Machine(self._store, name) for name in made]
-            self._begin_forks(forks, network=network, start=start, may_have_run=idempotency_key is not None)
+            forks, may_have_run = [], idempotency_key is not None
+            try:
+                with DeferredInterrupt():  # between the commit and this knowing of the forks
+                    made = self._store.fork_machine(
+                        self._name,
+                        snapshot,
+                        count=count,
+                        names=names,
+                        pattern=pattern,
+                        idempotency_key=idempotency_key,
+                        lifetime=lifetime,
+                        labels=labels,
+                        wipe=wipe,
+                    )
+                    forks = [Machine(self._store, name) for name in made]
+                self._begin_forks(forks, network=network, start=start, may_have_run=may_have_run)
+            except BaseException:
+                if not may_have_run:
+                    self._remove(forks)
+                raise
         if doubt := self._doubt_about(snapshot):
             warnings.warn(f"forks of {self._name}@{snapshot}: {doubt}", RuntimeWarning, stacklevel=2)
         return forks
@@ -586,15 +594,10 @@ class Machine:
     def _begin_forks(self, forks: "list[Machine]", *, network: bool, start: bool, may_have_run: bool) -> None:
         """Start forks that were made. `may_have_run`: the same call may have made and started them before."""
         new = [fork for fork in forks if fork._never_ran] if may_have_run else forks
-        try:
-            for fork in new if network else ():
-                fork._configure(lambda one: replace(one, is_isolated=False))
-            if start:
-                self._start_forks(new)
-        except BaseException:
-            if not may_have_run:
-                self._remove(forks)
-            raise
+        for fork in new if network else ():
+            fork._configure(lambda one: replace(one, is_isolated=False))
+        if start:
+            self._start_forks(new)
 
     def _fork_from_pool(self, wanted: "Wanted") -> "list[Machine] | None":
         """Make forks of which a pool has the first ones ready. Return None, and leave nothing, where no pool can help."""
@@ -605,9 +608,11 @@ class Machine:
         with pool.taken(self._directory, taken.id, wanted.count) as waiting:
             if not waiting:
                 return None
-            made = machine_forks.fork_machine(self._store._opened, wanted, waiting)
-            forks = [Machine(self._store, name) for name in made]
+            forks: list[Machine] = []
             try:
+                with DeferredInterrupt():
+                    made = machine_forks.fork_machine(self._store._opened, wanted, waiting)
+                    forks = [Machine(self._store, name) for name in made]
                 cold = [fork for fork in forks if fork._id not in waiting]
                 if not self._adopt([fork for fork in forks if fork._id in waiting]):
                     self._remove(forks)
@@ -727,6 +732,8 @@ class Machine:
 
     def _remove(self, forks: "list[Machine]") -> None:
         """End forks that were made, and leave nothing of them, also where their start is under way: Ctrl-C ended the call."""
+        if not forks:
+            return
         deadline = time.monotonic() + STARTING_SECONDS
         while True:
             with ExitStack() as stack:  # where one cannot be ended, the others are
