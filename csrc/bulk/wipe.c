@@ -356,3 +356,17 @@ int onion_wipe(int fd, const struct onion_byte_range *ranges, size_t range_count
     free(zeros);
     return status;
 }
+
+size_t onion_unused_ranges(const struct onion_used_slots *used, size_t count, uint64_t header_bytes,
+                           uint64_t slot_bytes, uint64_t file_bytes, struct onion_byte_range *out) {
+    size_t found = 0;
+    uint64_t at = header_bytes;
+    for (size_t i = 0; i <= count; i++) {
+        uint64_t end = i < count ? header_bytes + used[i].first * slot_bytes : file_bytes;
+        if (end > at)
+            out[found++] = (struct onion_byte_range){at, end - at};
+        if (i < count)
+            at = end + used[i].count * slot_bytes;
+    }
+    return found;
+}

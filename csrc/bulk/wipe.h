@@ -51,4 +51,15 @@ struct onion_wipe_result {
 int onion_wipe(int fd, const struct onion_byte_range *ranges, size_t range_count, int flags, int threads,
                struct onion_wipe_result *result, uint64_t *progress, const int *cancel);
 
+/* Slots of a file that are in use, one behind the other. */
+struct onion_used_slots {
+    uint64_t first;
+    uint64_t count;
+};
+/* Finds the ranges of a file of `file_bytes` that are behind its header and in no used slot. Slots have `slot_bytes`
+ * each, and the first begins behind the header; `used` is sorted, and apart. Returns how many ranges it wrote to `out`,
+ * which has room for count + 1. */
+size_t onion_unused_ranges(const struct onion_used_slots *used, size_t count, uint64_t header_bytes,
+                           uint64_t slot_bytes, uint64_t file_bytes, struct onion_byte_range *out);
+
 #endif

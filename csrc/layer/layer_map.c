@@ -242,6 +242,44 @@ void onion_layer_count(const struct onion_layer *layer, uint64_t *data_blocks, u
         *(onion_location_is_data(run.location) ? data_blocks : zero_blocks) += run.block_count;
 }
 
+uint64_t onion_stretches_of_bits(const unsigned char *bitmap, uint64_t bits, struct onion_stretch *out) {
+    uint64_t count = 0, first = 0;
+    int was_set = 0;
+    for (uint64_t i = 0; i <= bits; i++) {
+        int is_set = i < bits && bitmap[i >> 3] >> (i & 7) & 1;
+        if (is_set && !was_set)
+            first = i;
+        if (was_set && !is_set) {
+            if (out)
+                out[count] = (struct onion_stretch){first, i - first};
+            count++;
+        }
+        was_set = is_set;
+    }
+    return count;
+}
+
+void onion_layer_slots_by_segment(const struct onion_layer *layer, uint64_t *starts, struct onion_stretch *out) {
+    struct onion_run run;
+    uint64_t last = layer->segment_count + 1;
+    if (!out)
+        memset(starts, 0, (last + 1) * sizeof *starts);
+    for (uint64_t at = 0; next_run(layer, at, &run); at = run.block_index + run.block_count) {
+        if (!onion_location_is_data(run.location))
+            continue;
+        uint32_t segment = onion_location_segment(run.location);
+        if (out)
+            out[starts[segment]++] = (struct onion_stretch){onion_location_slot(run.location), run.block_count};
+        else
+            starts[segment + 1]++;
+    }
+    if (out) /* each start went on to the next one */
+        memmove(starts + 1, starts, last * sizeof *starts);
+    starts[0] = 0;
+    for (uint64_t n = 1; !out && n <= last; n++)
+        starts[n] += starts[n - 1];
+}
+
 void onion_layer_segment_use(const struct onion_layer *layer, uint64_t *blocks, uint64_t *ends) {
     struct onion_run run;
     for (uint64_t at = 0; next_run(layer, at, &run); at = run.block_index + run.block_count) {

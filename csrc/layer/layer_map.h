@@ -70,6 +70,12 @@ uint64_t onion_layer_slots(const struct onion_layer *layer, uint32_t segment, st
 /* Sorts stretches and joins those that meet or overlap, in place. Returns how many are left. */
 uint64_t onion_stretches_join(struct onion_stretch *stretches, uint64_t count);
 
+/* Finds the runs of bits that are set. Returns how many there are and writes them to `out`, unless that is NULL. */
+uint64_t onion_stretches_of_bits(const unsigned char *bitmap, uint64_t bits, struct onion_stretch *out);
+/* Gathers the slots of all segments in one pass: those of number n are out[starts[n]] up to out[starts[n + 1]], in the
+ * order of the blocks. `starts` has segment_count + 2 entries. If `out` is NULL, this fills `starts` alone. */
+void onion_layer_slots_by_segment(const struct onion_layer *layer, uint64_t *starts, struct onion_stretch *out);
+
 void onion_layer_count(const struct onion_layer *layer, uint64_t *data_blocks, uint64_t *zero_blocks);
 /* For each segment number n: blocks[n] are in it, and ends[n] is one more than the highest slot of them (0: none). Both
  * have segment_count + 1 entries, which are zero. */

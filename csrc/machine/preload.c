@@ -7,7 +7,8 @@
  * ONIONSKIN_RAM is the path of the RAM file, ONIONSKIN_PRELOAD the path of the socket. Both, and LD_PRELOAD, are taken
  * out of the environment, so that programs which the hypervisor starts are left alone.
  *
- * While the process lives it has a shared lock (flock) on the RAM file that it maps: so nobody wipes the file under it.
+ * While the process lives it has a shared lock (flock) on the RAM file that it maps: so nobody wipes the file under it. It
+ * cannot give room of that file back either (fallocate): a balloon would, and forks that map it would lose what they read.
  *
  * What must hold: if anything here fails, the hypervisor runs as it would without it, and says so when it is asked. Only
  * the user who runs the hypervisor, and root, are answered. The library links nothing of onionskin or Python. */
@@ -27,14 +28,22 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <sys/un.h>
 #include <unistd.h>
+
+#ifndef SYS_pidfd_open /* two calls that headers which a wheel is built with may not know; all processors have them here */
+#define SYS_pidfd_open 434
+#endif
+#ifndef SYS_process_madvise
+#define SYS_process_madvise 440
+#endif
 
 #define FEATURE_SHMEM (1ull << 12)       /* UFFD_FEATURE_WP_HUGETLBFS_SHMEM */
 #define FEATURE_UNPOPULATED (1ull << 13) /* UFFD_FEATURE_WP_UNPOPULATED */
 #define FEATURE_ASYNC (1ull << 15)       /* UFFD_FEATURE_WP_ASYNC, Linux 6.7 */
 
-enum { RUNS_AT_ONCE = 256 };
+enum { RUNS_AT_ONCE = 512 };
 
 typedef void *(*map_function)(void *, size_t, int, int, int, off_t);
 
@@ -44,9 +53,12 @@ static struct {
     pthread_mutex_t guard; /* over what follows, which the thread of the socket and those that map use */
     uint8_t *start;
     size_t length;
+    dev_t device; /* of the RAM file that is mapped there */
+    ino_t file;
     int is_private;
     int faults; /* the userfaultfd, -1 before it is armed */
-} preload = {.guard = PTHREAD_MUTEX_INITIALIZER, .faults = -1};
+    int self;   /* a descriptor of this process, -1 where there is none */
+} preload = {.guard = PTHREAD_MUTEX_INITIALIZER, .faults = -1, .self = -1};
 
 /* ---- what is mapped ---- */
 
@@ -75,9 +87,13 @@ static void *map(void *address, size_t length, int protection, int flags, int fd
     void *mapped = real(address, length, protection, flags, fd, offset);
     if (found && mapped != MAP_FAILED) {
         lock_ram();
+        struct stat mapped_file = {0};
+        (void)fstat(fd, &mapped_file);
         pthread_mutex_lock(&preload.guard);
         preload.start = mapped;
         preload.length = length;
+        preload.device = mapped_file.st_dev;
+        preload.file = mapped_file.st_ino;
         preload.is_private = 1;
         pthread_mutex_unlock(&preload.guard);
     }
@@ -94,6 +110,39 @@ __attribute__((visibility("default"))) void *mmap64(void *address, size_t length
 __attribute__((visibility("default"))) void *mmap(void *address, size_t length, int protection, int flags, int fd,
                                                   off_t offset) {
     return map(address, length, protection, flags, fd, offset);
+}
+
+/* ---- what must not be done to the file ---- */
+
+static int is_mapped_file(int fd) {
+    struct stat file;
+    if (fstat(fd, &file))
+        return 0;
+    pthread_mutex_lock(&preload.guard);
+    int is_it = preload.is_private && file.st_dev == preload.device && file.st_ino == preload.file;
+    pthread_mutex_unlock(&preload.guard);
+    return is_it;
+}
+
+static int allocate(int fd, int mode, off_t offset, off_t length) {
+    static int (*real)(int, int, off_t, off_t);
+    if (!real)
+        real = (int (*)(int, int, off_t, off_t))dlsym(RTLD_NEXT, "fallocate");
+    if (mode && is_mapped_file(fd)) {
+        errno = EOPNOTSUPP;
+        return -1;
+    }
+    return real(fd, mode, offset, length);
+}
+
+#ifdef __GLIBC__
+__attribute__((visibility("default"))) int fallocate64(int fd, int mode, off_t offset, off_t length) {
+    return allocate(fd, mode, offset, length);
+}
+#endif
+
+__attribute__((visibility("default"))) int fallocate(int fd, int mode, off_t offset, off_t length) {
+    return allocate(fd, mode, offset, length);
 }
 
 /* ---- what is asked for ---- */
@@ -134,15 +183,40 @@ static int arm(void) {
     return protect((uint64_t)(uintptr_t)preload.start, preload.length);
 }
 
-/* Drops the private pages of a run, so that it reads as the file. They count as written then: who asked for this protects
- * them with the next scan, all in one call. */
-static int forget(const struct onion_preload_run *run) {
+/* Says whether a run may be dropped: 0 or -errno. */
+static int check(const struct onion_preload_run *run) {
     if (!preload.start || !preload.is_private)
         return -ENOENT;
     if (run->offset % 4096 || run->length % 4096 || run->offset > preload.length ||
         run->length > preload.length - run->offset)
         return -EINVAL;
-    return madvise(preload.start + run->offset, run->length, MADV_DONTNEED) ? -errno : 0;
+    return 0;
+}
+
+/* Drops the private pages of many runs in one call, after which processors are told once instead of once for each run.
+ * Returns 0 where the kernel does not do all of that for a process itself (Linux 6.13 does). */
+static int forget_at_once(const struct onion_preload_run *runs, size_t count) {
+    struct iovec parts[RUNS_AT_ONCE];
+    uint64_t length = 0;
+    for (size_t i = 0; i < count; i++) {
+        parts[i] = (struct iovec){preload.start + runs[i].offset, runs[i].length};
+        length += runs[i].length;
+    }
+    return syscall(SYS_process_madvise, preload.self, parts, count, MADV_DONTNEED, 0) == (ssize_t)length;
+}
+
+/* Drops the private pages of runs, so that they read as the file. They count as written then: who asked for this protects
+ * them with the next scan, all in one call. */
+static int forget(const struct onion_preload_run *runs, size_t count) {
+    int status = 0;
+    for (size_t i = 0; i < count && !status; i++)
+        status = check(&runs[i]);
+    if (status || (preload.self >= 0 && forget_at_once(runs, count)))
+        return status;
+    for (size_t i = 0; i < count; i++)
+        if (madvise(preload.start + runs[i].offset, runs[i].length, MADV_DONTNEED))
+            return -errno;
+    return 0;
 }
 
 /* ---- the socket ---- */
@@ -166,8 +240,8 @@ static int forget_all(int connection, uint64_t count, int *status) {
         size_t part = count < RUNS_AT_ONCE ? count : RUNS_AT_ONCE;
         if (!receive_all(connection, runs, part * sizeof runs[0]))
             return 0;
-        for (size_t i = 0; i < part && !*status; i++)
-            *status = forget(&runs[i]);
+        if (!*status)
+            *status = forget(runs, part);
         count -= part;
     }
     return 1;
@@ -246,6 +320,7 @@ __attribute__((constructor)) static void start(void) {
         return;
     }
     pthread_detach(thread);
+    preload.self = (int)syscall(SYS_pidfd_open, getpid(), 0);
     strcpy(preload.ram, ram); /* from here on RAM is mapped privately: somebody listens who can say so */
     unsetenv("ONIONSKIN_RAM");
     unsetenv("ONIONSKIN_PRELOAD");

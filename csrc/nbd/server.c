@@ -10,6 +10,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "base/short_turns.h"
 #include "base/sigbus.h"
 #include "nbd/internal.h"
 
@@ -112,6 +113,7 @@ static void end_connection(struct onion_nbd_connection *connection) {
 static void *run_connection(void *argument) {
     struct onion_nbd_connection *connection = argument;
     struct onion_nbd_server *server = connection->server;
+    (void)onion_short_turns_take(); /* a client waits for each of its turns; the helper gets them too */
     if (onion_nbd_negotiate(connection)) {
         const char *name = onion_nbd_label(connection->session.chosen)->name;
         onion_nbd_event(server, "%s: connected to %s%s", connection->peer, *name ? name : "(default)",

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from onionskin.machine.leftovers import refuse_processes as refuse_processes
     from onionskin.machine.machine import Machine
     from onionskin.machine.pool import MachinePool
+    from onionskin.machine.pool_leftovers import end_expired as end_expired
     from onionskin.machine.qemu_command import refuse_arguments as refuse_arguments
     from onionskin.operations.chain_members import ChainLayer, ChainMember
     from onionskin.operations.check import Problem
@@ -77,6 +78,7 @@ _HOME = {
         ("agrees_to_revert", "find_served_heads", "fork_served", "revert_machine_served", "revert_served", "tidy_served"),
         "onionskin.control.groups",
     ),
+    "end_expired": "onionskin.machine.pool_leftovers",
     "refuse_arguments": "onionskin.machine.qemu_command",
     "Ancestor": "onionskin.operations.lineage",
     "Defaults": "onionskin.catalog.defaults",

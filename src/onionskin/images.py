@@ -424,11 +424,7 @@ def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progre
     OnionskinError
         qemu-img is needed and is not installed.
     """
-    from onionskin.exchange import qemu_img
-    from onionskin.nbd.for_program import served_to_program
-    from onionskin.operations import copy, export
-    from onionskin.operations.pinned import pinned
-    from onionskin.storage.shared_paths import refuse_changed_base
+    from onionskin.operations import export
 
     if format not in FORMATS:
         raise ValueError(f"{format!r} is not a format: it is one of {', '.join(FORMATS)}")
@@ -436,6 +432,13 @@ def export_image(volume: "Volume", path: AnyPath, *, format: str = "raw", progre
     if format == "raw":
         export.export(volume._opened, target, replace=False, progress=progress)
         return
+    # Imported late: a raw image needs no server.
+    from onionskin.exchange import qemu_img
+    from onionskin.nbd.for_program import served_to_program
+    from onionskin.operations import copy
+    from onionskin.operations.pinned import pinned
+    from onionskin.storage.shared_paths import refuse_changed_base
+
     store = volume._opened.store
     export.refuse_target(store, target, replace=False)
     qemu_img.program()

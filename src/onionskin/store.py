@@ -1073,6 +1073,10 @@ class Store:
             return []
         from onionskin.operations import machine_removal
 
+        if (self._opened.layout.root / "machines").is_dir():
+            import onionskin
+
+            onionskin.end_expired(self)
         names, removed = machine_removal.expire(self._opened, self._refuse_processes)
         for one in removed:
             self._clean_up_after(one)
@@ -1468,7 +1472,8 @@ class Store:
             Of the last hours (days, weeks of ISO 8601, ...) that have snapshots, take this many, and keep the newest
             snapshot of each. If there are fewer of them, keep the oldest snapshot too.
         keep_within : datetime.timedelta, optional
-            Keep all snapshots that are older than the newest one by at most this time.
+            Keep all snapshots that are older than the newest one by at most this time. If the newest one has a time to
+            come, because the clock was wrong, keep all that are older than now by at most this time.
         zone : datetime.tzinfo
             The time zone that defines where an hour and a day end, such as ``zoneinfo.ZoneInfo("Europe/Berlin")``.
         dry_run : bool

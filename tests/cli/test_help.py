@@ -12,7 +12,7 @@ from click.testing import Result
 from onionskin.cli.app import onionskin
 from onionskin.cli.man_pages import pages
 from onionskin.cli.sections import SECTION_OF
-from onionskin.cli.verbs import _CALLED
+from onionskin.cli.verbs import _CALLED, _CALLED_OF_MACHINES
 
 Run = Callable[..., Result]
 ROOT = Path(__file__).parents[2]
@@ -49,6 +49,12 @@ def test_help_lists_each_verb_once_under_what_it_is_for(run: Run) -> None:
         assert shown.count(f"\n  {verb} ") == 1, verb
 
 
+@pytest.mark.parametrize("group", [(), ("machine",)])
+def test_the_line_of_each_verb_is_whole_on_a_narrow_terminal(run: Run, group: tuple[str, ...]) -> None:
+    of_group = run(*group, "--help").stdout.partition("Options:")[2]
+    assert "..." not in of_group
+
+
 @pytest.mark.parametrize(
     ("word", "said"),
     [
@@ -57,6 +63,7 @@ def test_help_lists_each_verb_once_under_what_it_is_for(run: Run) -> None:
         ("ls", "here that is onionskin list"),
         ("snapshto", "did you mean snapshot?"),
         ("exprot", "did you mean export?"),
+        ("console", "here that is onionskin machine console"),
     ],
 )
 @pytest.mark.parametrize("ask", [(), ("help",)])
@@ -66,9 +73,34 @@ def test_a_near_miss_is_told_which_verb_is_meant(run: Run, word: str, said: str,
     assert f"No such command '{word}': {said}" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("snap", "here that is onionskin machine snapshot"),
+        ("rollback", "here that is onionskin machine revert"),
+        ("destroy", "here that is onionskin machine stop"),
+        ("clone", "here that is onionskin machine fork"),
+        ("strat", "did you mean start?"),
+        ("snapshto", "did you mean snapshot?"),
+    ],
+)
+@pytest.mark.parametrize("ask", [(), ("help",)])
+def test_a_near_miss_of_a_verb_of_machines_is_told_which_is_meant(
+    run: Run, word: str, said: str, ask: tuple[str, ...]
+) -> None:
+    refused = run(*ask, "machine", word)
+    assert refused.exit_code == 2
+    assert f"No such command '{word}': {said}" in refused.stderr
+
+
 def test_words_of_other_programs_are_no_verbs_and_mean_verbs() -> None:
-    assert not set(_CALLED) & set(onionskin.commands)
-    assert {said.split()[0].rstrip(",") for said in _CALLED.values()} <= set(onionskin.commands)
+    of_machines = onionskin.commands["machine"]
+    assert isinstance(of_machines, click.Group)
+    for called, verbs in ((_CALLED, onionskin.commands), (_CALLED_OF_MACHINES, of_machines.commands)):
+        assert not set(called) & set(verbs)
+        assert {said.split()[0].rstrip(",") for said in called.values()} <= set(verbs)
+    named = {said.partition("machine ")[2] for said in _CALLED.values() if "machine " in said}
+    assert named <= set(of_machines.commands)
 
 
 @pytest.mark.parametrize("name", ["onionskin.1", *(f"onionskin-{verb}.1" for verb in onionskin.commands)])

@@ -46,6 +46,25 @@ def test_a_machine_is_made_and_listed_and_its_ram_is_in_no_list_of_volumes(run: 
     assert run("machine", "list", vms, "-H", "-o", "name,memory", "-p").stdout == "lab\t1048576\n"
 
 
+@pytest.mark.parametrize(
+    ("given", "instead"),
+    [
+        (("-smp", "2"), "give --cpus instead"),
+        (("-m", "2G"), "give --memory instead"),
+        (("-cpu", "host"), "give --cpu-model instead"),
+        (("-machine", "q35"), "give --machine-type instead"),
+        (("-kernel", "vmlinuz"), "give --kernel instead"),
+        (("-pflash", "OVMF.fd"), "boot with SeaBIOS or --kernel"),
+    ],
+)
+def test_an_argument_that_an_option_stands_for_is_refused_with_that_option(
+    run: Run, vms: str, given: tuple[str, ...], instead: str
+) -> None:
+    refused = run("machine", "create", f"{vms}/other", "--memory", "2M", "--", *given)
+    assert refused.exit_code == 5
+    assert instead in refused.stderr
+
+
 def test_what_is_given_behind_two_dashes_goes_to_the_hypervisor(run: Run, vms: str, tmp_path: Path) -> None:
     kernel = tmp_path / "kernel"
     made = run(

@@ -46,6 +46,39 @@ def test_the_agent_freezes_the_file_system_for_a_snapshot_and_thaws_it(fork: Mac
         wait_counts(screen, 10)  # which writes to it
 
 
+def test_whatever_goes_on_from_a_snapshot_that_was_frozen_is_thawed(fork: Machine) -> None:
+    """Its RAM has the file system frozen: nobody in the guest would thaw it, and each write would wait for ever."""
+    with screen_of(fork) as screen:
+        wait_counts(screen, 3)
+        fork.snapshot("frozen", freeze=True)
+        fork.revert("frozen")
+        wait_counts(screen, 10)
+        fork.pause()
+        fork.revert("frozen")
+        fork.snapshot("frozen still")
+        fork.resume()
+        wait_counts(screen, 10)
+    fork.stop(force=True)
+    fork.revert("frozen still")
+    with screen_of(fork) as screen:
+        wait_counts(screen, 10)
+    (second,) = fork.fork("frozen")
+    try:
+        with screen_of(second) as screen:
+            wait_counts(screen, 10)
+    finally:
+        second.stop(force=True)
+        second.delete()
+    with fork.pool("frozen", warm=1):
+        (third,) = fork.fork("frozen")
+    try:
+        with screen_of(third) as screen:
+            wait_counts(screen, 10)
+    finally:
+        third.stop(force=True)
+        third.delete()
+
+
 def test_the_agent_tells_the_guest_its_name_and_the_time(fork: Machine) -> None:
     with screen_of(fork) as screen:
         wait_counts(screen, 3)

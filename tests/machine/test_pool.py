@@ -5,14 +5,16 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from support.guests import SECONDS_MAX, Console, configuration, stop_process, until
+from support.guests import SECONDS_MAX, Console, configuration, state_of, stop_process, until
 
 import onionskin
-from onionskin.errors import MachineExistsError, StateError
+from onionskin.catalog import VolumeRow
+from onionskin.errors import MachineExistsError, MachineNotFoundError, StateError
 from onionskin.machine import pool as pools
 from onionskin.machine.machine import Machine
 from onionskin.machine.pool import MachinePool
@@ -35,8 +37,9 @@ def store(vms: Path) -> Iterator[onionskin.Store]:
             yield store
         finally:
             for info in store.machines():
-                for one in store.open_machine(info.name).pools():
-                    one.stop()
+                with suppress(MachineNotFoundError):  # it was left by a pool, whose machine was asked a moment ago
+                    for one in store.open_machine(info.name).pools():
+                        one.stop()
             for info in store.machines():
                 store.open_machine(info.name).stop(force=True)
 
@@ -153,6 +156,85 @@ def test_a_machine_that_is_killed_in_the_pool_is_followed_by_another(lab: Machin
         until(lambda: one.name not in {other.name for other in store.machines()})
         pool.wait()
         assert [other._id for other in waiting(store)] != [one._id]
+
+
+def leave_in_pool(lab: Machine, store: onionskin.Store) -> tuple[Machine, Record]:
+    """Kill the supervisor of a machine that waits in a pool, and the pool before it can clean up."""
+    pid = lab.pool("ready", warm=1).status()["pid"]
+    (one,) = waiting(store)
+    record = record_of(one)
+    stop_process(pid)
+    for process in (record.supervisor.pid, pid):  # type: ignore[union-attr]
+        os.kill(process, signal.SIGKILL)
+    until(lambda: not record.supervisor.is_alive and state_of(Path(f"/proc/{pid}")) in "ZX")  # type: ignore[union-attr]
+    assert record.hypervisor.is_alive and record.server.is_alive  # type: ignore[union-attr]
+    return one, record
+
+
+def start_and_stop_pool(lab: Machine) -> None:
+    lab.pool("ready", warm=1).stop()
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        start_and_stop_pool,
+        Machine.pools,
+        lambda lab: lab.merge("ready"),
+        lambda lab: lab.discard("ready"),
+        lambda lab: lab.delete(recursive=True),
+        lambda lab: onion("machine", "delete", "--recursive", "--yes", f"{lab._store.path}/lab"),
+        lambda lab: onion("machine", "discard", "--yes", f"{lab._store.path}/lab@ready"),
+    ],
+    ids=["pool", "pools", "merge", "discard", "delete", "the verb delete", "the verb discard"],
+)
+def test_what_a_killed_pool_and_a_killed_supervisor_left_is_ended_by_the_next_verb(
+    lab: Machine, store: onionskin.Store, verb: Callable[[Machine], object]
+) -> None:
+    one, record = leave_in_pool(lab, store)
+    verb(lab)
+    assert not record.hypervisor.is_alive and not record.server.is_alive  # type: ignore[union-attr]
+    assert one.name not in {info.name for info in store.machines()}
+    assert not (store.path / "machines" / one._id.hex()).exists()
+    assert [problem for problem in store.check() if problem.severity == "error"] == []
+
+
+def test_what_they_left_expires_with_its_processes(lab: Machine, store: onionskin.Store) -> None:
+    one, record = leave_in_pool(lab, store)
+    assert one.name not in store.expire() and record.hypervisor.is_alive  # type: ignore[union-attr]
+    store._opened.change(lambda: store._opened.catalog.update(VolumeRow, one._row.ram, expires_ns=1))
+    store.expire()
+    assert waiting(store) == []
+    assert not record.hypervisor.is_alive and not record.server.is_alive  # type: ignore[union-attr]
+
+
+def test_a_machine_whose_pool_and_supervisor_were_killed_is_not_taken_over(
+    lab: Machine, store: onionskin.Store
+) -> None:
+    one, record = leave_in_pool(lab, store)
+    assert one.state == "off"
+    assert not record.hypervisor.is_alive and not record.server.is_alive  # type: ignore[union-attr]
+
+
+def test_a_fork_that_was_taken_runs_though_pool_and_supervisor_were_killed_before_it_was_told(
+    lab: Machine, store: onionskin.Store
+) -> None:
+    wanted = forks.check_wanted("lab", "ready", ["task"], None, None, None, None, None, None)
+    pid = lab.pool("ready", warm=1).status()["pid"]
+    (one,) = waiting(store)
+    supervisor = record_of(one).supervisor
+    assert supervisor is not None
+    with pools.taken(lab._directory, pools.ids_of(store, "lab", "ready")[1], 1) as taken:
+        machine_forks.fork_machine(store._opened, wanted, taken)
+        stop_process(pid)
+        os.kill(supervisor.pid, signal.SIGKILL)
+        until(lambda: not supervisor.is_alive)
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: state_of(Path(f"/proc/{pid}")) in "ZX")
+    assert lab.pools() == []  # which ends what nobody took
+    task = store.open_machine("task")
+    assert task.state == "running"
+    check_ticks(task)
 
 
 def test_a_fork_that_dies_before_it_has_told_the_machine_leaves_one_that_runs(

@@ -1,8 +1,10 @@
 """Machines that QEMU runs, without a supervisor: a guest of one boot sector, over NBD."""
 
 import os
+import re
 import signal
 import stat
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from onionskin.errors import StateError
 from onionskin.machine.hypervisor import Configuration, Identity, compare
 from onionskin.machine.monitor import MonitorError
 from onionskin.machine.qemu import QemuHypervisor, QemuProcess, adopt
+from onionskin.machine.qemu_command import refuse_arguments
 from onionskin.storage.locks import start_ticks
 
 pytestmark = pytest.mark.slow  # each starts QEMU
@@ -202,6 +205,8 @@ def test_without_tracking_its_ram_is_a_shared_file_of_its_own(
         (("-bios", "/usr/share/OVMF/OVMF_CODE.fd"), "UEFI"),
         (("-device", "vfio-pci,host=01:00.0"), "vfio"),
         (("-netdev", "vhost-user,id=n"), "vhost-user"),
+        (("-device", "virtio-balloon-pci"), "balloon"),
+        (("-device", '{"driver":"virtio-balloon-pci","free-page-reporting":true}'), "balloon"),
         (("-incoming", "defer"), "-incoming"),
         (("alone",), "belongs to no option"),
         (("-nodefaults", "disk.raw"), "belongs to no option"),  # QEMU takes it for a disk
@@ -213,6 +218,14 @@ def test_without_tracking_its_ram_is_a_shared_file_of_its_own(
         (("-hda", "disk.raw"), "a disk of the machine"),
         (("-drive", "file=disk.raw,if=virtio"), "a disk of the machine"),
         (("-blockdev", '{"driver":"file","filename":"disk.raw","node-name":"a"}'), "a disk of the machine"),
+        (("-drive", "file=seed.iso,media=cdrom,cache=none"), "past the host's cache"),
+        (("-drive", "file=seed.raw,readonly=on,aio=native,cache.direct=on"), "past the host's cache"),
+        (
+            ("-blockdev", '{"driver":"file","filename":"a","node-name":"a","read-only":true,"cache":{"direct":true}}'),
+            "past the host's cache",
+        ),
+        (("-smp", "4"), "give cpus= instead"),
+        (("-append", "quiet"), "give append= instead"),
     ],
 )
 def test_an_argument_that_no_snapshot_would_survive_is_refused_by_name(given: tuple[str, ...], named: str) -> None:
@@ -231,6 +244,72 @@ def test_an_argument_that_no_snapshot_would_survive_is_refused_by_name(given: tu
 )
 def test_what_the_guest_can_only_read_may_be_given(given: tuple[str, ...]) -> None:
     QemuHypervisor().check(Configuration(16 * MIB, qemu_args=given), 1)
+
+
+DRIVES = [
+    *(
+        "readonly=on",
+        "readonly=yes",
+        "readonly=true",
+        "readonly=y",
+        "readonly",
+        "read-only=on",
+        "read-only",
+        "noreadonly",
+    ),
+    *(
+        "readonly=off",
+        "readonly=off,readonly=on",
+        "media=cdrom",
+        "media=cdrom,readonly=off",
+        "media=disk",
+        "cache=none",
+    ),
+    *("file.read-only=on", "media=cdrom,media=disk"),
+]
+NODES = [
+    *("read-only=on", "read-only=yes", "read-only=true", "read-only=y", "read-only=off", "discard=ignore"),
+    "read-only=on,read-only=off",
+]
+JSON_NODES = [
+    '{{"driver":"file","filename":"{file}","node-name":"a","read-only":true}}',
+    "{{'driver':'file','filename':'{file}','node-name':'a', 'read-only' : true}}",
+    '{{"driver":"file","filename":"{file}","node-name":"a","read-only":false}}',
+    '{{"driver":"raw","node-name":"a","file":{{"driver":"file","filename":"{file}","read-only":true}}}}',
+]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("-drive", "if=none,format=raw,id=a,file={file}," + one) for one in DRIVES),
+        ("-drive", "if=none,format=raw,id=a,file={file},,readonly=on"),
+        *(("-blockdev", "driver=file,node-name=a,filename={file}," + one) for one in NODES),
+        *(("-blockdev", one) for one in JSON_NODES),
+    ],
+)
+def test_no_drive_is_taken_that_qemu_itself_would_write(
+    qemu: list[str], tmp_path: Path, option: str, value: str
+) -> None:
+    for name in ("seed.raw", "seed.raw,readonly=on"):
+        (tmp_path / name).write_bytes(bytes(1 << 20))
+    value = value.format(file=tmp_path / "seed.raw")
+    started = subprocess.run(
+        [*qemu, "-nodefaults", "-display", "none", "-S", "-machine", "none", "-monitor", "stdio", option, value],
+        input="info block -n\nquit\n",
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    given = Configuration(16 * MIB, program=qemu[0], qemu_args=(option, value))
+    if re.search(r"\((raw|file)\)", started.stdout):
+        with pytest.raises(StateError, match="a disk of the machine"):
+            refuse_arguments(given)
+    elif re.search(r"\((raw|file), read-only\)", started.stdout):
+        refuse_arguments(given)
+    else:
+        assert started.returncode != 0, started.stdout  # QEMU refuses it
 
 
 def test_a_program_that_is_missing_or_no_qemu_is_refused_in_words() -> None:

@@ -18,6 +18,7 @@ from support.guests import SECONDS_MAX, Console, configuration, count_in, stop_p
 import onionskin
 from onionskin.errors import SnapshotExistsError, SnapshotNotFoundError, StateError
 from onionskin.machine.machine import Machine
+from onionskin.machine.monitor import Monitor
 from onionskin.machine.record import Record
 
 pytestmark = pytest.mark.slow  # each starts several processes
@@ -68,6 +69,52 @@ def test_a_machine_starts_runs_and_is_stopped_by_its_power_button(lab: Machine) 
         assert "off" in screen.text
     assert lab.state == "off"
     assert Record.read(lab._directory) is None
+
+
+def make_staying(store: onionskin.Store, qemu: list[str]) -> Machine:
+    """A machine whose QEMU stays when its guest has shut down, with a monitor for its user."""
+    one = configuration(qemu, qemu_args=("-no-shutdown", "-qmp", "unix:user,server=on,wait=off"))
+    return store.create_machine("lab", disks=["web"], memory="16M", program=one.program, qemu_args=one.qemu_args)
+
+
+def test_a_machine_is_stopped_whose_hypervisor_stays_when_its_guest_has_shut_down(
+    store: onionskin.Store, qemu: list[str]
+) -> None:
+    staying = make_staying(store, qemu)
+    staying.start()
+    try:
+        with console(staying) as screen:
+            screen.wait_ticks()
+        staying.stop(SECONDS_MAX)
+        assert staying.state == "off"
+    finally:
+        staying.stop(force=True)
+
+
+def test_a_guest_that_has_shut_down_in_a_hypervisor_that_stays_goes_on_from_a_snapshot(
+    store: onionskin.Store, qemu: list[str]
+) -> None:
+    staying = make_staying(store, qemu)
+    staying.start()
+    try:
+        with console(staying) as screen:
+            screen.wait_ticks()
+            staying.snapshot("ready")
+            with Monitor(staying._directory / "user", "lab") as user:
+                user.execute("system_powerdown")
+            until(lambda: staying.status()["hypervisor"] == "shutdown")
+            assert "has shut down" in staying.status()["why"]
+            hypervisor = pid_of(staying, "hypervisor")
+            staying.revert("ready")
+            assert staying.state == "running" and pid_of(staying, "hypervisor") == hypervisor
+            screen.wait_ticks()
+            with Monitor(staying._directory / "user", "lab") as user:
+                user.execute("system_powerdown")
+            until(lambda: staying.status()["hypervisor"] == "shutdown")
+        staying.stop()
+        assert staying.state == "off"
+    finally:
+        staying.stop(force=True)
 
 
 def test_its_disks_are_free_when_it_has_stopped(lab: Machine, store: onionskin.Store) -> None:

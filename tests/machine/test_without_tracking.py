@@ -17,6 +17,7 @@ from support.servers import onionskin as command
 import onionskin
 from onionskin.errors import StateError
 from onionskin.machine.machine import Machine
+from onionskin.machine.qemu import _copy
 from onionskin.machine.record import Record
 
 pytestmark = pytest.mark.slow  # each starts several processes
@@ -157,3 +158,13 @@ def test_what_keeps_a_machine_without_tracking_from_starting_leaves_no_copy(
         with pytest.raises(StateError, match="no-such-device"):
             lab.start()
         assert copies(lab) == []
+
+
+def test_ram_that_does_not_fit_in_memory_is_refused_before_a_guest_fills_it(directory: Path) -> None:
+    """The kernel kills a process that writes to a page of a file for which a file system in memory has no room."""
+    ram = directory / "ram"
+    ram.touch()
+    os.truncate(ram, 1 << 43)
+    with pytest.raises(StateError, match=r"/dev/shm has .* left.*8 TiB"):
+        _copy(ram, directory)
+    assert list(Path("/dev/shm").glob(f"onionskin-{directory.name}.*")) == []

@@ -49,7 +49,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--place", action="append", help="threads, stores or processes; may be repeated")
     parser.add_argument("--wipe", action="append", help="release or zero; may be repeated")
     parser.add_argument(
-        "--fault", action="append", help="none, 'kill first', 'kill last', EIO, ENOSPC or unsynced; may be repeated"
+        "--fault",
+        action="append",
+        help="none, 'kill first', 'kill last', EIO, ENOSPC, unsynced or stopped; may be repeated",
     )
     parser.add_argument("--step", type=int, default=-1, help="of --one: where the first one is held; -1 is its end")
     parser.add_argument(

@@ -305,7 +305,7 @@ def _judge_error(who: str, event: Event, text: str, wrong: list[str], *, is_live
 
 def modelled(world: World, plan: Plan, operation: Operation, index: int) -> Operation:
     """Return an operation with what the model has to know of it."""
-    if operation[0] in (*MAKES, "fork_group"):
+    if operation[0] in MAKES:
         return (*operation, f"made by {plan.number} {index}")
     if operation[0] == "apply":
         _, start, end = world.streams[plan.place.volume]

@@ -157,7 +157,7 @@ class Explorer:
         self.steps_of[case.first, case.place] = max(8, verdict.steps)
 
     def _can_meet(self, case: Case, fault: str) -> bool:
-        return case.place == "processes" or not fault.startswith("kill")
+        return case.place == "processes" or not fault.startswith(("kill", "stopped"))
 
     # ---- one run ----
 
@@ -194,6 +194,7 @@ class Explorer:
         errors = runs["EIO"] + runs["ENOSPC"] + runs["unsynced"]
         print(
             f"pairs {len(tally.pairs)} of {len(VERBS) ** 2}, orders {sum(runs.values())}, kills {kills}, errors {errors}, "
+            f"stopped {runs['stopped']}, "
             f"runs with a violation {sum(tally.violations.values())} (kinds {len(tally.violations)}), "
             f"raised though done {sum(tally.weak.values())}"
         )

@@ -75,6 +75,7 @@ class State:
     images: Mapping[str, Disk] = field(default_factory=dict)
     handles: Mapping[str, Key | Disk] = field(default_factory=dict)
     calls: Mapping[str, tuple[Any, tuple[str, ...]]] = field(default_factory=dict)
+    holds: frozenset[tuple[Key, str, str]] = frozenset()  # the snapshot, and who holds it
 
     # ---- finding ----
 
@@ -104,6 +105,10 @@ class State:
                 return True
             start = self.snaps[start].parent if start in self.snaps else None
         return False
+
+    def refuse_held(self, going: set[tuple[Key, str]]) -> None:
+        if any((key, snap) in going for key, snap, _ in self.holds):
+            raise RefusedError("needed")
 
     def above(self, at: tuple[Key, str]) -> set[tuple[Key, str]]:
         return {other for other in self.snaps if other != at and self.descends(other, at)}
@@ -194,6 +199,7 @@ def discard(state: State, result: Any, handle: str, snap: str, recursive: bool) 
     )
     if others or (above and not recursive):
         raise RefusedError("needed")
+    state.refuse_held(above | {at})
     after = state.without_snaps(above | {at})
     if state.descends(volume.parent, at):
         volume = replace(volume, disk=taken.disk, parent=taken.parent, changed=False).flushed()
@@ -204,6 +210,7 @@ def merge(state: State, result: Any, handle: str, snap: str) -> State:
     _, volume = state.named(handle)
     at = (volume.key, snap)
     below = state.snap(*at).parent
+    state.refuse_held({at})
     snaps = {
         key: replace(other, parent=below) if other.parent == at else other
         for key, other in state.snaps.items()
@@ -370,6 +377,7 @@ def delete_several(state: State, result: Any, names: tuple[str, ...]) -> State:
         heads = [v for v in state.volumes.values() if v.key not in going and state.descends(v.parent, at)]
         if users or heads:
             raise RefusedError("needed")
+    state.refuse_held(own)
     if going & {what for what in state.handles.values() if isinstance(what, str)}:
         raise RefusedError("needed")
     left = {other: found for other, found in state.volumes.items() if other not in names}
@@ -390,6 +398,99 @@ def relocate(state: State, result: Any, name: str, path: str) -> State:
         raise RefusedError("needed")  # its time of modification tells that it is another image
     volumes = {n: replace(v, base=path) if v.base == old else v for n, v in state.volumes.items()}
     return replace(state, volumes=volumes)
+
+
+def hold(state: State, result: Any, name: str, snap: str, holder: str) -> State:
+    key = state.volume(name).key
+    state.snap(key, snap)
+    if (key, snap, holder) in state.holds:
+        raise RefusedError("needed")
+    return replace(state, holds=state.holds | {(key, snap, holder)})
+
+
+def unhold(state: State, result: Any, name: str, snap: str, holder: str) -> State:
+    key = state.volume(name).key
+    state.snap(key, snap)
+    if (key, snap, holder) not in state.holds:
+        raise RefusedError("needed")
+    return replace(state, holds=state.holds - {(key, snap, holder)})
+
+
+def holds(state: State, result: Any, name: str) -> State:
+    key = state.volume(name).key
+    return _same(state, result, {(snap, holder) for owner, snap, holder in state.holds if owner == key})
+
+
+def rename_snapshot(state: State, result: Any, name: str, old: str, new: str) -> State:
+    key = state.volume(name).key
+    state.snap(key, old)
+    if (key, new) in state.snaps:
+        raise RefusedError("exists")
+    return _renamed(state, (key, old), (key, new))
+
+
+def _renamed(state: State, old: tuple[Key, str], new: tuple[Key, str]) -> State:
+    def now(at: tuple[Key, str] | None) -> tuple[Key, str] | None:
+        return new if at == old else at
+
+    snaps = {now(at): replace(snap, parent=now(snap.parent)) for at, snap in state.snaps.items()}
+    volumes = {name: replace(volume, parent=now(volume.parent)) for name, volume in state.volumes.items()}
+    held = frozenset((*(new if (key, snap) == old else (key, snap)), holder) for key, snap, holder in state.holds)
+    return replace(state, snaps=snaps, volumes=volumes, holds=held)
+
+
+def set_note(state: State, result: Any, name: str, snap: str, note: str) -> State:
+    state.snap(state.volume(name).key, snap)
+    return state
+
+
+def prune(state: State, result: Any, name: str) -> State:
+    """What somebody holds is kept too."""
+    volume = state.volume(name)
+    held = {snap for key, snap, _ in state.holds if key == volume.key}
+    if result is None:
+        result = [snap for key, snap in state.snaps if key == volume.key][:-1]  # the newest is the last
+        result = [snap for snap in result if snap not in held]
+    elif not held and state.of(volume.key) and len(state.of(volume.key) - set(result)) != 1:
+        raise WrongResultError(f"prune dropped {result} of {sorted(state.of(volume.key))}")
+    state = state.with_handle("prunes", volume.key)
+    for snap in result:
+        state = merge(state, None, "prunes", snap)
+    return replace(state, handles={handle: what for handle, what in state.handles.items() if handle != "prunes"})
+
+
+def prune_open(state: State, result: Any, handle: str) -> State:
+    return prune(state, result, state.named(handle)[0])
+
+
+def set_wipe(state: State, result: Any, name: str) -> State:
+    state.volume(name)
+    return state
+
+
+def fork_group(state: State, result: Any, sources: tuple[tuple[str, str | None], ...], key: str) -> State:
+    for index, (name, snap) in enumerate(sources):
+        names = result[index] if result else (f"{name}g1",)
+        state = fork(state, None, name, snap, names, f"{key} {index}")
+    return state
+
+
+def _disk_of(state: State, at: tuple[str, str]) -> Disk:
+    return state.snap(state.volume(at[0]).key, at[1]).disk
+
+
+def compare(state: State, result: Any, a: tuple[str, str], b: tuple[str, str]) -> State:
+    pairs = enumerate(zip(_disk_of(state, a), _disk_of(state, b), strict=False))
+    return _same(state, result, next((unit for unit, (one, other) in pairs if one != other), None))
+
+
+def delta_across(state: State, result: Any, a: tuple[str, str], b: tuple[str, str]) -> State:
+    disk, disk_b = list(_disk_of(state, a)), _disk_of(state, b)
+    header, units = result
+    for unit, value in units.items():
+        disk[unit] = value
+    _same(state, header, b[1])
+    return _same(state, tuple(disk), disk_b)
 
 
 def volumes(state: State, result: Any) -> State:
@@ -499,6 +600,9 @@ RULES: dict[str, Callable[..., State]] = {
     "rename": rename, "relocate": relocate, "volumes": volumes, "tree": tree, "usage": usage, "layering": layering,
     "diff": diff, "delta": delta, "check": sound, "repair": sound, "held": held, "gone": gone, "store": nothing,
     "read": nothing, "take_back": take_back, "usage_of_forks": usage_of_forks, "parent": parent, "changed": changed,
+    "hold": hold, "unhold": unhold, "holds": holds, "rename_snapshot": rename_snapshot, "set_note": set_note,
+    "prune": prune, "prune_open": prune_open, "set_wipe": set_wipe, "set_defaults": nothing, "fork_group": fork_group,
+    "import_stream": import_, "compare": compare, "delta_across": delta_across,
     "extents": nothing, "own_diff": own_diff, "own_usage": own_usage, "own_layering": own_layering,
 }  # fmt: skip
 
@@ -631,7 +735,8 @@ def _done_unseen(state: State, name: str, arguments: list[Any]) -> State:
 
 _LOOK = {
     "volumes", "tree", "usage", "layering", "diff", "delta", "check", "repair", "held", "store", "read",
-    "usage_of_forks", "parent", "changed", "extents", "own_diff", "own_usage", "own_layering",
+    "usage_of_forks", "parent", "changed", "extents", "own_diff", "own_usage", "own_layering", "holds", "compare",
+    "delta_across",
 }  # fmt: skip
 
 

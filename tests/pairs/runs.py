@@ -4,10 +4,13 @@ The arrangement of a pair: the first actor goes on to its step k and is held the
 it waits for something that the first one has: then the first makes one step at a time until it can; at last the first
 one goes on to its end. At step k the first may be killed, before or after the second runs, or an error may meet it there.
 At a COMMIT its sync alone may fail (`unsynced`): then the first one goes on to its end, the second runs, and all are killed.
+The first may also be stopped at step k, as by SIGSTOP or a debugger: then the second has to end, well or with an error,
+before the first makes another step. It waits for nothing without a limit.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import time
@@ -26,7 +29,7 @@ from pairs.world import World
 
 RELATIONS = ("same", "related", "other")
 PLACES = ("threads", "stores", "processes")
-FAULTS = ("none", "kill first", "kill last", "EIO", "ENOSPC", "unsynced")
+FAULTS = ("none", "kill first", "kill last", "EIO", "ENOSPC", "unsynced", "stopped")
 ERRORS = {"EIO": 5, "ENOSPC": 28}
 # Steps at which a call can fail. Locks, looks and what is between calls cannot.
 CAN_FILL = ("create", "rename", "link", "write", "sync", "truncate", "allocate", "copy to", "catalog: COMMIT",
@@ -37,7 +40,8 @@ CAN_FAIL = {
     "unsynced": ("catalog: COMMIT",),
 }
 OPENS_WHAT_IT_MAKES = ("create", "temporary")  # and removes it again if it cannot be opened
-MAKES = ("create", "import", "clone", "fork", "fork_numbered", "fork_with_key", "temporary")
+MAKES = ("create", "import", "import_stream", "fork_group", "clone", "fork", "fork_numbered", "fork_with_key",
+         "temporary")  # fmt: skip
 # What is asked of an open volume is answered, whatever others do to it, unless they close it.
 ALWAYS_ANSWERED = ("read", "parent", "changed", "extents", "own_diff", "own_usage", "own_layering")
 NO_HOLDER = "the holder is None"  # what `held` says
@@ -45,6 +49,8 @@ RUN_SECONDS = 120.0
 THOROUGH_EVERY = 4
 HANG_SECONDS = 3.0
 IDLE_STEPS_MAX = 600
+WAITS_SECONDS = 0.2  # beside one that was stopped: the limits of a minute are as short in such a run
+STOPPED_SECONDS = 40.0
 
 
 class HangError(Exception):
@@ -257,6 +263,22 @@ class Run:
             idle += 1
             if idle > IDLE_STEPS_MAX or not (goers or self.hears_something()):
                 raise HangError(self.where())
+            for thread in goers:
+                self.conductor.resume(thread)
+
+    def to_end_by_itself(self, actor: int) -> None:
+        """Let an actor go on to its end while all others stand still: what it waits for has a limit."""
+        self.conductor.limit(actor, FREE)
+        until = time.monotonic() + STOPPED_SECONDS
+        while True:
+            self.settle()
+            if self.ended(actor):
+                return
+            if time.monotonic() > until:
+                raise HangError(f"it waits for one that was stopped: {self.where()}")
+            goers = self.movable(actor, "parked", "got", "sleeps")
+            if not goers and not self.somebody_wakes():
+                self.conductor.wait_for_any(HANG_SECONDS)
             for thread in goers:
                 self.conductor.resume(thread)
 
@@ -526,6 +548,7 @@ def run_pair(
 ) -> Verdict:
     """Run one case and judge it."""
     run = Run(conductor, world, plans_of(case))
+    shorten_waits(WAITS_SECONDS if case.fault == "stopped" else None)
     conductor.set_trace(trace)
     run.thorough = case.step % THOROUGH_EVERY == THOROUGH_EVERY - 1
     try:
@@ -542,6 +565,25 @@ def run_pair(
         run.verdict.labels = [label for actor, _, label in sorted(conductor.trace) if actor == 0]
         run.end_all()
     return run.verdict
+
+
+_WAITS = {
+    "storage.locks": ("DIRECTORY_SECONDS", "STORE_SECONDS"),
+    "storage.chain": ("LOCK_WAIT_SECONDS",),
+    "operations.locked_maps": ("LOCK_WAIT_SECONDS",),
+    "operations.group_snapshot": ("_OPEN_SECONDS",),
+    "store": ("_CUT_WAIT_SECONDS",),
+}
+_waits_before: dict[tuple[str, str], float] = {}
+
+
+def shorten_waits(seconds: float | None) -> None:
+    """Let the processes that are forked from here on wait so long at most for others; None: as long as they do."""
+    for module, names in _WAITS.items():
+        of = importlib.import_module(f"onionskin.{module}")
+        for name in names:
+            before = _waits_before.setdefault((module, name), getattr(of, name))
+            setattr(of, name, before if seconds is None else seconds)
 
 
 def _arrange_pair(run: Run, case: Case) -> None:
@@ -562,7 +604,10 @@ def _arrange_pair(run: Run, case: Case) -> None:
                 run.conductor.limit(0, FREE)
                 run.fail(thread, UNSYNCED)
                 run.to_end(0, [])
-    if 1 not in run.dead:
+    if case.fault == "stopped":
+        run.verdict.met = case.fault
+        run.to_end_by_itself(1)
+    elif 1 not in run.dead:
         run.to_end(1, [0])
     if 0 in run.dead or run.ended(0):
         return

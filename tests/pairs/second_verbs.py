@@ -35,29 +35,12 @@ def _export_qcow2(process: Any, actor: Any, handle: str, path: str) -> None:
     subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", converted, target], check=True)
 
 
-def _hold(process: Any, actor: Any, name: str, snap: str) -> None:
+def _hold_briefly(process: Any, actor: Any, name: str, snap: str) -> None:
     store = process.stores[actor.store]
     store.hold(name, snap, "somebody")
     found = [hold.holder for hold in store.holds(name, snap)]
     store.unhold(name, snap, "somebody")
     assert found == ["somebody"], found
-
-
-def _prune(process: Any, actor: Any, name: str) -> tuple[str, ...]:
-    kept = process.stores[actor.store].prune(name, keep_last=1)
-    return tuple(one.snapshot for one in kept if not one.kept_by)
-
-
-def _set_wipe(process: Any, actor: Any, name: str) -> None:
-    store = process.stores[actor.store]
-    other = "release" if store.info(name).wipe == "zero" else "zero"
-    store.set_wipe(name, other)
-    assert store.info(name).wipe == other
-
-
-def _fork_group(process: Any, actor: Any, sources: tuple[tuple[str, str | None], ...]) -> tuple[tuple[str, ...], ...]:
-    forks = process.stores[actor.store].fork_group(dict(sources), pattern="{source}g{n}")
-    return tuple(tuple(names) for names in forks.values())
 
 
 def _look_around(process: Any, actor: Any) -> None:
@@ -115,10 +98,7 @@ worker.DO |= {
     "serve": _serve,
     "open_to_read": _open_to_read,
     "export_qcow2": _export_qcow2,
-    "hold": _hold,
-    "prune": _prune,
-    "set_wipe": _set_wipe,
-    "fork_group": _fork_group,
+    "hold_briefly": _hold_briefly,
     "look_around": _look_around,
     "finish_work": lambda process, actor: process.stores[actor.store].finish_work(),
 }
@@ -130,32 +110,8 @@ def open_to_read(state: State, result: Any, handle: str, name: str) -> State:
     return state.with_handle(handle, state.volume(name).disk)
 
 
-def hold(state: State, result: Any, name: str, snap: str) -> State:
+def hold_briefly(state: State, result: Any, name: str, snap: str) -> State:
     state.snap(state.volume(name).key, snap)
-    return state
-
-
-def prune(state: State, result: Any, name: str) -> State:
-    volume = state.volume(name)
-    if result and len(state.of(volume.key) - set(result)) != 1:
-        raise model.WrongResultError(f"prune dropped {result} of {sorted(state.of(volume.key))}")
-    if result is None:
-        result = [snap for key, snap in state.snaps if key == volume.key][:-1]  # the newest is the last
-    state = state.with_handle("prunes", volume.key)
-    for snap in result:
-        state = model.merge(state, None, "prunes", snap)
-    return model.close(state, None, "prunes")
-
-
-def set_wipe(state: State, result: Any, name: str) -> State:
-    state.volume(name)
-    return state
-
-
-def fork_group(state: State, result: Any, sources: tuple[tuple[str, str | None], ...], key: str) -> State:
-    for index, (name, snap) in enumerate(sources):
-        names = result[index] if result else (f"{name}g1",)
-        state = model.fork(state, None, name, snap, names, f"{key} {index}")
     return state
 
 
@@ -179,10 +135,7 @@ model.RULES |= {
     "serve": serve,
     "open_to_read": open_to_read,
     "export_qcow2": model.export,
-    "hold": hold,
-    "prune": prune,
-    "set_wipe": set_wipe,
-    "fork_group": fork_group,
+    "hold_briefly": hold_briefly,
     "look_around": model.nothing,
     "finish_work": model.nothing,
 }
@@ -209,17 +162,14 @@ MORE = [
     Verb("merge all into base", lambda at: [("merge_base", at.handle, None)], handle=True),
     Verb("relocate a copy", lambda at: [("relocate_copy", at.volume, f"{at.actor}-copy.img")]),
     Verb("serve", lambda at: [("serve", at.volume, "s1")], alone=True),
-    Verb("hold", lambda at: [("hold", at.volume, "s1"), ("hold", at.volume, "s2")]),
-    Verb("prune", lambda at: [("prune", at.volume)], alone=True),
-    Verb("set wipe", lambda at: [("set_wipe", at.volume)], alone=True),
-    Verb("fork group", lambda at: [("fork_group", ((at.volume, "s2"), (at.other, "s1")))], both=True),
-    Verb("fork group of heads", lambda at: [("fork_group", ((at.volume, None), (at.other, None)))], both=True),
+    Verb("hold", lambda at: [("hold_briefly", at.volume, "s1"), ("hold_briefly", at.volume, "s2")]),
     Verb("look around", lambda at: [("look_around",)], reads=True),
     Verb("finish work", lambda at: [("finish_work",)]),
     Verb("snapshot group as they are", lambda at: [("snapshot_group", (at.volume, at.other), f"{at.actor}-group")],
          both=True),
 ]  # fmt: skip
-SECOND_VERBS = [*VERBS, *MORE]
+# What holds a snapshot keeps the interrupted verb, which is run again, from it.
+SECOND_VERBS = [*(verb for verb in VERBS if verb.name not in ("take hold", "let go")), *MORE]
 # A server waits for clients in a way that no step shows, a conversion is done by another program, and the model does not
 # know who holds a snapshot, nor a name that one has for a moment.
 NEVER_FIRST = ("serve", "export qcow2", "hold", "look around")

@@ -138,6 +138,16 @@ def test_a_pair_is_held_at_the_step_that_is_asked_for() -> None:
     assert "B snapshot: done" in done.stdout
 
 
+def test_a_verb_ends_beside_one_that_is_stopped_in_a_transaction() -> None:
+    done = pairs(
+        *("--one", "note", "snapshot", "--place", "processes", "--relation", "other", "--fault", "stopped"),
+        *("--step", "5"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "locked by another process for over a minute" in done.stdout
+    assert "A set_note: done" in done.stdout
+
+
 @pytest.mark.parametrize("how", ["kill", "Ctrl-C, then live"])
 def test_a_second_verb_meets_what_an_interrupted_merge_into_the_base_left(how: str) -> None:
     done = pairs(

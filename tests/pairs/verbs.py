@@ -111,6 +111,18 @@ def _look(at: Place) -> list[Operation]:
     return [("parent", h), ("changed", h), ("extents", h), ("own_diff", h, "s1"), ("own_usage", h), ("own_layering", h)]
 
 
+def _swap_snapshots(at: Place) -> list[Operation]:
+    """Two snapshots change their names: one that was looked up means another disk then."""
+    return [
+        ("rename_snapshot", at.volume, "s1", "t"), ("rename_snapshot", at.volume, "s2", "s1"),
+        ("rename_snapshot", at.volume, "t", "s2"),
+    ]  # fmt: skip
+
+
+def _let_go(at: Place) -> list[Operation]:
+    return [("hold", at.volume, "s2", at.actor), ("holds", at.volume), ("unhold", at.volume, "s2", at.actor)]
+
+
 def _on(name: str, *arguments: object) -> Callable[[Place], list[Operation]]:
     return lambda at: [(name, at.handle, *arguments)]
 
@@ -157,6 +169,19 @@ VERBS = [
     Verb("temporary", _temporary("s2")),
     Verb("temporary head", _temporary(None)),
     Verb("snapshot group", lambda at: [("snapshot_group", (at.volume, at.other), "new")], both=True),
+    Verb("take hold", lambda at: [("hold", at.volume, "s1", at.actor), ("holds", at.volume)]),
+    Verb("let go", _let_go),
+    Verb("swap snapshots", _swap_snapshots),
+    Verb("note", _of("set_note", "s2", "a note")),
+    Verb("prune", _of("prune"), alone=True),
+    Verb("prune open", lambda at: [("write", at.handle, 8, at.stamp + 1, 2), ("prune_open", at.handle)], handle=True),
+    Verb("set wipe", _of("set_wipe"), alone=True),
+    Verb("set defaults", lambda at: [("set_defaults",)]),
+    Verb("fork group", lambda at: [("fork_group", ((at.volume, "s2"), (at.other, "s1")))], both=True),
+    Verb("fork group of heads", lambda at: [("fork_group", ((at.volume, None), (at.other, None)))], both=True),
+    Verb("import a stream", lambda at: [("import_stream", "import.img", "n")]),
+    Verb("compare", lambda at: [("compare", (at.volume, "s2"), (at.other, "s1"))], both=True, reads=True),
+    Verb("delta across", lambda at: [("delta_across", (at.other, "s1"), (at.volume, "s2"))], both=True, reads=True),
     Verb("expire", lambda at: [("expire",)]),
     Verb("open expired", _open_expired),
     Verb("write unwritten", _write_unwritten),

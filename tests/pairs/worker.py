@@ -271,6 +271,55 @@ def _import(process: Process, actor: Actor, path: str, name: str) -> None:
     import_image(process.stores[actor.store], process.path(path), name, format="raw")
 
 
+def _import_stream(process: Process, actor: Actor, path: str, name: str) -> None:
+    """Import from a pipe, which holds all of the image."""
+    from onionskin.images import import_image
+
+    data = process.path(path).read_bytes()
+    reads, writes = os.pipe()
+    with open(reads, "rb", buffering=0) as stream:
+        with open(writes, "wb", buffering=0) as whole:
+            assert whole.write(data) == len(data)
+        import_image(process.stores[actor.store], stream, name, format="raw")
+
+
+def _compare(process: Process, actor: Actor, a: tuple[str, str], b: tuple[str, str]) -> int | None:
+    """Return the unit in which two snapshots first differ."""
+    from onionskin.cli.compare import OpenVolume
+    from onionskin.exchange.comparison import first_difference
+
+    store = process.stores[actor.store]
+    with store.open(a[0], snapshot=a[1]) as one, store.open(b[0], snapshot=b[1]) as other:
+        found = first_difference(OpenVolume(one), OpenVolume(other))
+    return None if found is None else found // UNIT_BYTES
+
+
+def _delta_across(process: Process, actor: Actor, a: tuple[str, str], b: tuple[str, str]) -> tuple[str, dict[int, int]]:
+    from onionskin.delta import delta
+
+    stream = io.BytesIO()
+    said = delta(process.stores[actor.store], None, "@".join(a), "@".join(b), stream)
+    return said.name, _units_of(stream.getvalue(), said)
+
+
+def _prune(process: Process, actor: Actor, name: str) -> tuple[str, ...]:
+    kept = process.stores[actor.store].prune(name, keep_last=1)
+    return tuple(one.snapshot for one in kept if not one.kept_by)
+
+
+def _set_wipe(process: Process, actor: Actor, name: str) -> None:
+    store = process.stores[actor.store]
+    other = "release" if store.info(name).wipe == "zero" else "zero"
+    store.set_wipe(name, other)
+
+
+def _fork_group(
+    process: Process, actor: Actor, sources: tuple[tuple[str, str | None], ...]
+) -> tuple[tuple[str, ...], ...]:
+    forks = process.stores[actor.store].fork_group(dict(sources), pattern="{source}g{n}")
+    return tuple(tuple(names) for names in forks.values())
+
+
 def _diff(process: Process, actor: Actor, name: str, a: str, b: str | None) -> set[int]:
     return _units_in(process.stores[actor.store].diff(name, a, b))
 
@@ -358,6 +407,19 @@ DO: dict[str, Callable[..., Any]] = {
     "temporary": _temporary,
     "end_temporary": _end_temporary,
     "snapshot_group": _on_store(lambda store, names, snap: (store.snapshot_group(dict.fromkeys(names, snap)), None)[1]),
+    "hold": _on_store(lambda store, name, snap, holder: store.hold(name, snap, holder)),
+    "unhold": _on_store(lambda store, name, snap, holder: store.unhold(name, snap, holder)),
+    "holds": _on_store(lambda store, name: {(one.snapshot, one.holder) for one in store.holds(name)}),
+    "rename_snapshot": _on_store(lambda store, name, old, new: store.rename_snapshot(name, old, new)),
+    "set_note": _on_store(lambda store, name, snap, note: store.set_note(name, snap, note)),
+    "set_defaults": _on_store(lambda store: (store.set_defaults(wipe="zero"), None)[1]),
+    "prune": _prune,
+    "prune_open": lambda process, actor, handle: _prune(process, actor, process.handles[handle].name),
+    "set_wipe": _set_wipe,
+    "fork_group": _fork_group,
+    "import_stream": _import_stream,
+    "compare": _compare,
+    "delta_across": _delta_across,
     "expire": _on_store(lambda store: store.expire()),
     "delete_several": _on_store(lambda store, names: (store.delete(*names, recursive=True), None)[1]),
     "delete": _on_store(lambda store, name: store.delete(name, recursive=True)),

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import socket
 import ssl
 import stat
@@ -129,6 +130,23 @@ def test_sockets_from_systemd_are_served_and_it_is_told(vms: Path, tmp_path: Pat
             assert manager.recv(100) == b"STOPPING=1"
             assert process.wait(END_SECONDS) == 0, process.stderr.read() if process.stderr else ""
         assert path.exists()  # systemd's, and not ours to remove
+
+
+@pytest.mark.parametrize("stdout", [">&-", "1</dev/null"])
+def test_a_server_that_nobody_listens_to_serves(vms: Path, tmp_path: Path, stdout: str) -> None:
+    path = short_socket(tmp_path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"\0onionskin-test-{os.getpid()}")
+        manager.settimeout(END_SECONDS)
+        line = f"exec {shlex.join(COMMAND)} serve {vms}/web --socket {path} {stdout}"
+        with subprocess.Popen(
+            ["bash", "-c", line], env=os.environ | {"NOTIFY_SOCKET": f"@onionskin-test-{os.getpid()}"}
+        ) as process:
+            assert manager.recv(100) == b"READY=1"
+            with NbdClient.unix(path, "web") as client:
+                assert client.read(3 * MIB, 1) == b"\x03"
+            process.terminate()
+            assert process.wait(END_SECONDS) == 0
 
 
 def test_systemd_itself_starts_the_server_when_a_client_comes(vms: Path, tmp_path: Path) -> None:

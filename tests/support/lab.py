@@ -47,9 +47,10 @@ class LabMachine:
         directory: Path,
         qemu: list[str],
         wipe: str | None = None,
+        made: Configuration | None = None,
     ) -> Self:
         """Make the machine in the store."""
-        made = configuration(qemu, MEMORY)
+        made = made or configuration(qemu, MEMORY)
         machines.create(
             store._opened, name, disks, configuration=made.to_json(), memory_bytes=made.memory_bytes, wipe=wipe
         )

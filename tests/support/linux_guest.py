@@ -1,7 +1,8 @@
 """A guest of Debian's kernel and busybox that runs counter.c, with an agent: kernel and initramfs from packages.
 
 The kernel is downloaded, or taken from ONIONSKIN_GUEST_PACKAGES, a directory with the package of a kernel. Its console says
-`ready` first, and then what counter.c says each tick, whose arguments are behind `counter=` on the kernel's command line.
+`ready` first, and then what counter.c says each tick, whose arguments are behind `counter=` on the kernel's command line. For
+each further CPU there is one more counter, which says nothing but what is wrong.
 """
 
 import os
@@ -32,6 +33,8 @@ chmod +x /etc/acpi/PWRF/00000080
 acpid -d -l /dev/null > /dev/null 2>&1 &
 for word in $(cat /proc/cmdline); do case $word in counter=*) counts=$(echo ${{word#counter=}} | tr , ' ');; esac; done
 (while :; do echo "host $(hostname) at $(date +%s)" > /dev/ttyS0; sleep 1; done) &
+echo "cpus $(nproc)" > /dev/ttyS0
+for cpu in $(seq 2 $(nproc)); do (counter 8 4000 5 /mnt/count$cpu | grep -e wrong -e failed > /dev/ttyS0) & done
 second=; if [ -b /dev/vdb ]; then second=/dev/vdb; fi
 echo "ready" > /dev/ttyS0
 exec counter $counts /mnt/count $second > /dev/ttyS0

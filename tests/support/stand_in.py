@@ -40,6 +40,7 @@ class StandIn:
         self.ram_file = ram_file
         self.devices = "as it booted"
         self.is_paused = True
+        self.guest_has_ended = False
         self.sizes: list[int] = []
         self.fails_at: str | None = None
         self.when_stopped: Callable[[], None] = lambda: None

@@ -66,8 +66,16 @@ def name_of(descriptor: int) -> str:
         return f"descriptor {descriptor}"
 
 
-def write_all(descriptor: int, data: bytes) -> None:
-    """Write at the start of a file. If the system takes only a part, the write of the rest raises the reason."""
+def write_all(descriptor: int, data: "bytes | memoryview[int]", offset: int = 0) -> None:
+    """Write from `offset` of a file on. If the system takes only a part, the write of the rest raises the reason."""
     done = 0
     while done < len(data):
-        done += os.pwrite(descriptor, data[done:], done)
+        done += os.pwrite(descriptor, data[done:], offset + done)
+
+
+def read_all(descriptor: int, length: int, offset: int = 0) -> bytes:
+    """Read from `offset` of a file on. There are fewer bytes than asked for only where the file ends before."""
+    found = b""
+    while len(found) < length and (part := os.pread(descriptor, length - len(found), offset + len(found))):
+        found += part
+    return found

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 from onionskin.base import forking
 from onionskin.base.modes import make_file
 from onionskin.base.paths import FilePath
-from onionskin.catalog.copy_on_write import make_index_in_place
+from onionskin.base.waiting import within
+from onionskin.catalog.copy_on_write import has_quotas, make_index_in_place, refuse_without_room
 from onionskin.catalog.read_only import connect_to_read, copied, why_not_written
 from onionskin.catalog.rows import (
     COLUMNS,
@@ -123,7 +124,7 @@ class _Inherited:
     def at_exit(self) -> None:
         """Let the end of the process, which closes what is left, take no log away. The locks end with the process."""
         for path, _ in self._connections:
-            with suppress(OSError):
+            with suppress(OSError, StateError):
                 _lock_against_last_close(path)
 
 
@@ -140,12 +141,24 @@ def _lock_against_last_close(path: FilePath) -> int | None:
             return None  # SQLite leaves the log of a catalog that was moved alone
         raise
     try:
-        # An OFD lock, unlike SQLite's own, counts against this process too.
-        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, *_SHARED_BYTES, 0))
+        if not within(_BUSY_SECONDS, lambda: _share_bytes_of_sqlite(descriptor)):
+            raise StateError(
+                f"another process has been closing {path} for over a minute, or was stopped in it; try again when it has "
+                "ended"
+            )
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _share_bytes_of_sqlite(descriptor: int) -> bool:
+    """Share what the last one that closes a catalog locks alone. Unlike SQLite's locks, this counts in this process too."""
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, *_SHARED_BYTES, 0))
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 _inherited = _Inherited()
@@ -170,6 +183,7 @@ class Connection:
         self._inode_of_log: tuple[int, int] | None = None  # None: the catalog is only read
         self._is_log_lost = False  # whether a sync of earlier commits failed, and the log was not replaced since
         self._rests = 0  # how often the thread that forks holds the guard
+        self._needs_room = False  # whether a full quota would end the process, if nobody asked for it before
         forking.register(self)
         forking.register_resting(self)
         with self._guard:  # a fork waits
@@ -188,6 +202,7 @@ class Connection:
             self._connection, self._copy = connect_to_read(self.path)
         else:
             self._connection = _connect(self.path)
+            self._needs_room = has_quotas(self.path.parent)
         self._inode = _inode_at(self.path)
         try:
             with self._errors():
@@ -355,6 +370,8 @@ class Connection:
             self._roll_back()  # a second interrupt may have left a transaction open
             if is_synced and self._is_log_lost:
                 self._replace_log()
+            if self._needs_room:
+                refuse_without_room(self.path)
             self._changing = True
             try:
                 self._have_commits_synced(is_synced)
@@ -725,7 +742,7 @@ def _shown(id: object) -> str:
 def _inode_at(path: "FilePath | str") -> "tuple[int, int] | None":
     try:
         found = os.stat(path)  # noqa: PTH116 - half the time of FilePath.stat
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):  # another error says nothing of where the store is
         return None
     return found.st_dev, found.st_ino
 

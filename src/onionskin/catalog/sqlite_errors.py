@@ -4,7 +4,7 @@ import os
 import sqlite3
 import threading
 from contextlib import suppress
-from errno import EACCES, EDQUOT, EFBIG, EIO, EISDIR, EMFILE, ENFILE, ENOSPC, EROFS
+from errno import EACCES, EDQUOT, EFBIG, EIO, EISDIR, EMFILE, ENFILE, ENOSPC, EROFS, ESHUTDOWN
 
 from onionskin.base.paths import FilePath
 from onionskin.errors import FormatError, StateError
@@ -38,7 +38,19 @@ def _refusal(path: FilePath, otherwise: int) -> int:
         if found.f_bavail * found.f_frsize < _LOG_BYTES or (found.f_files and not found.f_favail):
             return ENOSPC
     refused = _cannot_make(path, 2)
-    return refused if refused in (ENOSPC, EDQUOT, EFBIG, EMFILE, ENFILE) else otherwise
+    return refused if refused in (ENOSPC, EDQUOT, EFBIG, EMFILE, ENFILE, EIO) else otherwise
+
+
+def _is_shut_down(path: FilePath) -> bool:
+    """Whether the file system of a file does no I/O any more: it was shut down, or its device is gone.
+
+    What SQLite still reads then comes from memory, where parts may be missing, and looks like damage.
+    """
+    try:
+        os.close(os.open(path.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        return error.errno in (EIO, ESHUTDOWN)
+    return False
 
 
 def _cannot_make(path: FilePath, count: int) -> int:
@@ -87,6 +99,8 @@ def translated(error: sqlite3.Error, path: FilePath) -> Exception:
     primary = primary_code(error)
     if primary == sqlite3.SQLITE_FULL:
         return OSError(ENOSPC, "the disk is full; free some room, or discard snapshots", str(path))
+    if primary == sqlite3.SQLITE_PROTOCOL:  # the head of the log's index is half written, and its writer does not go on
+        return StateError(f"{path} is being changed by another process, which does not go on; try again when it does")
     if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return StateError(f"{path} has been locked by another process for over a minute; try again when it is done")
     if primary in (
@@ -99,5 +113,7 @@ def translated(error: sqlite3.Error, path: FilePath) -> Exception:
         # SQLite's message describes its own step. It would mislead where the reason is known.
         return OSError(number, str(error) if number in (EIO, EACCES) else os.strerror(number), str(path))
     if isinstance(error, sqlite3.DatabaseError):
+        if _is_shut_down(path):
+            return OSError(EIO, "the file system does no I/O any more; mend it, and open the store again", str(path))
         return damaged(path, error)
     return StateError(f"{path}: {error}")

@@ -54,10 +54,10 @@ def bench(
     markdown: bool,
     as_json: bool,
 ) -> None:
-    """Compare onionskin with copies and qcow2 on the disk that DIRECTORY is on.
+    """Compare onionskin with copies and qcow2 on a disk.
 
-    It works in a new directory that is removed afterwards, and needs about six times the size in space. Peers that are
-    not installed are left out and reported.
+    The disk is that of DIRECTORY. It works in a new directory that is removed afterwards, and needs about six times the
+    size in space. Peers that are not installed are left out and reported.
     """
     directory = directory.resolve(strict=True)  # the peers are programs, which are started elsewhere
     if not directory.is_dir():

@@ -147,7 +147,7 @@ def _draw_result(result: "Result") -> str:
 @click.pass_context
 @json_option
 def completion(ctx: click.Context, shell: str, as_json: bool) -> None:
-    """Print the script that makes a shell complete commands and names.
+    """Print the script by which a shell completes names.
 
     \b
     eval "$(onionskin completion bash)"

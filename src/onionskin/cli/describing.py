@@ -43,11 +43,11 @@ def tree(store: FilePath, path: "Path | None", as_json: bool) -> None:
         write_picture(path, tree_svg(str(store), nodes).encode())
         if str(path) == "-":
             return
-    output.show(
-        as_json,
-        [_node_value(node) for node in nodes] if as_json else None,
-        lambda: _draw(nodes) if path is None else f"wrote {path}",
-    )
+    value = [_node_value(node) for node in nodes] if as_json else None
+    if path is None:
+        output.show(as_json, value, lambda: _draw(nodes))
+    else:
+        output.tell(as_json, value, lambda: f"wrote {path}")
 
 
 def _node_value(root: "TreeNode") -> dict[str, Any]:

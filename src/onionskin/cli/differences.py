@@ -87,7 +87,7 @@ def _diff(store: "Store", a: Name, b: Name) -> list[tuple[int, int, int]]:
 @trust_option
 @json_option
 def usage(name: Name, forks: bool, as_json: bool) -> None:
-    """Show how much snapshots hold, and how much dropping them frees.
+    """Show how much snapshots hold, and what dropping them frees.
 
     With --forks, PRIVATE is what comes back if that fork alone is deleted, and SHARED what it stands on that stays then.
     """

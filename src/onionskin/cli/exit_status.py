@@ -124,6 +124,9 @@ _IN_WORDS_OF_THE_COMMAND_LINE = [
     (r"; open the volume again", "; run it again"),
     (r"or say that it is the disk: format raw", "or give --format raw to take its bytes for the disk"),
     (r"import its bytes as they are with format raw", "give --format raw to take its bytes for the disk"),
+    (r"\b(give|or) (cpus|memory|kernel|initrd|append)=", r"\1 --\2"),
+    (r"\bgive cpu_model=", "give --cpu-model"),
+    (r"\bgive machine_type=", "give --machine-type"),
 ]
 
 

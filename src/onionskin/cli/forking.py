@@ -44,10 +44,11 @@ def fork(
     wipe: Literal["release", "zero"] | None,
     as_json: bool,
 ) -> None:
-    """Make volumes that begin as a snapshot, or as a disk is now: all of them, or none.
+    """Make volumes that begin as a snapshot, or as a disk is now.
 
-    Nothing is copied. Numbers go on from the highest that there is. Several disks of one store are forked together: as
-    many of each, with the same numbers, and those without a snapshot as they are at one instant.
+    All of them are made, or none. Nothing is copied. Numbers go on from the highest that there is. Several disks of one
+    store are forked together: as many of each, with the same numbers, and those without a snapshot as they are at one
+    instant.
     """
     how: dict[str, Any] = {
         "count": count,
@@ -89,7 +90,7 @@ def _fork_group(sources: tuple[Name, ...], names: tuple[str, ...], how: dict[str
 @trust_option
 @json_option
 def forks(name: Name, as_json: bool) -> None:
-    """List the volumes that were forked or cloned from a snapshot, or from a volume."""
+    """List what was forked or cloned from a snapshot or a volume."""
     with name.open_store() as store:
         found = store.forks_of(name.volume, name.snapshot)
     output.show(as_json, found, lambda: "\n".join(found) or "none")
@@ -100,7 +101,10 @@ def forks(name: Name, as_json: bool) -> None:
 @trust_option
 @json_option
 def lineage(name: Name, as_json: bool) -> None:
-    """Show what a volume was forked or cloned from, and what that was, up to the first."""
+    """Show what a volume was forked or cloned from.
+
+    What that came from follows, up to the first.
+    """
     with name.open_store() as store:
         found = store.lineage(name.volume)
     value = [

@@ -128,7 +128,10 @@ def _keep(what: str, help: str) -> Callable[[Verb], Verb]:
     "--keep-within", type=DurationType(), help="Keep all that are at most so much older than the newest: 36h, 14d."
 )
 @click.option(
-    "--time-zone", default="UTC", metavar="NAME", help="Time zone that says where a day ends, as Europe/Berlin."
+    "--time-zone",
+    default="UTC",
+    metavar="NAME",
+    help="Time zone that says where a day ends, as Europe/Berlin; by default UTC.",
 )
 @click.option("--dry-run", is_flag=True, help="Drop nothing, and say what would be, and how much that frees.")
 @trust_option

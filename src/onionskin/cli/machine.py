@@ -44,23 +44,6 @@ if TYPE_CHECKING:
 
 _LEAVE = b"\x1d"  # Ctrl-]
 
-# What other programs call it: virsh, qm, VBoxManage, limactl, multipass, prlctl.
-_CALLED = {
-    **dict.fromkeys(("restore", "rollback", "snapshot-revert", "loadvm"), "revert"),
-    **dict.fromkeys(("reboot", "restart", "reset"), "stop, and then start"),
-    **dict.fromkeys(("save", "savevm", "checkpoint", "snapshot-create"), "snapshot"),
-    **dict.fromkeys(("shutdown", "poweroff", "destroy", "kill"), "stop"),
-    **dict.fromkeys(("run", "boot", "up"), "start"),
-    **dict.fromkeys(("suspend", "freeze"), "pause"),
-    **dict.fromkeys(("unpause", "continue", "cont"), "resume"),
-    **dict.fromkeys(("attach", "shell", "serial"), "console"),
-    **dict.fromkeys(("ls", "ps"), "list"),
-    **dict.fromkeys(("info", "show", "state"), "status"),
-    **dict.fromkeys(("clone", "copy"), "fork"),
-    **dict.fromkeys(("rm", "remove", "undefine"), "delete"),
-    **dict.fromkeys(("define", "new"), "create"),
-}
-
 
 class _Verbs(click.Group):
     """The verbs of machines, in the order in which a user meets them."""
@@ -75,18 +58,21 @@ class _Verbs(click.Group):
         """Find the verb, or say which one may be meant."""
         word = args[0] if args else ""
         if word and not word.startswith("-") and word not in self.commands:
-            called = _CALLED.get(word.lower())
-            meant = f": here that is onionskin machine {called}" if called else ""
-            raise click.UsageError(f"No such command {word!r}{meant}", ctx)
+            from onionskin.cli import verbs
+
+            raise click.UsageError(
+                f"No such command {word!r}{verbs.suggestion(word, self.commands, of_machines=True)}", ctx
+            )
         return super().resolve_command(ctx, args)
 
 
 @click.group(cls=_Verbs, invoke_without_command=True)
 @click.pass_context
 def machine(ctx: click.Context) -> None:
-    """Keep CPU, RAM, devices, configuration and disks of a machine as one snapshot.
+    """Keep CPU, RAM, devices and disks as one snapshot.
 
-    Machines have names of their own in a store, beside volumes. Every verb takes --json.
+    A snapshot of a machine has its configuration, too. Machines have names of their own in a store, beside volumes.
+    Every verb takes --json.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -392,7 +378,10 @@ def snapshots(name: Name, asked: Asked, as_json: bool) -> None:
 @trust_option
 @json_option
 def tree(name: Name, as_json: bool) -> None:
-    """Draw the snapshots of a machine, each above those that were taken after it, and where it stands."""
+    """Draw the snapshots of a machine, and where it stands.
+
+    Each is above those that were taken after it.
+    """
     with name.open_store() as store:
         found = store.machine_snapshots(name.volume)
         at = store.machine_info(name.volume).stands_on
@@ -431,7 +420,10 @@ def _draw_tree(machine_name: str, found: "Sequence[MachineSnapshotInfo]", at: st
 @trust_option
 @json_option
 def usage(name: Name, as_json: bool) -> None:
-    """Show what each snapshot of a machine holds, of its disks and of its RAM, and what dropping it would free."""
+    """Show what each snapshot holds, of disks and of RAM.
+
+    It also says what dropping it would free.
+    """
     with name.open_store() as store:
         found = store.machine_usage(name.volume)
     value = [
@@ -471,9 +463,10 @@ def usage(name: Name, as_json: bool) -> None:
 @trust_option
 @json_option
 def snapshot(name: Name, note: str, mode: str | None, freeze: bool, as_json: bool) -> None:
-    """Take a snapshot of a machine: RAM, devices, disks and configuration at one instant.
+    """Take a snapshot of a machine: RAM, devices and disks.
 
-    It runs on if it ran, and stays paused if it was. Of a machine that is off it has disks and configuration.
+    They are of one instant, and the configuration is kept, too. The machine runs on if it ran, and stays paused if it
+    was. Of a machine that is off it has disks and configuration.
     """
     with name.open_store() as store:
         taken = store.open_machine(name.volume).snapshot(name.snapshot, note, mode=mode, freeze=freeze)
@@ -500,7 +493,9 @@ def snapshot(name: Name, note: str, mode: str | None, freeze: bool, as_json: boo
 @trust_option
 @json_option
 def revert(name: Name, beginning: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
-    """Put a machine back to a snapshot, disks, RAM and all, and let it run.
+    """Put a machine back to a snapshot, and let it run.
+
+    Its disks, its RAM and its devices are as they were then.
 
     One that runs goes on from there in the same process; one that is off is started. What was done since the last snapshot
     is dropped; all snapshots stay.
@@ -551,7 +546,9 @@ def _revert_to_beginning(name: Name, *, yes: bool, dry_run: bool, as_json: bool)
 @trust_option
 @json_option
 def discard(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
-    """Drop snapshots of a machine and all that was written after them: of its disks, and of its RAM.
+    """Drop snapshots of a machine and what was written after them.
+
+    That is of its disks, and of its RAM.
 
     One that is off and stands on that branch is put back to the lowest of them; one that runs on it is refused.
     """
@@ -559,12 +556,14 @@ def discard(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, 
 
     name, chosen = _of_one(names)
     with name.open_store() as store:
+        target = store.open_machine(name.volume)
+        target._end_left_in_pools()
         loss = machine_usage.loss_of_discard(store._opened, name.volume, chosen, recursive=recursive)
         if dry_run:
             _tell_dry_run(as_json, "discard", (), loss)
             return
         _agree("discard", (), loss, yes=yes)
-        gone = store.open_machine(name.volume).discard(chosen, recursive=recursive)
+        gone = target.discard(chosen, recursive=recursive)
     value = {"machine": name.volume, "discarded": gone}
     output.tell(as_json, value, lambda: f"discarded {', '.join(f'{name.volume}@{one}' for one in gone)}")
 
@@ -626,10 +625,10 @@ def fork(
     as_json: bool,
     **how: Any,
 ) -> None:
-    """Make machines that go on from a snapshot, each with disks and RAM of its own: all of them, or none.
+    """Make machines that go on from a snapshot.
 
-    Nothing is copied. They have the addresses and the clock of the machine that they come from; docs/machines.md says what
-    changes by itself.
+    Each has disks and RAM of its own. All are made, or none. Nothing is copied. They have the addresses and the clock
+    of the machine that they come from; docs/machines.md says what changes by itself.
     """
     how |= {"names": names or None, "labels": dict(labels) or None, "idempotency_key": key, "start": not no_start}
     with name.open_store() as store, warnings.catch_warnings(record=True) as warned:
@@ -670,9 +669,10 @@ def rename(name: Name, new_name: str, as_json: bool) -> None:
 @trust_option
 @json_option
 def delete(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
-    """Delete machines that are off, with their RAM and the disks of those that are forks: all of them, or none.
+    """Delete machines that are off.
 
-    Other disks stay as they are.
+    Their RAM goes with them, and so do the disks of those that are forks. All are deleted, or none. Other disks stay as
+    they are.
     """
     from onionskin.operations import machine_removal
 
@@ -681,6 +681,8 @@ def delete(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, a
     called = list(dict.fromkeys(name.volume for name in names))
     with names[0].open_store() as store:
         ids = machine_removal.ids_of(store._opened.catalog, called)
+        for one in called:
+            store.open_machine(one)._end_left_in_pools()
         loss = machine_removal.loss_of_delete(store._opened, called, recursive=recursive)
         if dry_run:
             _tell_dry_run(as_json, "delete", called, loss)

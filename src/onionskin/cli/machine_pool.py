@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @trust_option
 @json_option
 def pool(name: Name, warm: int | None, foreground: bool, is_asked: bool, is_ended: bool, as_json: bool) -> None:
-    """Keep forks of a snapshot of a machine ready, so that fork has nothing to start.
+    """Keep forks of a snapshot ready, so that fork starts nothing.
 
     A process stays that makes another one for each that fork takes. Until it ends, the snapshot cannot be dropped.
     """

@@ -51,7 +51,10 @@ def map_(name: Name, path: "Path | None", columns: int | None, rows: int | None,
         if str(path) == "-":
             return
     value = _value(name, layering, cells) if as_json else None
-    output.show(as_json, value, lambda: _draw(name, cells, legend) if path is None else f"wrote {path}")
+    if path is None:
+        output.show(as_json, value, lambda: _draw(name, cells, legend))
+    else:
+        output.tell(as_json, value, lambda: f"wrote {path}")
 
 
 def _layering(name: Name) -> "Layering":

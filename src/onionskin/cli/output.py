@@ -39,11 +39,23 @@ def show(as_json: bool, value: Any, draw: Draw) -> None:
 def tell(as_json: bool, value: Any, draw: Draw) -> None:
     """Print what was done, as `show` does.
 
-    To a stdout that was closed when the program started nothing is printed, since nobody asked for it, and what was done is
-    done: a status other than 0 would say that it was not. What was asked for, `show` prints, and that fails there.
+    Where no stdout was given nothing is printed, since nobody asked for it, and what was done is done: a status other than 0
+    would say that it was not. What was asked for, `show` prints, and that fails there.
     """
-    if "stdout" not in _closed:
+    if is_heard():
         show(as_json, value, draw)
+
+
+def is_heard() -> bool:
+    """Whether there is a stdout to print to: none if it was closed when the program started, or opened only to read."""
+    if "stdout" in _closed:
+        return False
+    import fcntl
+
+    try:
+        return fcntl.fcntl(sys.stdout.fileno(), fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+    except (OSError, ValueError):  # it has no descriptor, or that is gone, which printing says
+        return True
 
 
 def echo(text: str, *, err: bool = False, nl: bool = True) -> None:

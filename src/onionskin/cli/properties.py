@@ -36,10 +36,10 @@ def complete_assignment(ctx: click.Context, param: click.Parameter, incomplete: 
 @trust_option
 @json_option
 def set_(name: Name | FilePath, assignment: str, as_json: bool) -> None:
-    """Change a property of a volume, which nobody may have open, or what a store makes volumes with.
+    """Change a property of a volume or of a store.
 
-    Of a volume: wipe=zero overwrites from then on what is freed of the volume and its snapshots, and wipe=release gives it
-    back as it is.
+    Of a volume, which nobody may have open: wipe=zero overwrites from then on what is freed of the volume and its
+    snapshots, and wipe=release gives it back as it is.
 
     Of a store: wipe and block-size are those of the volumes that are made or imported from then on without --wipe and
     --block-size. Volumes that exist keep theirs, and a clone has those of its origin.
@@ -91,10 +91,11 @@ def _policy(value: str) -> Literal["release", "zero"]:
 @trust_option
 @json_option
 def get(name: Name | FilePath, properties: tuple[str, ...], without_header: bool, exact: bool, as_json: bool) -> None:
-    """Show properties of a volume or a store: those that are named, or all.
+    """Show properties of a volume or of a store.
 
-    A volume has wipe, size, block-size, base and created. A store has wipe and block-size, which are those of the volumes
-    that are made without saying them. set changes wipe, and block-size of a store.
+    All are shown, or those that are named. A volume has wipe, size, block-size, base and created. A store has wipe and
+    block-size, which are those of the volumes that are made without saying them. set changes wipe, and block-size of a
+    store.
     """
     if isinstance(name, FilePath):
         for one in properties:

@@ -92,7 +92,7 @@ class Log:
     show_default=True,
     help="'any' lets other machines in without --tls-ca.",
 )
-@click.option("--allow-revert", is_flag=True, help="Let revert change the disk under connected clients.")
+@click.option("--allow-revert", is_flag=True, help="Let revert and discard change the disk under connected clients.")
 @click.option(
     "--dirty-bitmap",
     metavar="SNAPSHOT",
@@ -174,7 +174,7 @@ def serve(
         terms = _tls_terms(tls_certificate, tls_key, tls_ca, tls_psk)
         found = [] if stdio else _listeners(socket_path, mode, tcp, terms)
         server.listen(found, anybody=tls_clients == "any")
-        if tell_listening:
+        if tell_listening and output.is_heard():
             output.echo(output.as_json_line({"listening": True}))
         for name, label in zip_longest(names, labels[: len(names)]):
             _add(server, name, label)
@@ -186,7 +186,8 @@ def serve(
 
         def ready() -> None:
             value = {"ready": True, "exports": server.exports.names(), "uris": server.uris}
-            output.echo(output.as_json_line(value) if as_json else f"ready: {' '.join(server.uris)}")
+            if output.is_heard():
+                output.echo(output.as_json_line(value) if as_json else f"ready: {' '.join(server.uris)}")
             notify("READY=1")
 
         server.run(ready)

@@ -23,7 +23,7 @@ _CALLED = {
     **dict.fromkeys(("branch", "cp", "copy"), "clone"),
     **dict.fromkeys(("new", "init", "mk", "make"), "create"),
     **dict.fromkeys(("ls", "volumes"), "list"),
-    **dict.fromkeys(("show", "describe", "status"), "info"),
+    **dict.fromkeys(("show", "describe"), "info"),
     **dict.fromkeys(("df", "du", "space"), "usage"),
     **dict.fromkeys(("send", "export-diff", "backup"), "delta"),
     **dict.fromkeys(("receive", "recv", "import-diff"), "apply"),
@@ -32,21 +32,49 @@ _CALLED = {
     **dict.fromkeys(("mv", "move"), "rename"),
     **dict.fromkeys(("fsck", "verify", "scrub", "repair"), "check"),
     **dict.fromkeys(("unmount", "fusermount"), "umount"),
-    **dict.fromkeys(("nbd", "share", "start"), "serve"),
+    **dict.fromkeys(("nbd", "share"), "serve"),
     **dict.fromkeys(("cmp",), "compare"),
     **dict.fromkeys(("convert",), "import, or onionskin export"),
     **dict.fromkeys(("load",), "import"),
+    **dict.fromkeys(("release", "unprotect"), "unhold"),
+    "protect": "hold",
+    "children": "forks",
+    # Verbs of machines, without the word machine.
+    **{verb: f"machine {verb}" for verb in ("stop", "pause", "resume", "console", "pool")},
+    "start": "serve, or onionskin machine start",
+    "status": "info, or onionskin machine status",
+}
+
+# What others call a verb of machines: virsh, qm, VBoxManage, limactl, multipass, prlctl. Before what is above.
+_CALLED_OF_MACHINES = {
+    **dict.fromkeys(("loadvm",), "revert"),
+    **dict.fromkeys(("reboot", "restart", "reset"), "stop, and then start"),
+    **dict.fromkeys(("savevm", "snapshot-create"), "snapshot"),
+    **dict.fromkeys(("shutdown", "poweroff", "destroy", "kill"), "stop"),
+    **dict.fromkeys(("run", "boot", "up"), "start"),
+    **dict.fromkeys(("suspend", "freeze"), "pause"),
+    **dict.fromkeys(("unpause", "continue", "cont"), "resume"),
+    **dict.fromkeys(("attach", "shell", "serial"), "console"),
+    **dict.fromkeys(("ps", "machines"), "list"),
+    **dict.fromkeys(("info", "show", "state", "describe"), "status"),
+    **dict.fromkeys(("clone", "copy", "cp", "branch"), "fork"),
+    **dict.fromkeys(("define",), "create"),
+    **dict.fromkeys(("delvm", "snapshot-delete"), "merge, which keeps all data, or onionskin machine discard"),
+    **dict.fromkeys(("warm",), "pool"),
 }
 
 
-def suggestion(word: str, verbs: Iterable[str]) -> str:
+def suggestion(word: str, verbs: Iterable[str], *, of_machines: bool = False) -> str:
     """Say which verb may be meant by a word that is none; nothing where none comes near."""
+    verbs = list(verbs)
     called = _CALLED.get(word.lower())
+    if of_machines:
+        called = _CALLED_OF_MACHINES.get(word.lower(), called if called in verbs else None)
     if called is not None:
-        return f": here that is onionskin {called}"
+        return f": here that is onionskin {'machine ' * of_machines}{called}"
     import difflib
 
-    near = difflib.get_close_matches(word.lower(), list(verbs), n=1, cutoff=0.7)
+    near = difflib.get_close_matches(word.lower(), verbs, n=1, cutoff=0.7)
     return f": did you mean {near[0]}?" if near else ""
 
 

@@ -9,6 +9,7 @@ import os
 import struct
 from typing import Final
 
+from onionskin.base.files import read_all
 from onionskin.base.records import record
 from onionskin.errors import FormatError
 
@@ -74,12 +75,12 @@ def format_of(descriptor: int) -> ImageFormat | None:
     OSError
         The file cannot be read.
     """
-    found = format_of_start(os.pread(descriptor, START_BYTES, 0))
+    found = format_of_start(read_all(descriptor, START_BYTES))
     if found:
         return found
     size_bytes = os.lseek(descriptor, 0, os.SEEK_END)
     if size_bytes >= VHD_FOOTER_BYTES:
-        end = os.pread(descriptor, len(VHD_COOKIE), size_bytes - VHD_FOOTER_BYTES)
+        end = read_all(descriptor, len(VHD_COOKIE), size_bytes - VHD_FOOTER_BYTES)
         if end == VHD_COOKIE:
             return VHD
     return None

@@ -7,16 +7,21 @@ its program and its thread have ended.
 
 import contextlib
 import os
-import select
-import shutil
 import stat
-import subprocess
-import tempfile
 import threading
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from onionskin.base.lazy import Later
 from onionskin.errors import FormatError, OnionskinError
+
+if TYPE_CHECKING:
+    import select
+    import shutil
+    import subprocess
+    import tempfile
+else:  # a plain file needs none of them
+    select, shutil, subprocess, tempfile = map(Later, ("select", "shutil", "subprocess", "tempfile"))
 
 # Each of them reads stdin and writes stdout, and is known to end with a status other than 0 if its input ends early.
 _PROGRAMS: Final = {

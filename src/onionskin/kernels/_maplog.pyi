@@ -120,6 +120,9 @@ class LayerMap:
     def live_slots(self, segment: bytes) -> npt.NDArray[np.void]:
         """Return the slots of a segment that the map names."""
 
+    def slots_by_segment(self) -> dict[bytes, bytes]:
+        """Return what the map names of each of its segments."""
+
     def add_segment(self, segment: bytes) -> int:
         """Return the number of a segment."""
 

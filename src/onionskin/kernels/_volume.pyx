@@ -28,6 +28,10 @@ cdef extern from "Python.h":
     int GetBuffer "PyObject_GetBuffer"(PyObject *, Py_buffer *, int)
     void PyErr_Clear()
 
+cdef extern from "base/short_turns.h" nogil:
+    uint64_t onion_short_turns_take()
+    void onion_short_turns_end(uint64_t before_ns)
+
 cdef extern from "base/site.h" nogil:
     struct onion_site:
         int status
@@ -35,6 +39,12 @@ cdef extern from "base/site.h" nogil:
         char path[4096]
     const onion_site *onion_site_of(int)
     void onion_site_clear()
+
+cdef extern from "layer/layer_map.h" nogil:
+    struct onion_stretch:
+        uint64_t first
+        uint64_t count
+    uint64_t onion_stretches_of_bits(const unsigned char *bitmap, uint64_t bits, onion_stretch *out)
 
 cdef extern from "volume/volume.h" nogil:
     enum:
@@ -894,7 +904,10 @@ cdef class DataPath:
             free(infos)
 
     def live_slots(self, segment):
-        """Return the sorted runs of slots of a segment that the index still needs (dtypes.SLOTS). Waits for writers.
+        """Return the slots of a segment that the index still needs, sorted and joined. Waits for writers.
+
+        They are the bytes of an array of dtypes.SLOTS, which is not made here: `discard` asks this, and to import NumPy
+        takes longer than all else that it does.
 
         The answer comes from the index of the head at that moment. The caller checks afterwards that this is the head
         that it means.
@@ -902,6 +915,8 @@ cdef class DataPath:
         cdef unsigned char id[ONION_UUID_BYTES]
         cdef unsigned char *bitmap = NULL
         cdef uint64_t bits = 0
+        cdef uint64_t count
+        cdef onion_stretch *out
         cdef int status
         _copy_id(id, segment)
         with nogil:
@@ -909,10 +924,15 @@ cdef class DataPath:
         if status < 0:
             _raise(status, "reclaim")
         try:
-            raw = PyBytes_FromStringAndSize(<char *>bitmap, bits // 8 + 1)
+            with nogil:
+                count = onion_stretches_of_bits(bitmap, bits, NULL)
+            slots = PyBytes_FromStringAndSize(NULL, count * sizeof(onion_stretch))
+            out = <onion_stretch *>PyBytes_AS_STRING(slots)
+            with nogil:
+                onion_stretches_of_bits(bitmap, bits, out)
         finally:
             free(bitmap)
-        return _runs_of_bits(numpy.unpackbits(numpy.frombuffer(raw, numpy.uint8), bitorder="little")[:bits])
+        return slots
 
     def wait_for_readers(self):
         """Wait until every read that began before has ended. Such a read may still use slots that are to be freed."""
@@ -1283,6 +1303,21 @@ cdef onion_seal_step *_steps(paths) except NULL:
     return steps
 
 
+cdef class ShortTurns:
+    """While this is entered, the calling thread has short turns on its processor: see csrc/base/short_turns.h.
+
+    It gets no less of the processor, and does not keep writers waiting that need it for a moment.
+    """
+
+    cdef uint64_t _before_ns
+
+    def __enter__(self):
+        self._before_ns = onion_short_turns_take()
+
+    def __exit__(self, kind, error, trace):
+        onion_short_turns_end(self._before_ns)
+
+
 def begin_heads(paths, maps):
     """Begin the seals of volumes, side by side; `cut_heads` and `sync_heads` do the rest of `seal` for each.
 
@@ -1408,12 +1443,3 @@ def _path_of(fd):
 cdef list _segment_list(const onion_segment_info *infos, uint32_t count):
     cdef uint32_t i
     return [(infos[i].number, infos[i].uuid[:ONION_UUID_BYTES], _ROLES[infos[i].role], infos[i].slots) for i in range(count)]
-
-
-def _runs_of_bits(bits):
-    """Return (slot, count) of each run of ones."""
-    edges = numpy.flatnonzero(numpy.diff(numpy.concatenate(([0], bits, [0])).astype(numpy.int8)))
-    out = numpy.empty(len(edges) // 2, dtype=dtypes.SLOTS)
-    out["slot"] = edges[0::2]
-    out["count"] = edges[1::2] - edges[0::2]
-    return out

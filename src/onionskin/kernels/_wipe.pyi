@@ -20,7 +20,7 @@ class WipeJob:
     def __new__(
         cls,
         fd: int,
-        ranges: Iterable[tuple[int, int]] | np.ndarray[Any, Any],
+        ranges: Iterable[tuple[int, int]] | np.ndarray[Any, Any] | bytes,
         *,
         zero: bool,
         punch: bool,
@@ -32,9 +32,10 @@ class WipeJob:
     def run(self) -> WipeResult: ...
     def cancel(self) -> None: ...
 
+def unused_ranges(slots: bytes, *, header_bytes: int, slot_bytes: int, file_bytes: int) -> bytes: ...
 def wipe(
     fd: int,
-    ranges: Iterable[tuple[int, int]] | np.ndarray[Any, Any],
+    ranges: Iterable[tuple[int, int]] | np.ndarray[Any, Any] | bytes,
     *,
     zero: bool,
     punch: bool,

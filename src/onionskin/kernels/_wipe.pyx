@@ -3,8 +3,10 @@
 What must hold: the ranges live as long as the job. A job runs once. Any thread may watch and cancel it.
 """
 
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
 
 import os
 from typing import NamedTuple
@@ -31,6 +33,12 @@ cdef extern from "bulk/wipe.h" nogil:
         uint32_t filesystem_magic
         int copy_on_write
 
+    struct onion_used_slots:
+        uint64_t first
+        uint64_t count
+
+    size_t onion_unused_ranges(const onion_used_slots *used, size_t count, uint64_t header_bytes, uint64_t slot_bytes,
+                               uint64_t file_bytes, onion_byte_range *out)
     int onion_wipe(int fd, const onion_byte_range *ranges, size_t range_count, int flags, int threads,
                    onion_wipe_result *result, uint64_t *progress, const int *cancel)
 
@@ -80,11 +88,18 @@ cdef class WipeJob:
         cdef size_t i
         if not 0 <= threads <= 64:
             raise ValueError(f"threads is {threads}: give 1 to 64, or 0 for the default")
-        rows = ranges.tolist() if hasattr(ranges, "tolist") else list(ranges)
-        self._range_count = len(rows)
+        is_packed = isinstance(ranges, bytes)
+        if is_packed:
+            rows = ()
+            self._range_count = len(ranges) // sizeof(onion_byte_range)
+        else:
+            rows = ranges.tolist() if hasattr(ranges, "tolist") else list(ranges)
+            self._range_count = len(rows)
         self._ranges = <onion_byte_range *>calloc(self._range_count or 1, sizeof(onion_byte_range))
         if self._ranges == NULL:
             raise MemoryError(f"no memory for {self._range_count} ranges")
+        if is_packed:
+            memcpy(self._ranges, PyBytes_AS_STRING(ranges), self._range_count * sizeof(onion_byte_range))
         end = 0
         for i, (offset, length) in enumerate(rows):
             if offset < end:
@@ -143,6 +158,31 @@ def _path_of(fd):
         return None
 
 
+def unused_ranges(bytes slots not None, *, uint64_t header_bytes, uint64_t slot_bytes, uint64_t file_bytes):
+    """Return the ranges of a file behind its header that no used slot has, for `wipe`.
+
+    Parameters
+    ----------
+    slots : bytes
+        The used slots, sorted and joined: the bytes of an array of dtypes.SLOTS.
+    header_bytes, slot_bytes, file_bytes : int
+        The size of what is before the first slot, of a slot, and of the file.
+
+    Returns
+    -------
+    bytes
+        Ranges of 16 bytes each; none if there is nothing to free.
+    """
+    cdef size_t count = len(slots) // sizeof(onion_used_slots)
+    cdef const onion_used_slots *used = <const onion_used_slots *>PyBytes_AS_STRING(slots)
+    cdef onion_byte_range *out
+    found = PyBytes_FromStringAndSize(NULL, (count + 1) * sizeof(onion_byte_range))
+    out = <onion_byte_range *>PyBytes_AS_STRING(found)
+    with nogil:
+        count = onion_unused_ranges(used, count, header_bytes, slot_bytes, file_bytes, out)
+    return found[: count * sizeof(onion_byte_range)]
+
+
 def wipe(int fd, ranges, *, bint zero, bint punch, bint verify=False, int threads=0):
     """Overwrite ranges with zeros, make the zeros durable, and only then free the space.
 
@@ -150,8 +190,9 @@ def wipe(int fd, ranges, *, bint zero, bint punch, bint verify=False, int thread
     ----------
     fd : int
         A descriptor of a regular file that is open for writing.
-    ranges : sequence or ndarray
-        Pairs ``(offset, length)`` in bytes, sorted and not overlapping. Parts behind the end of the file are ignored.
+    ranges : sequence, ndarray or bytes
+        Pairs ``(offset, length)`` in bytes, sorted and not overlapping, or what `unused_ranges` returned. Parts behind the
+        end of the file are ignored.
     zero : bool
         Overwrite the allocated parts once, and sync them.
     punch : bool

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from onionskin.base.lazy import logger
@@ -166,7 +166,7 @@ def _taken_with(
         note,
         mode=mode,
         configuration=running.configuration.to_json(),
-        recorded=running.recorded.to_json(),
+        recorded=replace(running.recorded, is_frozen=freeze or running.is_frozen).to_json(),
         ram=volume._opened.to_write(),
         state_bytes=state_bytes,
     )

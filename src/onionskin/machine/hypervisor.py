@@ -133,6 +133,8 @@ class Recorded:
     guest_kernel : str
         The release of the Linux that the guest booted, such as "6.12.95-cloud-amd64"; empty where a disk's boot loader chose
         it. It may differ.
+    is_frozen : bool
+        Whether the guest's file systems were frozen at that instant: whoever lets it go on from there thaws them.
     """
 
     hypervisor: str
@@ -144,6 +146,7 @@ class Recorded:
     cpus: int
     devices: tuple[str, ...] = ()
     guest_kernel: str = ""
+    is_frozen: bool = False
 
     def to_json(self) -> str:
         """Return it as text, for `from_json`."""
@@ -261,6 +264,10 @@ class Process(Protocol):
     def is_paused(self) -> bool:
         """Whether it is stopped now."""
 
+    @property
+    def guest_has_ended(self) -> bool:
+        """Whether it is stopped because its guest has shut down, or died, and the process stays all the same."""
+
     def disk_bytes(self) -> list[int]:
         """Return how large its disks are for the guest, in their order: as they were when it was started."""
 
@@ -366,7 +373,7 @@ def _from_json(kind: Any, text: str, what: str, *, tuples: tuple[str, ...]) -> d
         for one in fields(kind):
             _check_type(one.name, getattr(made, one.name), one.type)
         return dict(value)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{what} cannot be read: {error}") from None
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from onionskin.base.sockets import connect_unix
 from onionskin.errors import FormatError, OnionskinError, StateError
-from onionskin.machine import daemon, disk_server, orphans, pool, record
+from onionskin.machine import daemon, disk_server, orphans, pool, pool_leftovers, record
 from onionskin.machine import fork as fork_process
 from onionskin.machine.capture import MachineSnapshot
 from onionskin.machine.control import MachineControl, NotAsked
@@ -444,6 +444,7 @@ class Machine:
         ValueError
             The sequence is empty.
         """
+        self._end_left_in_pools()
         with self._supervisor():
             return self._store._merge_machine_snapshots(self._name, names)
 
@@ -475,6 +476,7 @@ class Machine:
         ValueError
             The sequence is empty.
         """
+        self._end_left_in_pools()
         with self._supervisor():
             return self._store._discard_machine_snapshots(self._name, names, recursive=recursive)
 
@@ -502,6 +504,7 @@ class Machine:
         with self._supervisor() as control:
             if control is not None:
                 raise StateError(f"machine {self._name!r} runs; stop it first")
+        self._end_left_in_pools()
         directory = self._directory
         freed = self._store.delete_machines(self._name, recursive=recursive)
         record.remove_directory(directory)
@@ -658,6 +661,7 @@ class Machine:
         ValueError
             `warm` is out of range.
         """
+        self._end_left_in_pools()
         return pool.start(self._store, self._name, snapshot, warm)
 
     def be_pool(self, snapshot: str, *, warm: int = 4) -> None:
@@ -675,6 +679,7 @@ class Machine:
         ValueError
             `warm` is out of range.
         """
+        self._end_left_in_pools()
         pool.become(self._store, self._name, snapshot, warm)
 
     def pools(self) -> list[MachinePool]:
@@ -683,10 +688,16 @@ class Machine:
         Returns
         -------
         list of MachinePool
-            By the age of their snapshots.
+            By the age of their snapshots. What one that was killed left is ended first.
         """
+        self._end_left_in_pools()
         rows = self._store._opened.catalog.snapshots_of_machine(self._id)
         return [one for row in rows if (one := MachinePool(self._directory, row.name, row.id)).is_there]
+
+    def _end_left_in_pools(self) -> None:
+        """End the machines that waited in pools of this one which were killed, and whose supervisors were killed too."""
+        if not self._store.read_only:
+            pool_leftovers.end_of(self._store, self._row)
 
     def _start_forks(self, forks: "list[Machine]") -> None:
         try:
@@ -797,6 +808,9 @@ class Machine:
             if time.monotonic() > deadline:
                 raise self._silent(found)
             if is_there and found is not None and (found.supervisor is None or not found.supervisor.is_alive):
+                if found.is_waiting and not machine_forks.is_taken(self._row):
+                    self._end_orphans()  # no fork can take it from its pool any more
+                    continue
                 self._start()  # it takes over what runs, and is looked for again however long that took
             else:
                 time.sleep(0.02)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onionskin.base.sockets import UnixListener, credentials_of
+from onionskin.base.waiting import within
 from onionskin.control import frames
 from onionskin.control.server import may_connect
 from onionskin.errors import MachineNotFoundError, OnionskinError, SnapshotNotFoundError, StateError
@@ -45,6 +46,7 @@ QUIET_SECONDS = 1.0
 AGAIN_SECONDS = 10.0  # after a machine could not be started
 CLIENT_SECONDS = 5.0
 END_SECONDS = 60.0
+BEGIN_SECONDS = 10.0  # for which another pool that begins in the same directory is waited for
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -81,7 +83,11 @@ def listen(directory: Path, snapshot: bytes) -> UnixListener:
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         # A socket gets its name by a rename, so of two that begin at once one would take the other's, which nobody could end.
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if not within(BEGIN_SECONDS, lambda: _lock_alone(descriptor)):
+            raise StateError(
+                f"another process has had {directory} alone for {BEGIN_SECONDS:g} s, to begin a pool too, or was stopped in "
+                "it; try again when it has ended"
+            )
         if MachinePool(directory, "", snapshot).is_there:
             raise StateError(
                 "there is a pool of that snapshot already; end it first, with 'onionskin machine pool --stop'"
@@ -89,6 +95,14 @@ def listen(directory: Path, snapshot: bytes) -> UnixListener:
         return UnixListener(socket_path(directory, snapshot))
     finally:
         os.close(descriptor)
+
+
+def _lock_alone(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class Pool:

@@ -23,7 +23,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from onionskin.base.files import data_ranges
+from onionskin.base.files import data_ranges, read_all, write_all
+from onionskin.base.sizes import format_size
 from onionskin.base.sockets import connect_unix
 from onionskin.errors import StateError
 from onionskin.kernels._ram import PageTracker
@@ -43,6 +44,10 @@ STATE_SECONDS = 60.0
 PROBE_SECONDS = 30.0
 CONSOLE_SECONDS = 10.0
 KILL_SECONDS = 10.0
+RESET_SECONDS = 10.0
+# As QEMU says it of a guest that has shut down (-no-shutdown) or died, and that goes on only as something else; and before a
+# reset of it.
+_GUEST_ENDED, _NEEDS_RESET = ("shutdown", "internal-error", "guest-panicked"), ("shutdown", "internal-error")
 STATE_TAG = "s"
 STATE_CLUSTER_BYTES = 16384  # as fast as QEMU's 65536, and half a MiB less
 _STATE_NODE, _FILE_NODE = "state-", "file-of-state-"
@@ -280,6 +285,11 @@ class QemuProcess:
         """Whether it is stopped now."""
         return self.status != "running"
 
+    @property
+    def guest_has_ended(self) -> bool:
+        """Whether it is stopped because its guest has shut down, or died, and the process stays all the same."""
+        return self.status in _GUEST_ENDED
+
     def pause(self, *, runs: bool = False) -> bool:
         """Stop the machine. Return whether it ran. It is not asked whether it `runs` where that is known.
 
@@ -345,6 +355,7 @@ class QemuProcess:
             node = self._add_node(path, is_new=False)
 
         def load() -> None:
+            self._reset_where_it_must_be()
             with self._explained(), self._console_read():
                 self._run_on_state("snapshot-load", node)
 
@@ -352,6 +363,20 @@ class QemuProcess:
             yield load
         finally:
             self._remove_node(node)
+
+    def _reset_where_it_must_be(self) -> None:
+        """Reset a machine that QEMU would not let go on: not behind the load of a state either."""
+        if self.status not in _NEEDS_RESET:
+            return
+        self.monitor.execute("system_reset")
+        deadline = time.monotonic() + RESET_SECONDS
+        while self.status in _NEEDS_RESET:
+            if time.monotonic() > deadline:
+                raise StateError(
+                    f"the guest of machine {self.name!r} has shut down, and QEMU does not reset it (-no-reboot forbids "
+                    "that); stop the machine, with 'onionskin machine stop', and revert it then"
+                )
+            time.sleep(0.01)
 
     @contextmanager
     def _console_read(self) -> Iterator[None]:
@@ -589,13 +614,14 @@ def _copy(ram_file: Path, directory: Path) -> Path:
     path = copy_of_ram(directory, os.getpid())
     source = os.open(ram_file, os.O_RDONLY | os.O_CLOEXEC)
     try:
+        _refuse_without_room(path.parent, os.fstat(source).st_size)
         target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             size = os.fstat(source).st_size
             os.ftruncate(target, size)
             for start, end in data_ranges(source, 0, size):
                 for at in range(start, end, 1 << 20):
-                    os.pwrite(target, os.pread(source, min(1 << 20, end - at), at), at)
+                    write_all(target, read_all(source, min(1 << 20, end - at), at), at)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
@@ -604,6 +630,18 @@ def _copy(ram_file: Path, directory: Path) -> Path:
     finally:
         os.close(source)
     return path
+
+
+def _refuse_without_room(directory: Path, length: int) -> None:
+    """Raise StateError where RAM has no room: as the guest fills it, the kernel would kill the hypervisor (SIGBUS)."""
+    found = os.statvfs(directory)
+    free = found.f_bavail * found.f_frsize
+    if found.f_blocks and free < length:  # one without blocks has no limit
+        raise StateError(
+            f"{directory} has {format_size(free)} left, and the RAM of the machine takes up to {format_size(length)} there, "
+            "since what is written to RAM cannot be noted here; make it larger (for a container: --shm-size), or give the "
+            "machine less RAM"
+        )
 
 
 def _swapped_bytes(pid: int) -> int:

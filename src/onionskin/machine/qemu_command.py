@@ -2,9 +2,11 @@
 
 What must hold: names of sockets are relative to the machine's directory, in which QEMU runs, so they fit in an address
 however deep the store is. No argument that the user gives can undo what a snapshot needs: those are refused by name. So are
-devices that write RAM past what notes writes, and variable stores of UEFI, which no snapshot would have.
+devices that write RAM past what notes writes, balloons, which would take it out of the file that forks share, and variable
+stores of UEFI, which no snapshot would have.
 """
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -23,8 +25,12 @@ AGENT_PORT = "org.qemu.guest_agent.0"
 
 # What the configuration says; further arguments cannot say it again.
 _OURS = {
-    **dict.fromkeys(("-m", "-M", "-machine", "-cpu", "-smp", "-numa"), "it is set by the configuration"),
-    **dict.fromkeys(("-kernel", "-initrd", "-append"), "give it to the configuration"),
+    "-m": "give memory= instead",
+    "-smp": "give cpus= instead, which is sockets, cores and threads in one",
+    "-cpu": "give cpu_model= instead",
+    **dict.fromkeys(("-M", "-machine"), "give machine_type= instead"),
+    "-numa": "the RAM of a machine is one piece, since snapshots find it so",
+    **{f"-{one}": f"give {one}= instead" for one in ("kernel", "initrd", "append")},
     **dict.fromkeys(
         ("-S", "-daemonize", "-incoming", "-loadvm", "-pidfile", "-name", "-preconfig"), "onionskin starts the machine"
     ),
@@ -41,7 +47,13 @@ _OURS = {
     "-pflash": "UEFI and its variable store are not supported: a snapshot would not have them; boot with SeaBIOS or kernel=",
 }
 _UEFI = re.compile(r"if=pflash|pflash[01]=|ovmf|edk2|\.fd\b", re.IGNORECASE)
-_PAST_TRACKING = re.compile(r"vhost-user|vfio|vdpa|ivshmem|virtio-mem|virtio-pmem|pc-dimm|nvdimm|memory-backend")
+_PAST_TRACKING = re.compile(
+    r"vhost-user|vfio|vdpa|ivshmem|virtio-mem|virtio-pmem|pc-dimm|nvdimm|memory-backend|balloon"
+)
+# The host's disk writes what it reads there to RAM itself, at some time after it was told to, and no page says so.
+_PAST_CACHE = re.compile(
+    r"cache=(none|directsync)\b|\bcache\.direct=(on|true|yes)\b|\"(cache\.)?direct\"\s*:\s*true|=nvme\b"
+)
 # Arguments that make devices.
 _OF_DEVICES = ("-device", "-vga", "-nic", "-net", "-usb", "-usbdevice", "-global", "-soundhw", "-audio", "-tpmdev")
 # Options that take no value: what comes behind them is another option.
@@ -51,7 +63,9 @@ _ALONE = {
     *("-enable-sync-profile", "-h", "-help", "-version", "-audio-help", "-xen-attach", "-xen-domid-restrict"),
     "-win2k-hack",
 }
-_IS_READ_ONLY = re.compile(r"\bread-?only=on\b|\bmedia=cdrom\b|\"read-only\"\s*:\s*true")
+# How QEMU writes that something is so; it takes no capitals, and no 1.
+_YES = ("on", "yes", "true", "y")
+_JSON_STRING = re.compile(r"""'((?:[^'\\]|\\.)*)'|"(?:[^"\\]|\\.)*\"""")
 # Of a device, what may be another one each time.
 _OF_CARDS = ("model=", "none", "nic")
 _MAY_DIFFER = ("drive=", "netdev=", "chardev=", "mac=", "macaddr=", "guid=", "serial=")
@@ -90,13 +104,53 @@ def _refuse(option: str, value: str) -> None:
         raise StateError(f"the argument {option} for QEMU cannot be given: {why}")
     if option in ("-drive", "-bios", "-blockdev", "-global") and _UEFI.search(value):
         raise StateError(f"the argument {option} {value} for QEMU cannot be given: {_OURS['-pflash']}")
-    if option in ("-drive", "-blockdev") and not _IS_READ_ONLY.search(value):
+    if option in ("-drive", "-blockdev") and not _is_read_only(option, value):
         raise StateError(f"the argument {option} {value} for QEMU cannot be given: {_NO_DISK}")
+    if option in ("-drive", "-blockdev") and _PAST_CACHE.search(value):
+        raise StateError(
+            f"the argument {option} {value} for QEMU cannot be given: what is read past the host's cache goes to RAM in a "
+            "way that snapshots do not see; leave out cache=none, and what else says so"
+        )
     if found := _PAST_TRACKING.search(value):
         raise StateError(
-            f"the argument {option} {value} for QEMU cannot be given: {found[0]} writes RAM, or has some, that snapshots do "
-            "not see"
+            f"the argument {option} {value} for QEMU cannot be given: {found[0]} writes RAM, drops some, or has some, and "
+            "snapshots do not see that"
         )
+
+
+def _is_read_only(option: str, value: str) -> bool:
+    """Whether QEMU opens a drive or a block node only to read, however that is written.
+
+    What is said twice has to be said so both times: of -drive the first counts, and of -blockdev the last. Only the node
+    itself is looked at: a key such as file.read-only is about another one.
+    """
+    if option == "-blockdev" and value.startswith("{"):
+        return _json_says_read_only(value)
+    said: list[bool] = []
+    media: list[bool] = []
+    for part in re.findall(r"(?:[^,]|,,)+", value):  # two commas are one of a file's name
+        key, equals, text = part.partition("=")
+        if option == "-drive" and not equals and key.removeprefix("no") in ("readonly", "read-only"):
+            said.append(not key.startswith("no"))
+        elif key == "read-only" or (key == "readonly" and option == "-drive"):
+            said.append(text in _YES)
+        elif key == "media" and option == "-drive":
+            media.append(text == "cdrom")
+    return (bool(said) and all(said)) or (bool(media) and all(media))
+
+
+def _json_says_read_only(text: str) -> bool:
+    """Whether a node that is written as JSON is only read. QEMU takes strings in single quotes, too."""
+    text = _JSON_STRING.sub(lambda one: one[0] if one[1] is None else _in_double_quotes(one[1]), text)
+    try:
+        said = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(said, dict) and said.get("read-only") is True
+
+
+def _in_double_quotes(text: str) -> str:
+    return '"' + text.replace("\\'", "'").replace('"', '\\"') + '"'
 
 
 def accelerator(configuration: Configuration) -> str:

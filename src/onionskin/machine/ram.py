@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onionskin.base.files import write_all
 from onionskin.base.states import DATA as DATA_STATE
 from onionskin.errors import StateError
 from onionskin.kernels import _ram
@@ -277,6 +278,14 @@ class GuestRam(UnsavedRam):
         )  # of the unsaved: what neither the copy nor the volume has as it is now
         self._rooms = (page_aligned(PIECE_PAGES), page_aligned(PIECE_PAGES))
 
+    def touch_rooms(self) -> None:
+        """Have the memory that `stream` reads into before it is wanted. Nobody may be in `stream`.
+
+        The kernel gives each page of it at the first touch: that was a fifth of a first snapshot.
+        """
+        for room in self._rooms:
+            room[:, 0] = 0
+
     def add_private(self, *, swapped: bool) -> None:
         """Count all pages as unsaved that do not read as the RAM file: what was written before writes were noted.
 
@@ -527,10 +536,4 @@ def fill_file(snapshot: "Volume", descriptor: int, length: int) -> None:
         for at in range(start, end, PIECE_BYTES):
             piece = room[: min(PIECE_BYTES, end - at)]
             snapshot.readinto(at, piece)
-            _write_all(descriptor, piece.data, at)
-
-
-def _write_all(descriptor: int, left: memoryview, offset: int) -> None:
-    while left:
-        done = os.pwrite(descriptor, left, offset)
-        left, offset = left[done:], offset + done
+            write_all(descriptor, piece.data, at)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Self
 
 from onionskin.base import modes
 from onionskin.base.lazy import logger
+from onionskin.base.waiting import within
 from onionskin.errors import OnionskinError, StateError
 from onionskin.kernels._wipe import wipe
 from onionskin.machine.ram import fill_file
@@ -37,6 +38,7 @@ _log = logger(__name__)
 DIRECTORY = "ram"
 # To make a file writes as much as the RAM that is in use. So it is not done between snapshots that follow each other.
 QUIET_SECONDS = 2.0
+STOPPED_SECONDS = 30.0  # for which somebody is waited for who has a file alone, and does not write to it
 KEPT = 4  # files that nobody uses are kept up to this number, those that were used last
 
 
@@ -223,7 +225,7 @@ class RamFiles:
         draft = _draft_of(path)
         descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            _wait_for_maker(descriptor, draft)
             if not _is_at(descriptor, draft):
                 yield None
                 return
@@ -306,6 +308,25 @@ class RamFiles:
 _DROPPED = ".gone"
 
 
+def _lock(descriptor: int, operation: int) -> bool:
+    try:
+        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _wait_for_maker(descriptor: int, draft: Path) -> None:
+    """Hold a draft alone. Who makes it is waited for as long as it writes, and no longer: it may have been stopped."""
+    before = None
+    while not within(STOPPED_SECONDS, lambda: _lock(descriptor, fcntl.LOCK_EX)):
+        found = os.fstat(descriptor)
+        written = found.st_blocks, found.st_mtime_ns
+        if written == before:
+            raise StateError(f"{draft} is being made by another process, which does not go on; try again when it does")
+        before = written
+
+
 def _draft_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.new")
 
@@ -322,7 +343,10 @@ def _use(path: Path) -> RamFile | None:
                 raise
             raise StateError(f"{path} is no file; remove it: the RAM file of that name is made again") from None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            if not within(STOPPED_SECONDS, lambda: _lock(descriptor, fcntl.LOCK_SH) or not _is_at(descriptor, path)):  # noqa: B023
+                raise StateError(
+                    f"{path} is being dropped by another process, which does not go on; try again when it does"
+                )
             if _is_at(descriptor, path):
                 with suppress(OSError):
                     os.utime(path)  # it was used last now

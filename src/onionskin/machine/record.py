@@ -142,6 +142,8 @@ class Record:
         What its hypervisor calls its disks, where that is not their names.
     told : str
         The VM generation id that the guest was told behind a revert; empty: that of its identity.
+    is_waiting : bool
+        Whether it waits in a pool for a fork, as far as its supervisor had heard.
     """
 
     supervisor: ProcessId | None
@@ -159,6 +161,7 @@ class Record:
     is_frozen: bool = False
     labels: list[str] = field(default_factory=list)
     told: str = ""
+    is_waiting: bool = False
 
     def write(self, directory: Path) -> None:
         """Replace the record of a machine."""

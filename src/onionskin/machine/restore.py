@@ -197,14 +197,20 @@ def _has_generation(page: NDArray[np.uint8], wanted: NDArray[np.uint8], generati
     return at >= 0 and at <= differ[0] and differ[-1] < at + _GENERATION_BYTES
 
 
-def revert(running: Running, snapshot: str) -> None:
+def revert(running: Running, snapshot: str, *, stays: bool = False) -> None:
     """Put a machine back to a snapshot, in the process that it runs in. It goes on if it ran, and stays stopped if not.
+
+    Where its file systems were frozen then, they are again (`Running.is_frozen`), and whoever called this has them thawed.
+
+    One whose guest has shut down or died, in a process that stays, goes on too, as it would if the process had ended.
 
     Parameters
     ----------
     running : Running
     snapshot : str
         The name.
+    stays : bool
+        Whether its user wants it to stand still.
 
     Raises
     ------
@@ -223,7 +229,7 @@ def revert(running: Running, snapshot: str) -> None:
             open_layer(running.store, saved.volume, saved.layer) as view,
             StateFile.of(view, saved.ram_bytes, saved.state_bytes) as state,
             running.process.loading(state.path) as load_state,
-            _stopped_to_revert(running),
+            _stopped_to_revert(running, stays),
         ):
             elsewhere = _changed_between(running, saved)
             if isinstance(running.guest_ram, GuestRam):
@@ -244,6 +250,7 @@ def revert(running: Running, snapshot: str) -> None:
                     disks.result()
                 going_back.put_ram_back(running.ram_volume._opened.to_write())  # the guest may write from here on
             running.recorded = replace(running.recorded, guest_kernel=saved.recorded.guest_kernel)
+            running.is_frozen = saved.recorded.is_frozen
             running.is_broken = False
 
 
@@ -331,11 +338,12 @@ def _source_of(running: Running, saved: Saved) -> Source:
 
 
 @contextmanager
-def _stopped_to_revert(running: Running) -> Iterator[None]:
+def _stopped_to_revert(running: Running, stays: bool) -> Iterator[None]:
     """Stop a machine for the time of the block. It goes on behind that, unless it is between two states then."""
     was_broken = running.is_broken
     with stopped(running.process) as stop:
-        running.goes_on = stop.ran or (was_broken and running.goes_on)
+        had_ended = not stop.ran and not stays and running.process.guest_has_ended
+        running.goes_on = stop.ran or had_ended or (was_broken and running.goes_on)
         try:
             yield
         except BaseException as error:
@@ -348,5 +356,5 @@ def _stopped_to_revert(running: Running) -> Iterator[None]:
                     f"it again, or stop it and start it from a snapshot: {error}"
                 ) from error
             raise
-        if was_broken and running.goes_on:
+        if (was_broken or had_ended) and running.goes_on:
             running.process.resume()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from onionskin.base.files import read_all, write_all
 from onionskin.base.lazy import logger
 from onionskin.base.states import DATA
 from onionskin.errors import FormatError, OnionskinError, StateError
@@ -72,6 +73,8 @@ class Running:
         Whether going back to a snapshot failed half-way: the machine stays stopped until that is done again.
     goes_on : bool
         Whether it goes on when that is done, as it ran before.
+    is_frozen : bool
+        Whether the guest's file systems are as frozen as they were in the snapshot that it goes on from.
     has_server : bool
         Whether a process serves its disks at all times, and is started again when it dies.
     """
@@ -89,6 +92,7 @@ class Running:
     files: RamFiles
     is_broken: bool = False
     goes_on: bool = False
+    is_frozen: bool = False
     has_server: bool = False
     generation: str = ""
     guard: threading.RLock = field(default_factory=threading.RLock)
@@ -272,7 +276,7 @@ class StateFile:
         if self._descriptor < 0:
             return
         with suppress(OSError):
-            os.pwrite(self._descriptor, bytes(os.fstat(self._descriptor).st_size), 0)  # others may have it open
+            write_all(self._descriptor, bytes(os.fstat(self._descriptor).st_size))  # others may have it open
             os.ftruncate(self._descriptor, 0)
         os.close(self._descriptor)
         self._descriptor = -1
@@ -306,7 +310,7 @@ class StateFile:
         pages, before = page_aligned(count), page_aligned(count)
         pages[:] = 0
         flat = pages.reshape(-1)
-        os.preadv(self._descriptor, [flat[:length].data], 0)
+        flat[:length] = np.frombuffer(read_all(self._descriptor, length), np.uint8)
         numbers = np.arange(count, dtype=np.int64) + ram_bytes // PAGE_BYTES
         volume.read_blocks(numbers, before)
         changed = _ram.classify(flat, before.reshape(-1)) != _ram.SAME

@@ -36,6 +36,7 @@ from onionskin.machine.entropy import doubt_about
 from onionskin.machine.hypervisor import Configuration, Identity, Recorded
 from onionskin.machine.monitor import MonitorError, MonitorTimeout
 from onionskin.machine.qemu import QemuHypervisor, QemuProcess
+from onionskin.machine.ram import GuestRam
 from onionskin.machine.record import BEGINNING, DISKS_ALONE, ProcessId, Record
 from onionskin.machine.running import Running
 from onionskin.operations import machine_forks, machine_tree, machines
@@ -161,7 +162,8 @@ class Supervisor:
             if begins.ram is not None:
                 machines.refuse_written(store._opened, row)
                 prepared = stack.enter_context(restore.prepare(store, row, None, now))
-                now = replace(now, guest_kernel=prepared.saved.recorded.guest_kernel)  # that is in its RAM
+                was = prepared.saved.recorded
+                now = replace(now, guest_kernel=was.guest_kernel)  # that is in its RAM
             self._server.begin()
             self._process = hypervisor.launch(
                 configuration,
@@ -181,6 +183,7 @@ class Supervisor:
             )
             if prepared is not None:
                 restore.settle(self.running, prepared.saved)
+                self.running.is_frozen = was.is_frozen
             self._note(self._record_of(configuration, now, identity, mapped, paused))
             if self._pool is None:
                 # From here on the guest may write: RAM that it began from is older than its disks.
@@ -188,6 +191,9 @@ class Supervisor:
         (self._directory / record.ENDED).unlink(missing_ok=True)
         if self._pool is None and not paused:
             self._process.resume()
+            self._thaw_or_say_why_not()
+            if mapped is None and isinstance(self.running.guest_ram, GuestRam):
+                self.running.guest_ram.touch_rooms()  # while the guest boots: all that it writes is to be saved
             if begins.ram is not None and begins.snapshot is None:
                 self._tell_fork(configuration, identity)
 
@@ -198,17 +204,38 @@ class Supervisor:
             try:
                 with self._process.agent() as agent:
                     mac = identity.mac(0) if configuration.network != "none" else None
-                    self._untold = tell_identity(agent, hostname=self._name, mac=mac, clock_ns=time.time_ns())
+                    self._untold += tell_identity(agent, hostname=self._name, mac=mac, clock_ns=time.time_ns())
                     if doubt := doubt_about(self.running.recorded.guest_kernel or kernel_of(agent)):
                         self._untold.append(f"its random numbers: {doubt}")
             except (OSError, OnionskinError) as error:
-                self._untold = [
+                self._untold += [
                     f"its clock, its host name and its addresses are those of the machine it was made from: {error}"
                 ]
             for line in self._untold:
                 self._log(f"the guest was not told: {line}")
 
         threading.Thread(target=work, name="onionskin agent", daemon=True).start()
+
+    def _thaw(self) -> None:
+        """Have the file systems of a guest thawed that goes on as they were frozen: no write of it would end."""
+        if not self.running.is_frozen:
+            return
+        try:
+            self._process.thaw()
+        except (OSError, OnionskinError) as error:
+            raise StateError(
+                f"machine {self._name!r} runs with its file systems frozen, as the snapshot has them, and its agent did not "
+                f"thaw them: {error}; thaw them from inside, or revert it to another snapshot"
+            ) from error
+        self.running.is_frozen = False
+        self._note_what_is(replace(self.record, is_frozen=False))
+
+    def _thaw_or_say_why_not(self) -> None:
+        try:
+            self._thaw()
+        except StateError as error:
+            self._untold.append(str(error))
+            self._log(str(error))
 
     def _configuration(self, row: "MachineRow") -> Configuration:
         """Return what the machine is made of. A fork has no network, unless it says that it has."""
@@ -234,18 +261,24 @@ class Supervisor:
             self._process.ram() is not None,
             None if mapped is None else mapped.hex(),
             is_paused=paused or self._pool is not None,
+            is_frozen=self.running.is_frozen,
             labels=self._server.labels,
+            is_waiting=self._pool is not None,
         )
 
     def _take_over(self, found: Record, volume: "Volume") -> None:
         """Go on with a machine whose supervisor was killed. Where that fails, its processes stay as they are recorded."""
-        assert found.hypervisor is not None
+        hypervisor = found.hypervisor
+        assert hypervisor is not None
         self._is_recorded = False
+        was_waiting = found.is_waiting
+        if was_waiting:  # in a pool, and a fork has taken it since
+            found = replace(found, is_paused=False, is_waiting=False)
         self._log(f"the supervisor of machine {self._name!r} was killed; taking it over")
         if self._server.process is None:
             self._server.start()  # QEMU may wait for it, and then answers nothing
         self._process = qemu.adopt(
-            *(found.hypervisor.pid, found.hypervisor.ticks, self._name, self._directory, Path(found.ram_file)),
+            *(hypervisor.pid, hypervisor.ticks, self._name, self._directory, Path(found.ram_file)),
             is_tracked=found.is_tracked,
             on_event=self._hear,
         )
@@ -262,13 +295,15 @@ class Supervisor:
         self._ends.callback(self._process.quit, QUIT_SECONDS)
         self.running.is_broken = found.is_reverting
         self.running.goes_on = found.is_reverting and not found.is_paused
-        self._note(replace(found, supervisor=ProcessId.of(os.getpid()), server=self._server.process, is_frozen=False))
-        if found.is_frozen:
-            with suppress(OSError, OnionskinError):
-                self._process.thaw()
+        self.running.is_frozen = found.is_frozen
+        self._note(replace(found, supervisor=ProcessId.of(os.getpid()), server=self._server.process))
         if self._process.is_paused and not found.is_paused and not found.is_reverting:
             self._log("it stood still in the middle of what its supervisor did; it goes on")
             self._process.resume()
+        if not self._process.is_paused:
+            self._thaw_or_say_why_not()
+        if was_waiting:
+            self._tell_fork(self.running.configuration, self.running.identity)
 
     def _note(self, what: Record) -> None:
         with self._guard:
@@ -324,9 +359,10 @@ class Supervisor:
                 raise StateError(f"machine {self._name!r} does not wait in a pool for a fork that has taken it")
             self._name = self.running.name = self._process.name = row.name
             self._server.rename([one.name for one in machines.volumes_of(self._store._opened.catalog, row)[:-1]])
-            self._note_what_is(replace(self.record, is_paused=False))
+            self._note_what_is(replace(self.record, is_paused=False, is_waiting=False))
             self._pool = None  # from here on it is left alone, whatever becomes of the pool
             self._process.resume()
+            self._thaw_or_say_why_not()
         self._log(f"a fork took it from the pool; it is machine {row.name!r}")
         self._tell_fork(self.running.configuration, self.running.identity)
 
@@ -514,6 +550,8 @@ class Supervisor:
             return f"a disk had an error{': no room is left in the store' if is_full else ''}; resume it when that is mended"
         if said == "running":
             return ""
+        if said == "shutdown":
+            return "its guest has shut down, and QEMU stays (-no-shutdown); revert it, or stop it"
         return "its user paused it" if self.record.is_paused else f"the hypervisor says {said!r}"
 
     def pause(self, has_gone: Callable[[], None]) -> bool:
@@ -538,6 +576,7 @@ class Supervisor:
             self._process.resume()
             self._tries.clear()
             self._note_what_is(replace(self.record, is_paused=False))
+            self._thaw()
 
     def stop(self, has_gone: Callable[[], None], timeout: float | None, force: bool) -> str:
         """End the machine: its guest is asked to shut down; with `force` it is ended at once. Return what happened.
@@ -560,18 +599,31 @@ class Supervisor:
         with self.running.guard:
             if self.running.is_broken:
                 raise StateError(f"machine {self._name!r} is between two states; end it with --force")
+            if self._process.guest_has_ended:
+                self._process.quit(QUIT_SECONDS)
+                return
             if self._process.is_paused:  # a guest that stands still hears nothing
                 self._process.resume()
                 self._note_what_is(replace(self.record, is_paused=False))
+                self._thaw_or_say_why_not()
             self._process.power_down()
         deadline = time.monotonic() + seconds
         while self._process.wait(0.05) is None:
             has_gone()
+            if self._is_stopped and self._guest_has_ended():  # with -no-shutdown the process stays
+                self._process.quit(QUIT_SECONDS)
+                return
             if time.monotonic() > deadline:
                 raise StateError(
                     f"the guest of machine {self._name!r} did not shut down within {seconds:g} s, and runs on; shut it down "
                     "from inside, or end it with --force"
                 )
+
+    def _guest_has_ended(self) -> bool:
+        try:
+            return self._process.guest_has_ended
+        except MonitorError:  # the process is ending itself
+            return False
 
     def stop_soon(self) -> None:
         """End the machine in the background, for a signal: its guest is asked, and it is ended when that takes too long."""
@@ -603,10 +655,15 @@ class Supervisor:
         with self.running.guard:
             self._note(replace(self.record, is_reverting=True))
             try:
-                restore.revert(self.running, name)
+                restore.revert(self.running, name, stays=self.record.is_paused)
             finally:
                 now, told = self.running.recorded.to_json(), self.running.generation
-                self._note_what_is(replace(self.record, is_reverting=self.running.is_broken, recorded=now, told=told))
+                is_broken, is_frozen = self.running.is_broken, self.running.is_frozen
+                self._note_what_is(
+                    replace(self.record, is_reverting=is_broken, recorded=now, told=told, is_frozen=is_frozen)
+                )
+            if not self._process.is_paused:
+                self._thaw()
 
     def tell(self, has_gone: Callable[[], None], hostname: str | None, clock: bool) -> list[str]:
         """Tell the guest, through its agent, who and when it is. Return what could not be done."""
@@ -623,7 +680,7 @@ class Supervisor:
         try:
             yield
         finally:
-            self._note_what_is(replace(self.record, is_frozen=False))
+            self._note_what_is(replace(self.record, is_frozen=self.running.is_frozen))
 
 
 def _refuse_elsewhere(begins: machines.Beginning, only_from: str) -> None:

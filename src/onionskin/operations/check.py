@@ -13,6 +13,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from errno import ENXIO
 
+from onionskin.base.files import read_all
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.modes import is_shared
 from onionskin.base.paths import FilePath
@@ -158,7 +159,7 @@ def _segment_fault(path: FilePath, id: bytes, block_size: int, slots: int) -> st
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             return "it is not a regular file"
-        header = decode_header(os.pread(descriptor, HEADER_BYTES, 0), MAGIC_SEGMENT, path=str(path))
+        header = decode_header(read_all(descriptor, HEADER_BYTES), MAGIC_SEGMENT, path=str(path))
         size = os.fstat(descriptor).st_size
     except (OSError, FormatError) as error:
         return str(error)

@@ -8,9 +8,7 @@ its data.
 
 import errno
 import os
-import secrets
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -83,7 +81,7 @@ def new_image(store: OpenStore, target: Path, opened: "OpenChain", *, replace: b
 
 def staged_name(target: Path) -> str:
     """Draw the name under which a file is made. It is no longer than the file's own, where that is the longest possible."""
-    suffix = f".{os.getpid()}.{secrets.token_hex(4)}.part"
+    suffix = f".{os.getpid()}.{os.urandom(4).hex()}.part"
     return os.fsencode(target.name)[: _NAME_BYTES_MAX - len(suffix)].decode(errors="ignore") + suffix
 
 
@@ -133,6 +131,8 @@ def passing_file(store: OpenStore, directory: Path, policies: Iterable[str]) -> 
 
     The file vanishes with the process, however the process ends. But a process that is killed wipes nothing.
     """
+    import tempfile  # imported late: few look for what a file system can do
+
     with tempfile.TemporaryFile(dir=directory) as file:
         try:
             yield file

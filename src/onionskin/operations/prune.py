@@ -1,17 +1,19 @@
 """Retention: this module decides which snapshots of a volume are kept, by the rules of restic, and drops the others.
 
-What must hold: the decision depends on the snapshots and the rules alone, and not on the time of the call. The snapshot
+What must hold: the decision depends on the snapshots and the rules, and not on the time of the call, but for one case that
+only keeps more: a newest snapshot that has a time to come, of a clock that was wrong, counts as taken now. The snapshot
 that was taken last counts as the newest, even if the clock was set back. A call without any rule is refused, because it
 would drop all snapshots. A snapshot that is not kept loses its name by a merge, so all data stays that the remaining
 states need. A snapshot that is held is kept.
 """
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
 
 from onionskin.base.records import record, replaced
-from onionskin.catalog.tree import Snapshot, list_snapshots
+from onionskin.catalog.tree import Snapshot, list_snapshots, when
 from onionskin.errors import StateError
 from onionskin.operations.holds import holds
 from onionskin.storage.open_store import OpenStore
@@ -30,7 +32,8 @@ class Rules:
         those of ISO 8601. If there are fewer periods than that, the oldest snapshot is kept too, so that a long rule
         can grow.
     within : datetime.timedelta or None
-        All snapshots are kept that are older than the newest one by at most this time.
+        All snapshots are kept that are older than the newest one by at most this time. If the newest one has a time to
+        come, that are older than now.
     zone : datetime.tzinfo
         The time zone that defines where an hour or a day ends.
     """
@@ -87,20 +90,23 @@ _PERIODS: dict[str, Callable[[datetime], Any]] = {
 }
 
 
-def retained(snapshots: Sequence[Snapshot], rules: Rules, *, held: Collection[str] = ()) -> list[Retention]:
+def retained(
+    snapshots: Sequence[Snapshot], rules: Rules, *, held: Collection[str] = (), now: datetime | None = None
+) -> list[Retention]:
     """Return for each snapshot which rules keep it. The snapshots are in the order in which they were taken.
 
     The last one counts as the newest. The times say to which hour or day a snapshot belongs and how old it is, but not
     which of two snapshots is newer. The clock may be set back, and a caller of prune relies on the snapshot that was
-    taken last.
+    taken last. So a time of the newest one that is still to come makes none of the others old.
     """
     rules.check()
+    newest = min([one.created for one in snapshots[-1:]] + ([] if now is None else [now]), default=None)
     kept: list[list[str]] = [["held"] if snapshot.name in held else [] for snapshot in snapshots]
     newest_first = range(len(snapshots) - 1, -1, -1)
     for nth, place in enumerate(newest_first):
         if nth < rules.last or rules.last == -1:
             kept[place].append("last")
-        if rules.within is not None and snapshots[-1].created - snapshots[place].created <= rules.within:
+        if rules.within is not None and newest is not None and newest - snapshots[place].created <= rules.within:
             kept[place].append("within")
     times = [snapshots[place].created.astimezone(rules.zone) for place in newest_first]
     for name, period in _PERIODS.items():
@@ -148,7 +154,8 @@ def prune(store: OpenStore, volume: str, rules: Rules, merge: Callable[[Snapshot
 def planned(store: OpenStore, volume: str, rules: Rules) -> list[tuple[Snapshot, Retention]]:
     """Return what a prune would do with each snapshot of a volume."""
     taken = list_snapshots(store.catalog, store.catalog.volume(volume))
-    return list(zip(taken, retained(taken, rules, held=_held(store, volume)), strict=True))
+    kept = retained(taken, rules, held=_held(store, volume), now=when(time.time_ns()))
+    return list(zip(taken, kept, strict=True))
 
 
 def _held(store: OpenStore, volume: str) -> set[str]:

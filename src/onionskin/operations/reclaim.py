@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from errno import ELOOP
 from typing import TYPE_CHECKING
 
+from onionskin.base.files import read_all
 from onionskin.base.fsync import sync_directory
 from onionskin.base.lazy import logger
 from onionskin.base.limits import HEADER_BYTES
@@ -20,19 +21,14 @@ from onionskin.base.paths import FilePath
 from onionskin.catalog import Catalog, LayerRow, SegmentRow, WorkRow
 from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.kernels._maplog import MAGIC_MAP, MAGIC_SEGMENT
-from onionskin.kernels._wipe import wipe
+from onionskin.kernels._volume import ShortTurns
+from onionskin.kernels._wipe import unused_ranges, wipe
 from onionskin.storage.block_maps import SlotsOfLayers
 from onionskin.storage.locks import STORE_BYTE
 from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import numpy
-    import numpy.typing
-
-else:
-    from onionskin.base.lazy import numpy
 
 _log = logger(__name__)
 
@@ -74,14 +70,15 @@ def work_soon(store: OpenStore) -> None:
 
 def work_in_background(store: OpenStore) -> None:
     """Do all pending work that can be done, and prepare the next heads. Work that fails stays for the next opening."""
-    with suppress(OSError, OnionskinError):
-        if store.catalog.has_reclaims("zero"):
-            do_work(store, policy="zero")
-        do_work(store, policy="release")
-    store.reserve.make()  # the reserve may have been given up, and there may be room for it again
-    for handle in store.open_handles():
-        with suppress(OSError, OnionskinError):  # if this fails, the next head makes its files itself
-            handle.prepare_if_wanted()
+    with ShortTurns():  # nobody waits for this, so no writer is to
+        with suppress(OSError, OnionskinError):
+            if store.catalog.has_reclaims("zero"):
+                do_work(store, policy="zero")
+            do_work(store, policy="release")
+        store.reserve.make()  # the reserve may have been given up, and there may be room for it again
+        for handle in store.open_handles():
+            with suppress(OSError, OnionskinError):  # if this fails, the next head makes its files itself
+                handle.prepare_if_wanted()
 
 
 def do_work(store: OpenStore, *, policy: str | None = None) -> int:
@@ -285,7 +282,7 @@ def _free_file(store: OpenStore, row: WorkRow, *, unlink: bool) -> None:
 
 def wants_zeros(descriptor: int) -> bool:
     """Whether the header of a segment or map says that the file has to be wiped, whatever volume it belongs to now."""
-    header = os.pread(descriptor, HEADER_BYTES, 0)
+    header = read_all(descriptor, HEADER_BYTES)
     return header[:8] in (MAGIC_SEGMENT, MAGIC_MAP) and bool(int.from_bytes(header[24:32], "little") & _WIPE_ZERO)
 
 
@@ -321,8 +318,10 @@ def _reclaim_slots(store: OpenStore, row: WorkRow, slots: SlotsOfLayers) -> bool
     if descriptor is None:
         return True
     try:
-        ranges = _gaps(live, owner.block_size, os.fstat(descriptor).st_size)
-        if len(ranges):
+        ranges = unused_ranges(
+            live, header_bytes=HEADER_BYTES, slot_bytes=owner.block_size, file_bytes=os.fstat(descriptor).st_size
+        )
+        if ranges:
             result = wipe(descriptor, ranges, zero=row.wipe == "zero" or wants_zeros(descriptor), punch=True)
             store.note_unwipeable(result.bytes_unwipeable)
     finally:
@@ -330,9 +329,7 @@ def _reclaim_slots(store: OpenStore, row: WorkRow, slots: SlotsOfLayers) -> bool
     return True
 
 
-def _live_slots(
-    store: OpenStore, segment: SegmentRow, owner: LayerRow, slots: SlotsOfLayers
-) -> "numpy.typing.NDArray[numpy.void] | None":
+def _live_slots(store: OpenStore, segment: SegmentRow, owner: LayerRow, slots: SlotsOfLayers) -> bytes | None:
     """Return the live slots of a segment. If its owner is the head of a volume that is not open here, return None.
 
     The data path of an open head knows the live slots. But the head may be sealed before the path is asked. The answer
@@ -345,19 +342,6 @@ def _live_slots(
         live = None if path is None else path.live_slots(segment.id)
         return live if path is store.path_of_head(owner.id) else None
     return slots.of(owner, segment.id)
-
-
-def _gaps(
-    live: "numpy.typing.NDArray[numpy.void]", block_size: int, file_bytes: int
-) -> "numpy.typing.NDArray[numpy.uint64]":
-    """Return (offset, length) of each gap between the live slots, up to the end of the file."""
-    names = live.dtype.names
-    assert names is not None
-    first, count = (live[name].astype(numpy.int64) for name in names[:2])
-    starts = numpy.concatenate(([0], first + count)) * block_size + HEADER_BYTES
-    ends = numpy.concatenate((first * block_size + HEADER_BYTES, [max(file_bytes, HEADER_BYTES)]))
-    keep = ends > starts
-    return numpy.column_stack((starts[keep], (ends - starts)[keep])).astype(numpy.uint64)
 
 
 def remove_orphans(store: OpenStore) -> list[str]:

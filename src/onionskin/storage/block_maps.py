@@ -6,23 +6,14 @@ a head is read as far as it is durable. A caller that reads several maps locks t
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TypeVar
 
-from onionskin.base.lazy import dtypes
 from onionskin.base.limits import VOLUME_BYTES_MAX
 from onionskin.catalog import Catalog, LayerRow
 from onionskin.errors import FormatError, StateError
-from onionskin.kernels._maplog import STATE_DATA, LayerMap, ProvenanceMap
+from onionskin.kernels._maplog import LayerMap, ProvenanceMap
 from onionskin.storage.chain import Chain
 from onionskin.storage.open_store import OpenStore
-
-if TYPE_CHECKING:
-    import numpy
-    import numpy.typing
-
-    Array = numpy.typing.NDArray[Any]
-else:
-    from onionskin.base.lazy import numpy
 
 # A head's log is read while its writer appends to it. Frames that arrive during the read can look like a gap.
 _TRIES = 3
@@ -129,27 +120,15 @@ class SlotsOfLayers:
     def __init__(self, store: OpenStore) -> None:
         self._store = store
         self._layer: LayerRow | None = None
-        self._runs: dict[bytes, Array] = {}
+        self._slots: dict[bytes, bytes] = {}
 
-    def of(self, layer: LayerRow, segment: bytes) -> "Array":
-        """Return the live slots of a segment of a layer, sorted, as an array of dtypes.SLOTS."""
+    def of(self, layer: LayerRow, segment: bytes) -> bytes:
+        """Return the live slots of a segment of a layer, sorted and joined, as the bytes of an array of dtypes.SLOTS."""
         if self._layer != layer:
             with load_layer(self._store, layer) as layer_map:
-                self._runs = _slots_by_segment(layer_map)
+                self._slots = layer_map.slots_by_segment()
             self._layer = layer
-        found = self._runs.get(segment)
-        return numpy.empty(0, dtypes.SLOTS) if found is None else found
-
-
-def _slots_by_segment(layer_map: LayerMap) -> "dict[bytes, Array]":
-    runs = layer_map.runs()
-    runs = runs[runs["state"] == STATE_DATA]
-    runs = runs[numpy.lexsort((runs["slot"], runs["segment"]))]
-    slots = numpy.empty(len(runs), dtypes.SLOTS)
-    slots["slot"], slots["count"] = runs["slot"], runs["block_count"]
-    numbers, first = numpy.unique(runs["segment"], return_index=True)
-    ids = layer_map.segments
-    return {ids[number - 1]: part for number, part in zip(numbers.tolist(), numpy.split(slots, first)[1:], strict=True)}
+        return self._slots.get(segment, b"")
 
 
 @contextmanager

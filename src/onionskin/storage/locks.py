@@ -22,7 +22,7 @@ import struct
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from errno import EACCES, EDQUOT, ELOOP, ENOSPC, EROFS
+from errno import EACCES, EBADF, EDQUOT, ELOOP, ENOSPC, EROFS
 from functools import lru_cache
 from typing import NoReturn
 
@@ -30,10 +30,15 @@ from onionskin.base import forking
 from onionskin.base.modes import share_file
 from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.paths import FilePath
+from onionskin.base.waiting import within
 from onionskin.errors import FormatError, StateError
 from onionskin.storage.layout import Layout
 
 STORE_BYTE = 0
+DIRECTORY_SECONDS = (
+    10.0  # for which a directory is waited for that another process has alone, for milliseconds as a rule
+)
+STORE_SECONDS = 60.0  # for which a store is waited for whose files another process removes
 _WRITER_BYTES = 1 << 62  # the first byte that may stand for the writer of a volume
 _FLOCK = struct.Struct("hhqqi4x")
 _VOLUME_FILE_LOCK = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)  # the one byte that the lock of a volume's file is
@@ -64,8 +69,10 @@ def _set_lock(descriptor: int, kind: int, start: int, count: int) -> bool:
     except PermissionError:  # POSIX allows a system to report the same case as EACCES
         return False
     except OSError as error:
+        if error.errno == EBADF and kind == fcntl.F_WRLCK and descriptor >= 0:  # it is open to be read alone
+            error = OSError(EROFS, os.strerror(EROFS))
         _name(error, descriptor)
-        raise
+        raise error from None
     return True
 
 
@@ -130,12 +137,19 @@ class ByteLocks:
         if not self.take_shared(numbers):
             raise StateError(f"files of {self.path.parent} are being freed or wiped just now; try again")
 
-    def wait_shared(self, number: int) -> None:
-        """Lock one byte for reading, and wait until nobody holds it alone. No other thread may use this handle yet."""
-        descriptor = self._open_descriptor()
-        with _named(descriptor):
-            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, number, 1, 0))
-        self._shared.add(number)
+    def share_store(self) -> None:
+        """Lock the byte of the store for reading, and wait for who has it alone.
+
+        Raises
+        ------
+        StateError
+            Somebody has it alone for longer than any `check --repair` takes.
+        """
+        if not within(STORE_SECONDS, lambda: self.take_shared([STORE_BYTE])):
+            raise StateError(
+                f"another process has had {self.path.parent} alone for a minute, to remove files that nothing names "
+                "(onionskin check --repair), or was stopped in it; try again when it has ended"
+            )
 
     def drop_shared(self, numbers: Iterable[int]) -> None:
         """Give up the shared locks on these bytes. Bytes that are not held are ignored."""
@@ -225,9 +239,9 @@ class ByteLocks:
 def locked_directory(path: FilePath, *, alone: bool) -> Iterator[bool]:
     """Lock a directory during the with block, and yield whether it is locked.
 
-    A shared lock is waited for. A lock `alone` is taken only if that is possible without waiting. The lock needs no
-    block on a full disk. Each caller has a descriptor of its own, so threads exclude each other too. If there is no
-    directory, or its file system cannot lock directories, it counts as locked.
+    A shared lock is waited for, for `DIRECTORY_SECONDS`. A lock `alone` is taken only if that is possible without
+    waiting. The lock needs no block on a full disk. Each caller has a descriptor of its own, so threads exclude each other
+    too. If there is no directory, or its file system cannot lock directories, it counts as locked.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -235,7 +249,10 @@ def locked_directory(path: FilePath, *, alone: bool) -> Iterator[bool]:
         yield True
         return
     try:
-        yield _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+        if alone:
+            yield _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            yield within(DIRECTORY_SECONDS, lambda: _flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB))
     finally:
         _flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile has the descriptor too, and so the lock
         os.close(descriptor)

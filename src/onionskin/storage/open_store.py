@@ -28,7 +28,7 @@ from onionskin.catalog.read_only import can_be_written
 from onionskin.errors import ChainError, FormatError, OnionskinError, StateError
 from onionskin.storage.chain import Chain, lock_base, lock_chain, open_chain, read_chain
 from onionskin.storage.layout import DIRECTORIES, Layout
-from onionskin.storage.locks import STORE_BYTE, BaseLock, ByteLocks, SharedFile
+from onionskin.storage.locks import BaseLock, ByteLocks, SharedFile
 from onionskin.storage.reserve import Reserve
 from onionskin.storage.shared_paths import OpenChain, SealedViews
 
@@ -135,7 +135,7 @@ class OpenStore:
                 self._make_parts()
         try:
             self.locks: ByteLocks = self.reserve.retry(lambda: ByteLocks(self.layout.lock))
-            self.locks.wait_shared(STORE_BYTE)
+            self.locks.share_store()
         except BaseException:
             self.catalog.close()
             raise

@@ -54,7 +54,10 @@ class Reserve:
             self.make()
 
     def is_kept(self) -> "AbstractContextManager[bool]":
-        """Keep every thread and process from setting the room aside again that this operation gives up."""
+        """Keep every thread and process from setting the room aside again that this operation gives up.
+
+        Where one that sets it aside just now was stopped in the middle, it is not waited for without end, and may take it.
+        """
         return locked_directory(self._layout.root, alone=False)
 
     def make_room_for_catalog(self) -> None:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -267,5 +268,124 @@ def test_a_temporary_fork_that_cannot_be_flushed_is_dropped(tmp_path: Path) -> N
                 await disk.write(0, b"x")
                 disk.sync._opened.path.poison()
             assert [info.name for info in await store.volumes()] == ["web"]
+
+    asyncio.run(main())
+
+
+# ---- each twin, cancelled ----
+
+
+class StandIn:
+    """A store or volume whose every method, and every property that blocks, is held; it takes any arguments."""
+
+    name = "stand-in"
+    closed = False
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+        self.held = Held(self._ended)
+        self.ended: list[bool] = []
+        self.report: Callable[[int, int], None] | None = None
+
+    def _ended(self, *args: object, **kwargs: Any) -> object:
+        self.ended.append(True)
+        if (report := kwargs.get("progress")) is not None:
+            report(0, 1)  # raises in a call that was told to stop
+            self.ended.append(False)
+        return MagicMock()
+
+    def __getattr__(self, name: str) -> object:
+        is_property = isinstance(vars(self.kind).get(name), property)
+        return self.held() if is_property else self.held
+
+
+def twins() -> Iterator[tuple[str, str]]:
+    for kind in ("Store", "Volume"):
+        for name, twin in vars(getattr(aio, kind)).items():
+            opens = "Opening" in str(inspect.signature(twin).return_annotation) if inspect.isfunction(twin) else False
+            if name[0] != "_" and (inspect.iscoroutinefunction(twin) or opens):
+                yield kind, name
+
+
+TWINS = [(kind, name) for kind, name in twins() if name not in ("run", "close")]  # which have tests of their own
+
+
+def test_the_list_of_twins_has_all_that_is_public() -> None:
+    found = {(kind, name) for kind, name in TWINS}
+    for kind in ("Store", "Volume"):
+        ours = vars(getattr(onionskin, kind))
+        awaited = {name for name, value in ours.items() if name[0] != "_" and inspect.isfunction(value)}
+        assert awaited - QUICK - {"close", "temporary"} <= {name for of, name in found if of == kind}
+
+
+def call_of(twin: Callable[..., Any]) -> Any:
+    """Call a twin with something for each argument that it needs."""
+    needed = [
+        p for p in inspect.signature(twin).parameters.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD
+    ]
+    return twin(
+        *["x" for p in needed if p.kind is not p.KEYWORD_ONLY],
+        **{p.name: "x" for p in needed if p.kind is p.KEYWORD_ONLY},
+    )
+
+
+async def turns() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(("kind", "name"), TWINS, ids=".".join)
+def test_a_twin_that_is_cancelled_ends_with_its_call_and_not_before(tmp_path: Path, kind: str, name: str) -> None:
+    async def main() -> None:
+        async with aio.Store(tmp_path / "vms") as store, store.create("web", size="1M") as disk:
+            owner: Any = store if kind == "Store" else disk
+            real, owner._sync = owner._sync, StandIn(getattr(onionskin, kind))
+            try:
+                task = asyncio.ensure_future(call_of(getattr(owner, name)))
+                await begun(owner.sync.held)
+                for _ in range(2):
+                    task.cancel()
+                    await turns()
+                    assert not task.done() and not owner.sync.ended
+                owner.sync.held.go_on.set()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert owner.sync.ended == [True]  # and what tells its progress was ended by that
+            finally:
+                owner.sync.held.go_on.set()
+                owner._sync = real
+            await disk.write(0, b"goes on")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("kind", "name"), TWINS, ids=".".join)
+def test_a_twin_that_is_cancelled_before_a_thread_is_free_does_not_begin(tmp_path: Path, kind: str, name: str) -> None:
+    async def main() -> None:
+        async with aio.Store(tmp_path / "vms", threads=1) as store, store.create("web", size="1M") as disk:
+            owner: Any = store if kind == "Store" else disk
+            busy = [Held(lambda: None), Held(lambda: None)]
+            blockers = [
+                asyncio.create_task(store.run(busy[0])),
+                asyncio.create_task(disk._bytes(busy[1])),
+            ]
+            for held in busy:
+                await begun(held)
+            real, owner._sync = owner._sync, StandIn(getattr(onionskin, kind))
+            owner.sync.held.go_on.set()
+            try:
+                task = asyncio.ensure_future(call_of(getattr(owner, name)))
+                await turns()
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                for held in busy:
+                    held.go_on.set()
+                await asyncio.gather(*blockers)
+                assert not owner.sync.held.begun.is_set()
+            finally:
+                owner._sync = real
+                for held in busy:
+                    held.go_on.set()
 
     asyncio.run(main())

@@ -106,6 +106,25 @@ def test_a_merge_that_frees_nothing_imports_no_numpy(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "words", [["discard", "@c"], ["discard", "@b", "--recursive"], ["revert", "@b"], ["prune", ""]]
+)
+def test_a_verb_that_frees_slots_imports_no_numpy(tmp_path: Path, words: list[str]) -> None:
+    with onionskin.Store(tmp_path / "vms") as store, store.create("web", size="1M") as web:
+        for name in ("a", "b", "c"):
+            web.write(0, name.encode() * 8192)
+            web.snapshot(name)
+        web.write(4096, b"head")
+    verb, name, *rest = words
+    rest += ["--keep-last", "1"] if verb == "prune" else ["--yes"]
+    run(
+        "import sys; from onionskin.cli.app import onionskin\n"
+        f"try: onionskin({[verb, str(tmp_path / 'vms/web') + name, *rest]!r})\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert 'numpy' not in sys.modules\n"
+    )
+
+
 def test_the_version_is_said_without_the_metadata_of_the_package() -> None:
     run(
         "import sys; from onionskin.cli.app import onionskin\n"

@@ -2,6 +2,7 @@
 
 import os
 import select
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -178,7 +179,7 @@ def test_slots_of_a_segment_just_inherited_are_live_until_what_replaced_them_is_
         spare=os.urandom(16),
     )  # fmt: skip
     needed = {int(run["slot"]) for run in again.runs() if again.segments()[run["segment"] - 1][1] == lower_own}
-    assert needed <= {slot for first, count in live for slot in range(first, first + count)}
+    assert needed <= {slot for first, count in struct.iter_unpack("<QQ", live) for slot in range(first, first + count)}
     assert again.read(BLOCK, BLOCK) == b"a" * BLOCK
     again.close()
 

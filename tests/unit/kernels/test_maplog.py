@@ -166,6 +166,13 @@ def test_live_slots_are_sorted_joined_and_complete(steps: list[Change]) -> None:
 
 
 @given(changes)
+def test_the_slots_of_all_segments_are_those_of_each(steps: list[Change]) -> None:
+    layer, _ = build(steps)
+    each = {segment: layer.live_slots(segment).tobytes() for segment in layer.segments}
+    assert layer.slots_by_segment() == {segment: slots for segment, slots in each.items() if slots}
+
+
+@given(changes)
 def test_replace_of_all_live_slots_compacts_a_segment(steps: list[Change]) -> None:
     layer, model = build([*steps, (0, 1, A, 0)])
     slots = layer.live_slots(A)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from support.examples import examples
 
 from onionskin.errors import VerifyError
-from onionskin.kernels._wipe import WipeCancelled, WipeJob, wipe
+from onionskin.kernels._wipe import WipeCancelled, WipeJob, unused_ranges, wipe
 
 MIB = 1 << 20
 CANARY = b"onionskin canary 5b1f0c! " * 40
@@ -80,6 +80,31 @@ def test_wipe_zeros_the_ranges_and_no_other_byte(
     assert result.bytes_verified == (zeroed if verify else 0)
     assert result.bytes_punched == (zeroed if punch else 0)
     assert result.bytes_unwipeable == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 3)), max_size=8), st.integers(0, 2000))
+def test_all_behind_the_header_that_no_slot_has_is_unused(gaps_and_counts: list[tuple[int, int]], rest: int) -> None:
+    slots, used = b"", set(range(4096))
+    at = 0
+    for gap, count in gaps_and_counts:
+        at += gap
+        slots += struct.pack("<QQ", at, count)
+        used |= set(range(4096 + at * 512, 4096 + (at + count) * 512))
+        at += count
+    size = 4096 + at * 512 + rest
+    found = unused_ranges(slots, header_bytes=4096, slot_bytes=512, file_bytes=size)
+    ranges = list(struct.iter_unpack("<QQ", found))
+    assert all(length for _, length in ranges)
+    unused = [byte for offset, length in ranges for byte in range(offset, offset + length)]
+    assert unused == sorted(set(range(size)) - used)
+
+
+def test_ranges_may_be_what_is_unused(tmp_path: Path) -> None:
+    with canary_file(tmp_path / "file", 8192) as fd:
+        unused = unused_ranges(struct.pack("<QQ", 1, 5), header_bytes=4096, slot_bytes=512, file_bytes=8192)
+        result = wipe(fd, unused, zero=True, punch=False)
+        assert result.bytes_wiped == 512 + 1024
+        assert [at for at in range(0, 8192, 512) if os.pread(fd, 512, at) == bytes(512)] == [4096, 7168, 7680]
 
 
 def test_ranges_may_be_an_array(tmp_path: Path) -> None:

@@ -24,7 +24,11 @@ def test_a_configuration_of_a_newer_onionskin_is_refused_and_names_what_is_new()
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "7", "{}", "nothing", '{"memory_bytes": "1048576"}', '{"memory_bytes": 1048576, "qemu_args": [1]}']
+    "text",
+    [
+        *("[]", "7", "{}", "nothing", '{"memory_bytes": "1048576"}', '{"memory_bytes": 1048576, "qemu_args": [1]}'),
+        "[" * 100_000,  # deeper than JSON is read
+    ],
 )
 def test_what_is_no_configuration_is_refused(text: str) -> None:
     with pytest.raises(FormatError):

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.forbid_calls import PROCESS_MADVISE, forbid
 
 import onionskin
 from onionskin.kernels import _ram
@@ -25,7 +27,7 @@ LENGTH = PAGES * PAGE_BYTES
 class Child:
     """The process whose memory it is."""
 
-    def __init__(self, directory: Path, ram: Path) -> None:
+    def __init__(self, directory: Path, ram: Path, before: Callable[[], None] | None = None) -> None:
         self.ram = ram
         socket = directory / "preload"
         self.process = subprocess.Popen(
@@ -39,6 +41,7 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            preexec_fn=before,
         )
         assert self._answer() == "ready"
         self.preload = Preload(socket)
@@ -97,6 +100,13 @@ def test_what_is_written_stays_out_of_the_file(child: Child) -> None:
     child.write(9, 8)
     assert child.preload.where().is_private
     assert child.read(0) == 7 and child.ram.read_bytes() == before
+
+
+def test_the_process_cannot_take_pages_out_of_the_file_that_others_map(child: Child) -> None:
+    """QEMU does so for a balloon of the guest, as it takes the mapping for a shared one."""
+    before = child.ram.read_bytes()
+    assert child._say("punch 0") == str(errno.EOPNOTSUPP)
+    assert child.ram.read_bytes() == before and child.read(0) == 1
 
 
 def test_each_write_is_found_once_and_nothing_else(child: Child) -> None:
@@ -272,6 +282,33 @@ def test_pages_that_are_forgotten_read_as_the_file_and_are_noted_again(child: Ch
     tracker.written(protect=True)
     child.write(0, 3)
     assert pages_of(tracker.written(protect=True)) == [0]
+
+
+@pytest.mark.parametrize("before", [None, partial(forbid, PROCESS_MADVISE)], ids=["at once", "one by one"])
+def test_more_runs_than_one_call_takes_are_forgotten_and_nothing_between_them(
+    tmp_path: Path, before: Callable[[], None] | None
+) -> None:
+    ram = tmp_path / "ram"
+    ram.write_bytes(bytes([1]) * LENGTH)
+    child = Child(tmp_path, ram, before)
+    try:
+        tracker, _ = tracked(child)
+        for page in range(3000):
+            child.write(page, 9)
+        runs = np.array([(PAGE_BYTES * at, PAGE_BYTES * (at + 1)) for at in range(0, 3000, 2)], RUN_DTYPE)
+        child.preload.forget(runs)
+        whole = np.empty(LENGTH, np.uint8)
+        tracker.read(np.array([(0, LENGTH)], RUN_DTYPE), whole)
+        assert whole[::PAGE_BYTES].tolist() == [1, 9] * 1500 + [1] * (PAGES - 3000)
+    finally:
+        child.close()
+
+
+def test_of_runs_one_of_which_is_outside_of_the_memory_none_is_forgotten(child: Child) -> None:
+    child.write(0, 9)
+    with pytest.raises(OSError, match="cannot put its memory back"):
+        child.preload.forget(np.array([(0, PAGE_BYTES), (0, LENGTH + PAGE_BYTES)], RUN_DTYPE))
+    assert child.read(0) == 9
 
 
 @pytest.mark.parametrize("run", [(0, LENGTH + PAGE_BYTES), (PAGE_BYTES, 0), (1, PAGE_BYTES + 1)])

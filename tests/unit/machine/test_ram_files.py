@@ -116,6 +116,24 @@ def test_a_draft_that_is_being_made_is_left_alone(files: RamFiles, source: Sourc
         assert draft.exists()
 
 
+def test_who_makes_or_drops_a_file_and_was_stopped_is_not_waited_for_without_end(
+    files: RamFiles, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ram_files, "STOPPED_SECONDS", 0.0)
+    with files.use(source) as used:
+        path = used.path
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(StateError, match="is being dropped by another process"):
+            files.use(source)
+    files.drop(source.layer)
+    with path.with_name(f"{path.name}.new").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(StateError, match="is being made by another process"):
+            files.use(source)
+    files.use(source).close()
+
+
 def test_a_file_of_another_boot_or_of_no_layer_is_not_used_and_swept(
     files: RamFiles, source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:

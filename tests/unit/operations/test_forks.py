@@ -174,6 +174,20 @@ def test_a_key_is_free_again_behind_a_day(store: onionskin.Store) -> None:
     assert store.fork("web@clean", count=2, idempotency_key="k") == ["web-2", "web-3"]
 
 
+def test_a_key_that_was_used_while_the_clock_was_far_ahead_is_no_trouble_for_years(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same call still makes nothing again."""
+    then_ns = time.time_ns() + 1000 * forks.KEY_NANOSECONDS
+    with monkeypatch.context() as ahead:
+        ahead.setattr(forks.time, "time_ns", lambda: then_ns)
+        store.fork("web@clean", idempotency_key="k")
+    assert store.fork("web@clean", idempotency_key="k") == ["web-1"]
+    assert store.fork("web@clean", count=2, idempotency_key="k") == ["web-2", "web-3"]
+    with pytest.raises(onionskin.StateError, match="another fork"):
+        store.fork("web@clean", idempotency_key="k")
+
+
 def test_a_key_is_any_text_that_prints_on_a_line(store: onionskin.Store) -> None:
     store.fork("web@clean", idempotency_key="https://ci/run/7@2 again")
     for wrong in ("", "two\nlines", "x" * 300, "\ud800"):

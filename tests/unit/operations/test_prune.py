@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -25,7 +26,7 @@ def at(text: str, zone: "ZoneInfo | None" = None) -> datetime:
     return found.replace(tzinfo=zone or UTC).astimezone(UTC)
 
 
-def kept(snapshots: list[onionskin.Snapshot], rules: Rules, **more: list[str]) -> list[str]:
+def kept(snapshots: list[onionskin.Snapshot], rules: Rules, **more: Any) -> list[str]:
     return [one.snapshot for one in retained(snapshots, rules, **more) if one.kept_by]
 
 
@@ -76,6 +77,14 @@ def test_an_hour_that_comes_twice_is_two_hours() -> None:
 def test_within_counts_from_the_newest_snapshot_and_not_from_now() -> None:
     found = taken(at("2001-01-01"), at("2001-01-09"), at("2001-01-10"))
     assert kept(found, Rules(within=timedelta(days=1))) == ["s1", "s2"]
+
+
+def test_a_newest_snapshot_of_a_time_to_come_makes_none_of_the_others_old() -> None:
+    """The clock was wrong as it was taken, and is right again; it was a reason to drop all the others."""
+    found = taken(at("2026-03-01"), at("2026-03-07"), at("2026-03-08"), at("2099-01-01"))
+    week = Rules(within=timedelta(days=7))
+    assert kept(found, week, now=at("2026-03-08 12:00")) == ["s1", "s2", "s3"]
+    assert kept(found[:3], week, now=at("2099-01-01")) == kept(found[:3], week) == ["s0", "s1", "s2"]
 
 
 @pytest.mark.parametrize("wrong", ["1970-01-01", "2036-01-01"])

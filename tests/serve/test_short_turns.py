@@ -1,0 +1,103 @@
+"""Short turns: nobody who works on a snapshot keeps writers from the processor for longer than that needs."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.nbd_client import NbdClient
+from support.serving import served_volume
+from support.turns import turn_ns
+
+import onionskin
+from onionskin.control import groups
+from onionskin.kernels._volume import ShortTurns
+from onionskin.nbd.server import Limits, Server
+from onionskin.operations import reclaim, seal
+
+MIB = 1 << 20
+BLOCK = 4096
+
+
+@pytest.fixture
+def short() -> int:
+    """How long short turns are here; older kernels know none, and say 0."""
+    before = turn_ns()
+    with ShortTurns():
+        found = turn_ns()
+    assert turn_ns() == before
+    assert found < before or found == 0
+    return found
+
+
+Noted = Callable[[Any, str], list[int]]
+
+
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> Noted:
+    """Note the turns of the thread that makes a call."""
+
+    def note(owner: Any, name: str) -> list[int]:
+        found: list[int] = []
+        call = getattr(owner, name)
+
+        def noting(*arguments: Any, **named: Any) -> Any:
+            found.append(turn_ns())
+            return call(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, noting)
+        return found
+
+    return note
+
+
+def test_short_turns_end_with_what_they_were_taken_for(short: int) -> None:
+    before = turn_ns()
+    with ShortTurns():
+        with ShortTurns():
+            assert turn_ns() == short
+        assert turn_ns() == short
+    assert turn_ns() == before
+
+
+def test_the_thread_that_answers_a_client_has_short_turns(tmp_path: Path, short: int) -> None:
+    with served_volume(tmp_path, size=MIB) as (at, _):
+        before = set(os.listdir("/proc/self/task"))
+        with NbdClient.unix(at.path, "web") as client:
+            client.write(0, bytes(BLOCK))
+            (thread,) = set(os.listdir("/proc/self/task")) - before
+            assert turn_ns(int(thread)) == short
+
+
+def test_a_group_is_taken_in_short_turns_at_both_ends(tmp_path: Path, short: int, noted: Noted) -> None:
+    before = turn_ns()
+    here, there = noted(seal, "begin_heads"), noted(groups, "cut_when_told")
+    finding = noted(groups, "reach")
+    with onionskin.Store(tmp_path / "vms") as store:
+        store.create("web", size=MIB).close()
+        server = Server(limits=Limits(), allow_revert=False, log=lambda line: None)
+        try:
+            server.exports.add_volume(tmp_path / "vms", "web")
+            with store.create("db", size=MIB):
+                store.snapshot_group({"web": "s", "db": "s"})
+        finally:
+            server.close()
+    assert (set(here), set(there), set(finding)) == ({short}, {short}, {short})
+    assert turn_ns() == before
+
+
+def test_a_snapshot_is_taken_in_short_turns(tmp_path: Path, short: int, noted: Noted) -> None:
+    before = turn_ns()
+    here = noted(seal, "begin_heads")
+    with onionskin.Store(tmp_path / "vms") as store, store.create("web", size=MIB) as web:
+        web.snapshot("s")
+    assert set(here) == {short}
+    assert turn_ns() == before
+
+
+def test_work_in_the_background_is_done_in_short_turns(tmp_path: Path, short: int, noted: Noted) -> None:
+    found = noted(reclaim, "do_work")
+    with onionskin.Store(tmp_path / "vms") as store:
+        reclaim.work_in_background(store._opened)
+    assert set(found) == {short}
