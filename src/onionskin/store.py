@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import UTC, timedelta, tzinfo
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from onionskin.base.keyed_locks import KeyedLocks
@@ -54,6 +55,7 @@ from onionskin.storage.chain import (
 from onionskin.storage.layout import Layout, bytes_in
 from onionskin.storage.locks import (
     ReadersLock,
+    SharedFile,
     VolumeLock,
     is_being_merged_into,
     locked_to_remove,
@@ -397,11 +399,16 @@ class Store:
             return self._open_to_read(name, verify)
         return self._open_to_write(name, verify)
 
-    def _open_to_write(self, name: str, verify: bool = False, *, for_machine: bool = False) -> "Volume":
-        """Open a volume for writing. The RAM of a machine is opened only for that, and is the lock of the machine."""
+    def _open_to_write(
+        self, name: str, verify: bool = False, *, for_machine: bool = False, is_one_of_many: bool = False
+    ) -> "Volume":
+        """Open a volume for writing. The RAM of a machine is opened only for that, and is the lock of the machine.
+
+        One of many, as a server opens them, shares the file of its lock with the others of this store.
+        """
         from onionskin.operations import ownership
 
-        row, lock = self._lock_volume(name, VolumeLock)
+        row, lock = self._lock_volume(name, VolumeLock, self._opened.shared_file if is_one_of_many else None)
         try:
             if not for_machine:
                 ownership.refuse_ram(self._opened.catalog, row.id)
@@ -427,7 +434,9 @@ class Store:
         self._opened.register(view)
         return Volume(view, self)
 
-    def _lock_volume(self, name: str, kind: "Callable[[Layout, bytes, str], Lock]") -> "tuple[VolumeRow, Lock]":
+    def _lock_volume(
+        self, name: str, kind: "Callable[[Layout, bytes, str], Lock]", shared: SharedFile | None = None
+    ) -> "tuple[VolumeRow, Lock]":
         """Look a volume up by its name, lock it, and return the lock and the volume's row as it is under the lock.
 
         Until the lock is held, the name may come to mean another volume: somebody may rename the volume, or delete it
@@ -446,7 +455,7 @@ class Store:
                         self._opened.catalog.refuse_moved()  # the lock was opened by its name
                         if not self._opened.layout.volume_lock(id).exists():
                             self._opened.catalog.sync_found()  # a crash must not undo the row and leave the file
-                        self._opened.reserve.retry(lock.make_file)
+                        self._opened.reserve.retry(partial(lock.make_file, shared))
                     return row, lock
             except BaseException:
                 lock.close()

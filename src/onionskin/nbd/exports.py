@@ -171,10 +171,11 @@ class Exports:
                 if there is not None:
                     return there
             served = ServedVolume(
-                *(self, self._nbd, open_to_serve(store, name), called),
+                *(self, self._nbd, open_to_serve(store, name, is_one_of_many=not is_new), called),
                 guard=self.table.guard,
                 log=self._log,
                 is_fixed=label is not None,
+                is_found=not is_new,
             )
             with self.table.guard:
                 if not self._stopping.is_set():

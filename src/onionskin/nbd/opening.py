@@ -15,14 +15,17 @@ WAIT_SECONDS = 2.0
 _AGAIN_SECONDS = 0.01
 
 
-def open_to_serve(store: Store, name: str) -> Volume:
-    """Open a volume for writing. Raise StateError if it is held for longer than a group or a fork holds it."""
+def open_to_serve(store: Store, name: str, *, is_one_of_many: bool = False) -> Volume:
+    """Open a volume for writing. Raise StateError if it is held for longer than a group or a fork holds it.
+
+    One of many shares the file of its lock with the others of its store.
+    """
     layout = store._opened.layout
     deadline = time.monotonic() + WAIT_SECONDS
     was_free = False
     while True:
         try:
-            return store.open(name)
+            return store._open_to_write(name, is_one_of_many=is_one_of_many)
         except StateError:
             id = store._opened.catalog.volume(name).id
             is_held = volume_holder(layout.volume_lock(id)) is not None

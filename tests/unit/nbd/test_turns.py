@@ -58,12 +58,12 @@ def test_a_volume_is_opened_in_a_turn_and_one_that_hangs_keeps_no_other_client_o
     open_to_serve, hangs, ended = exports.open_to_serve, threading.Event(), threading.Event()
     had_turn: list[bool] = []
 
-    def open_it(store: Store, name: str) -> Volume:
+    def open_it(store: Store, name: str, **how: bool) -> Volume:
         if name == "slow":
             had_turn.append(server.exports._turns._taken.locked())
             hangs.set()
             assert ended.wait(300)
-        return open_to_serve(store, name)
+        return open_to_serve(store, name, **how)
 
     def read(name: str) -> None:
         ours, theirs = socket.socketpair()
