@@ -1,7 +1,11 @@
 """Volumes that a server opens for its clients share one control socket, under the name of each."""
 
+import errno
+import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,3 +87,65 @@ def test_a_socket_that_a_killed_server_left_is_replaced(served) -> None:
     made["a"] = ControlSocket(path, made["a"]._served, lambda line: None, is_shared=True)
     with onionskin.connect(store, "a") as live:
         assert live.info() == {"name": "a"}
+
+
+def _refuses(*_: Any, **__: Any) -> None:
+    raise OSError(errno.EMLINK, os.strerror(errno.EMLINK))
+
+
+def _makes_another_inode(source: str, path: Path, **_: Any) -> None:
+    with socket.socket(socket.AF_UNIX) as dead, short_path(path) as short:
+        dead.bind(short)
+
+
+@pytest.mark.parametrize("link", [_refuses, _makes_another_inode])
+def test_a_volume_has_a_socket_of_its_own_where_one_socket_cannot_have_another_name(
+    served, monkeypatch: pytest.MonkeyPatch, link: Callable[..., None]
+) -> None:
+    store, made = served
+    path = store._opened.layout.volume_control(store._opened.catalog.volume("a").id)
+    made["a"].close()
+    monkeypatch.setattr(os, "link", link)
+    made["a"] = ControlSocket(path, made["a"]._served, lambda line: None, is_shared=True)
+    assert not path.samefile(_path(store, "b"))
+    for name in ("a", "b"):
+        with onionskin.connect(store, name) as live:
+            assert live.info() == {"name": name}
+
+
+def test_the_child_of_a_fork_takes_no_name_from_its_parent(served) -> None:
+    store, made = served
+    if (child := os.fork()) == 0:
+        try:
+            for control in made.values():
+                control.close()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    for name in ("a", "b"):
+        with onionskin.connect(store, name) as live:
+            assert live.info() == {"name": name}
+
+
+def test_a_file_that_took_the_place_of_a_name_is_left_where_it_is(served) -> None:
+    store, made = served
+    _path(store, "a").unlink()
+    with socket.socket(socket.AF_UNIX) as other, short_path(_path(store, "a")) as short:
+        other.bind(short)
+    for control in made.values():
+        control.close()
+    assert _path(store, "a").is_socket()
+    assert not _path(store, "b").exists()
+
+
+def test_the_child_of_a_fork_listens_at_a_socket_of_its_own(served) -> None:
+    store, made = served
+    path = store._opened.layout.volume_control(bytes(16))
+    if (child := os.fork()) == 0:
+        try:
+            ControlSocket(path, made["a"]._served, lambda line: None, is_shared=True)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert path.is_socket()
+    assert not path.samefile(_path(store, "b"))

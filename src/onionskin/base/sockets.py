@@ -90,6 +90,13 @@ class UnixListener:
         if self._inode < 0:
             self._inode = self._open_inode()
         link_descriptor(self._inode, path)
+        found = os.stat(path, follow_symlinks=False)  # noqa: PTH116 - a few microseconds
+        if (
+            found.st_dev,
+            found.st_ino,
+        ) != self._identity:  # some file systems in user space have an inode for each name
+            os.unlink(path)  # noqa: PTH108 - likewise
+            raise OSError(errno.EMLINK, os.strerror(errno.EMLINK), str(path))
 
     def _open_inode(self) -> int:
         """Open the file of the socket, which is not at its first name any more where somebody replaced that."""
@@ -117,10 +124,10 @@ class UnixListener:
         """
         self.socket.close()
         inode, self._inode = self._inode, -1
-        if inode >= 0:
-            os.close(inode)
         self.remove_name(self.path)
         self._identity = (-1, -1)
+        if inode >= 0:  # until now it kept another file from getting the same number
+            os.close(inode)
 
 
 def link_descriptor(descriptor: int, path: FilePath) -> None:

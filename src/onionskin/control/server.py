@@ -34,7 +34,7 @@ from onionskin.storage.open_head import OpenHead
 from onionskin.volume import Volume
 
 CONNECTIONS_MAX = 16
-CHOOSING_MAX = 64  # callers of a socket of several volumes that have not said yet which they mean
+CHOOSING_MAX = 512  # callers of a socket of several volumes that have not said yet which they mean
 CHOICE_SECONDS = 10
 _GONE = "this process does not serve the volume any more; try again"
 IDLE_SECONDS = 600
@@ -331,11 +331,12 @@ class _SharedListener:
         """Listen at one more path. False: that cannot be had here. The caller holds the guard."""
         if os.getpid() != self._process or not self._paths:  # the parent of a fork listens there, or nobody any more
             return False
+        self._paths.add(path)  # first, so that whatever comes between leaves no name behind
         try:
             self._listener.add_name(path)
         except OSError:
+            self._paths.discard(path)
             return False
-        self._paths.add(path)
         return True
 
     def leave(self, path: FilePath) -> None:

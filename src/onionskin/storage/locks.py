@@ -308,9 +308,11 @@ class VolumeLock:
 
         With `shared`, the file may be one more name of the one that this process has locked for other volumes.
         """
-        if self._descriptor < 0 and shared is not None and shared.add(self._path):
-            self._shared = shared
-            return
+        if self._descriptor < 0 and shared is not None:
+            self._shared = shared  # first: whatever comes between, `close` removes the name
+            if shared.add(self._path):
+                return
+            self._shared = None
         if self._descriptor < 0:  # otherwise an earlier call has locked the file, but could not write to a full disk
             self._descriptor = _lock_at_its_path(self._path)
         if self._descriptor < 0:
@@ -358,25 +360,35 @@ class SharedFile:
     """
 
     def __init__(self) -> None:
-        self._guard = threading.Lock()
+        # A finalizer may close another volume in the thread that is just adding one.
+        self._guard = threading.RLock()
         self._paths: set[FilePath] = set()
         self._descriptor = -1
         forking.register(self)
 
     def add(self, path: FilePath) -> bool:
-        """Let the file stand for the lock file of one more volume. False: the volume needs a file of its own."""
+        """Let the file stand for the lock file of one more volume. False: the volume needs a file of its own.
+
+        Whatever is raised, `remove` takes back what was done.
+        """
         with self._guard:
+            self._paths.add(path)  # first, so that nobody unlocks the file meanwhile, and no name is left behind
             try:
-                if self._descriptor < 0:
-                    return self._begin(path)
-                # Without a directory, Python makes the call that does not follow the link.
-                os.link(f"/proc/self/fd/{self._descriptor}", path, src_dir_fd=self._descriptor, follow_symlinks=True)
+                is_added = self._link(path) if self._descriptor >= 0 else self._begin(path)
             except (OSError, StateError, FormatError):
                 # The volume has a file, or the file system knows no second names, or there are too many. What else is
                 # wrong there, the opening of a file of its own says.
-                return False
-            self._paths.add(path)
-            return True
+                is_added = False
+            if not is_added:
+                self.remove(path)
+            return is_added
+
+    def _link(self, path: FilePath) -> bool:
+        """Give the file one more name. False: who looks there does not find the locked file."""
+        with suppress(FileExistsError):  # it may be a name that could not be removed, or a file of the volume's own
+            # Without a directory, Python makes the call that does not follow the link.
+            os.link(f"/proc/self/fd/{self._descriptor}", path, src_dir_fd=self._descriptor, follow_symlinks=True)
+        return is_file_at(self._descriptor, path)  # some file systems in user space have an inode for each name
 
     def _begin(self, path: FilePath) -> bool:
         """Make the file, as that of its first volume."""
@@ -387,37 +399,42 @@ class SharedFile:
             _write_holder(descriptor)
             is_written = _names_a_holder(descriptor)  # on a full disk it is not
         except BaseException:
-            os.close(descriptor)
+            _unlock_and_close(descriptor)
             raise
-        if not is_written:
-            _set_lock(descriptor, fcntl.F_UNLCK, 0, 0)
-            os.close(descriptor)
-            return False
-        self._descriptor = descriptor
-        self._paths.add(path)
-        return True
+        if is_written:
+            self._descriptor = descriptor
+        else:
+            _unlock_and_close(descriptor)
+        return is_written
 
     def remove(self, path: FilePath) -> None:
-        """Let the file stand for a volume no more. With the last one, it is unlocked."""
+        """Let the file stand for a volume no more. With the last one, it is unlocked. Further calls do nothing."""
         with self._guard:
             if path not in self._paths:
                 return
-            self._paths.discard(path)
             with suppress(OSError):
-                if is_file_at(self._descriptor, path):
+                if self._descriptor >= 0 and is_file_at(self._descriptor, path):
                     os.unlink(path)  # noqa: PTH108 - a few microseconds
-            if not self._paths:
+            self._paths.discard(path)
+            if not self._paths and self._descriptor >= 0:
                 descriptor, self._descriptor = self._descriptor, -1
-                _set_lock(descriptor, fcntl.F_UNLCK, 0, 0)
-                os.close(descriptor)
+                _unlock_and_close(descriptor)
 
     def after_fork(self) -> None:
-        """Close the descriptor in a forked child, but unlock nothing."""
-        self._guard = threading.Lock()
-        self._paths.clear()
+        """Close the descriptor in a forked child, but unlock nothing, and leave the names to the parent."""
+        self._guard = threading.RLock()
+        self._paths = set()
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def _unlock_and_close(descriptor: int) -> None:
+    """Unlock a file for all who have this descriptor, among them a child that was forked meanwhile, and close it."""
+    try:
+        _set_lock(descriptor, fcntl.F_UNLCK, 0, 0)
+    finally:
+        os.close(descriptor)
 
 
 class ReadersLock:
@@ -497,7 +514,8 @@ def _lock_at_its_path(path: FilePath) -> int:
         descriptor = _checked_lock_file(path, os.O_RDWR | os.O_CREAT, may_be_shared=True)
         try:
             is_shared = os.fstat(descriptor).st_nlink > 1
-            if is_locked(descriptor, 0, 1) if is_shared else not _set_lock(descriptor, fcntl.F_WRLCK, 0, 1):
+            is_taken = is_locked(descriptor, 0, 1) if is_shared else not _set_lock(descriptor, fcntl.F_WRLCK, 0, 1)
+            if is_taken:
                 os.close(descriptor)
                 return -1
             if is_shared:  # of a process that died: to lock it would keep others from volumes whose name it has too
@@ -567,7 +585,7 @@ def _checked_lock_file(path: FilePath | str, flags: int, *, may_be_shared: bool 
     with _named(descriptor):
         found = os.fstat(descriptor)
     is_regular = stat.S_ISREG(found.st_mode)
-    if not is_regular or (found.st_nlink > 1 and not (may_be_shared and _names_a_holder(descriptor))):
+    if not is_regular or (found.st_nlink > 1 and not (may_be_shared and _may_stand_for_many(descriptor))):
         os.close(descriptor)
         what = "has another name too (a hard link)" if is_regular else "is not a regular file"
         raise (StateError if is_regular else FormatError)(
@@ -625,8 +643,28 @@ def _is_file_held(path: str) -> bool:
         os.close(descriptor)
 
 
+def stands_for_many(path: FilePath) -> bool:
+    """Whether a lock file that has several names is one of a `SharedFile`, also where its process has died."""
+    try:
+        os.close(_checked_lock_file(path, os.O_RDONLY, may_be_shared=True))
+    except (OSError, StateError, FormatError):
+        return False
+    return True
+
+
+def _may_stand_for_many(descriptor: int) -> bool:
+    """Whether a file with several names is a lock file, which may have them, and not some other file.
+
+    It names a holder, as a `SharedFile` always does; after a power loss the names may be there and not yet what was
+    written. It is only ever looked at, and one of its names removed.
+    """
+    with _named(descriptor):
+        text = os.pread(descriptor, 100, 0)
+    return not text.strip(b"\0") or _names_a_holder(descriptor)
+
+
 def _names_a_holder(descriptor: int) -> bool:
-    """Whether a file says which process has locked it, as a `SharedFile` always does."""
+    """Whether a file says which process has locked it."""
     return _read_holder(descriptor).pid > 0
 
 
