@@ -69,6 +69,7 @@ if TYPE_CHECKING:
 
     import onionskin
     from onionskin.base.annotations import AnyPath, Extents, WipePolicy
+    from onionskin.catalog.rows import LayerRow
     from onionskin.operations import forks
     from onionskin.operations.chain_members import ChainLayer
     from onionskin.operations.check import Problem
@@ -492,8 +493,6 @@ class Store:
         opening has something to do: to fold a layer below it, or to free blocks, also those that were written and lost; or
         to refuse a base that has changed since another one opened the view.
         """
-        from onionskin.operations import reclaim
-
         store = self._opened
         version = store.catalog.version()
         head = store.catalog.layer(row.head)
@@ -503,11 +502,7 @@ class Store:
         files = [store.layout.segment_path(segment.id) for segment in store.catalog.segments_of_layer(head.id)]
         if any(bytes_in(file) for file in files):
             return None  # a machine that went down left data there that no map names
-        snapshot = store.catalog.snapshot_of_layer(below)
-        unnamed = store.catalog.unnamed_in_chain(below)
-        if (snapshot and snapshot.volume == row.id) or any(
-            layer.wipe == "zero" or store.catalog.only_child_of(layer.id) for layer in unnamed
-        ):
+        if not self._is_read_through(below, row.id):
             return None
         try:
             opened = store.views.take(below, lambda: store.open_layer(below))
@@ -519,13 +514,28 @@ class Store:
             top = opened.chain.top
             as_read = as_read and (opened.users == 1 or self._is_on_its_base(opened))
             if as_read and (top.size_bytes, top.block_size) == (head.size_bytes, head.block_size):
-                how = Unwritten(head, below, self._open_for_first_write, self._after_first_write, reclaim.work_soon)
-                return OpenHead(store, row, opened, volume_lock=lock, finish=_finish, unwritten=how)
+                return self._unwritten_head(row, head, opened, lock)
         except BaseException:
             store.views.give_back(below)
             raise
         store.views.give_back(below)
         return None
+
+    def _is_read_through(self, below: bytes, *volumes: bytes) -> bool:
+        """Whether heads of these volumes on a sealed layer are read through its view, as that layer is now."""
+        catalog = self._opened.catalog
+        snapshot = catalog.snapshot_of_layer(below)
+        return not (snapshot and snapshot.volume in volumes) and not any(
+            layer.wipe == "zero" or catalog.only_child_of(layer.id) for layer in catalog.unnamed_in_chain(below)
+        )
+
+    def _unwritten_head(self, row: VolumeRow, head: "LayerRow", opened: "OpenChain", lock: VolumeLock) -> OpenHead:
+        """Make the handle of a head that nothing was written to, from the view that it is read through."""
+        from onionskin.operations import reclaim
+
+        assert head.parent is not None
+        how = Unwritten(head, head.parent, self._open_for_first_write, self._after_first_write, reclaim.work_soon)
+        return OpenHead(self._opened, row, opened, volume_lock=lock, finish=_finish, unwritten=how)
 
     def _is_on_its_base(self, opened: "OpenChain") -> bool:
         """Whether the base of a view that was open already is the file that it should be, if the view has one."""
