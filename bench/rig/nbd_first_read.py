@@ -1,8 +1,13 @@
-"""The least client of NBD: it asks for an export by its name, reads its first block, and goes."""
+"""The least client of NBD: it asks for an export by its name, reads its first block, and goes. And one of many at once."""
 
 import socket
 import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+SOURCE = Path(__file__).with_name("nbd_first_reads.c")
 
 GO, READ, DISCONNECT = 7, 0, 2
 INFO_REPLY, ACK = 3, 1
@@ -44,3 +49,24 @@ def read_first_block(path: Path, export: str) -> bytes:
         block = _exactly(connection, 4096)
         connection.sendall(struct.pack(">IHHQQI", 0x25609513, 0, DISCONNECT, 2, 0, 0))
         return block
+
+
+@contextmanager
+def first_blocks_at_once(directory: Path, path: Path) -> Iterator[Callable[[list[str]], list[float]]]:
+    """Build and run ``nbd_first_reads.c``. Yields what takes exports, and returns when the block of each was there."""
+    program = directory / "nbd_first_reads"
+    subprocess.run(["gcc", "-O2", "-std=gnu11", "-Wall", "-Wextra", "-o", program, SOURCE], check=True)
+    with subprocess.Popen([program, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdin
+        assert client.stdout
+        said, heard = client.stdin, client.stdout
+
+        def read(exports: list[str]) -> list[float]:
+            said.write(" ".join(exports) + "\n")
+            said.flush()
+            ended = [float(heard.readline()) for _ in exports]  # it ends with a message where it could not read one
+            assert heard.readline() == "\n"
+            return ended
+
+        yield read
+        said.close()

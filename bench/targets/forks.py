@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from rig.forks import (
     subvolume_hundred,
 )
 from rig.mounts import loop_mount, mount_missing
-from rig.nbd_first_read import read_first_block
+from rig.nbd_first_read import first_blocks_at_once, read_first_block
 
 import onionskin
 from onionskin.measure.timing import Contestant, interleave
@@ -121,7 +120,11 @@ def first_read_over_nbd(directory: Path) -> Iterator[Figure]:
         pass
     alone: list[float] = []
     together: list[float] = []
-    with onionskin.Store(directory / "store") as store, _served(directory / "store", socket):
+    with (
+        onionskin.Store(directory / "store") as store,
+        _served(directory / "store", socket),
+        first_blocks_at_once(directory, socket) as read_at_once,
+    ):
         for number in range(200):
             start = time.perf_counter()
             store.fork("web@clean", names=[f"alone-{number}"])
@@ -131,28 +134,12 @@ def first_read_over_nbd(directory: Path) -> Iterator[Figure]:
             start = time.perf_counter()
             names = store.fork("web@clean", count=FORKS, pattern=f"turn-{turn}-{{n}}")
             made = time.perf_counter()
-            ended = _read_at_once(socket, names)
+            ended = read_at_once(names)  # by the clock of perf_counter
             together += [end - made for end in ended]
             print(f"    one call {made - start:.4f} s, the last block {max(ended) - start:.4f} s", file=sys.stderr)
     what = "fork to the first 4 KiB read through the NBD export of a running server"
     yield several(what, "<= 5 ms p50", alone, 5e-3)
     yield several(f"{what}, 100 at once", "<= 20 ms p99", together, 20e-3, at=0.99)
-
-
-def _read_at_once(socket: Path, names: list[str]) -> list[float]:
-    ended: list[float] = []
-
-    def read(name: str) -> None:
-        assert len(read_first_block(socket, name)) == 4096
-        ended.append(time.perf_counter())
-
-    threads = [threading.Thread(target=read, args=(name,)) for name in names]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(ended) == len(names)
-    return ended
 
 
 def drop_of_forks(directory: Path) -> Iterator[Figure]:

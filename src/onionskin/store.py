@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import UTC, timedelta, tzinfo
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from onionskin.base.keyed_locks import KeyedLocks
@@ -54,6 +55,7 @@ from onionskin.storage.chain import (
 from onionskin.storage.layout import Layout, bytes_in
 from onionskin.storage.locks import (
     ReadersLock,
+    SharedFile,
     VolumeLock,
     is_being_merged_into,
     locked_to_remove,
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
 
     import onionskin
     from onionskin.base.annotations import AnyPath, Extents, WipePolicy
+    from onionskin.catalog.rows import LayerRow
     from onionskin.operations import forks
     from onionskin.operations.chain_members import ChainLayer
     from onionskin.operations.check import Problem
@@ -397,11 +400,16 @@ class Store:
             return self._open_to_read(name, verify)
         return self._open_to_write(name, verify)
 
-    def _open_to_write(self, name: str, verify: bool = False, *, for_machine: bool = False) -> "Volume":
-        """Open a volume for writing. The RAM of a machine is opened only for that, and is the lock of the machine."""
+    def _open_to_write(
+        self, name: str, verify: bool = False, *, for_machine: bool = False, is_one_of_many: bool = False
+    ) -> "Volume":
+        """Open a volume for writing. The RAM of a machine is opened only for that, and is the lock of the machine.
+
+        One of many, as a server opens them, shares the file of its lock with the others of this store.
+        """
         from onionskin.operations import ownership
 
-        row, lock = self._lock_volume(name, VolumeLock)
+        row, lock = self._lock_volume(name, VolumeLock, self._opened.shared_file if is_one_of_many else None)
         try:
             if not for_machine:
                 ownership.refuse_ram(self._opened.catalog, row.id)
@@ -427,7 +435,9 @@ class Store:
         self._opened.register(view)
         return Volume(view, self)
 
-    def _lock_volume(self, name: str, kind: "Callable[[Layout, bytes, str], Lock]") -> "tuple[VolumeRow, Lock]":
+    def _lock_volume(
+        self, name: str, kind: "Callable[[Layout, bytes, str], Lock]", shared: SharedFile | None = None
+    ) -> "tuple[VolumeRow, Lock]":
         """Look a volume up by its name, lock it, and return the lock and the volume's row as it is under the lock.
 
         Until the lock is held, the name may come to mean another volume: somebody may rename the volume, or delete it
@@ -446,7 +456,7 @@ class Store:
                         self._opened.catalog.refuse_moved()  # the lock was opened by its name
                         if not self._opened.layout.volume_lock(id).exists():
                             self._opened.catalog.sync_found()  # a crash must not undo the row and leave the file
-                        self._opened.reserve.retry(lock.make_file)
+                        self._opened.reserve.retry(partial(lock.make_file, shared))
                     return row, lock
             except BaseException:
                 lock.close()
@@ -483,8 +493,6 @@ class Store:
         opening has something to do: to fold a layer below it, or to free blocks, also those that were written and lost; or
         to refuse a base that has changed since another one opened the view.
         """
-        from onionskin.operations import reclaim
-
         store = self._opened
         version = store.catalog.version()
         head = store.catalog.layer(row.head)
@@ -494,11 +502,7 @@ class Store:
         files = [store.layout.segment_path(segment.id) for segment in store.catalog.segments_of_layer(head.id)]
         if any(bytes_in(file) for file in files):
             return None  # a machine that went down left data there that no map names
-        snapshot = store.catalog.snapshot_of_layer(below)
-        unnamed = store.catalog.unnamed_in_chain(below)
-        if (snapshot and snapshot.volume == row.id) or any(
-            layer.wipe == "zero" or store.catalog.only_child_of(layer.id) for layer in unnamed
-        ):
+        if not self._is_read_through(below, row.id):
             return None
         try:
             opened = store.views.take(below, lambda: store.open_layer(below))
@@ -510,13 +514,28 @@ class Store:
             top = opened.chain.top
             as_read = as_read and (opened.users == 1 or self._is_on_its_base(opened))
             if as_read and (top.size_bytes, top.block_size) == (head.size_bytes, head.block_size):
-                how = Unwritten(head, below, self._open_for_first_write, self._after_first_write, reclaim.work_soon)
-                return OpenHead(store, row, opened, volume_lock=lock, finish=_finish, unwritten=how)
+                return self._unwritten_head(row, head, opened, lock)
         except BaseException:
             store.views.give_back(below)
             raise
         store.views.give_back(below)
         return None
+
+    def _is_read_through(self, below: bytes, *volumes: bytes) -> bool:
+        """Whether heads of these volumes on a sealed layer are read through its view, as that layer is now."""
+        catalog = self._opened.catalog
+        snapshot = catalog.snapshot_of_layer(below)
+        return not (snapshot and snapshot.volume in volumes) and not any(
+            layer.wipe == "zero" or catalog.only_child_of(layer.id) for layer in catalog.unnamed_in_chain(below)
+        )
+
+    def _unwritten_head(self, row: VolumeRow, head: "LayerRow", opened: "OpenChain", lock: VolumeLock) -> OpenHead:
+        """Make the handle of a head that nothing was written to, from the view that it is read through."""
+        from onionskin.operations import reclaim
+
+        assert head.parent is not None
+        how = Unwritten(head, head.parent, self._open_for_first_write, self._after_first_write, reclaim.work_soon)
+        return OpenHead(self._opened, row, opened, volume_lock=lock, finish=_finish, unwritten=how)
 
     def _is_on_its_base(self, opened: "OpenChain") -> bool:
         """Whether the base of a view that was open already is the file that it should be, if the view has one."""

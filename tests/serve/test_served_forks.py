@@ -221,3 +221,46 @@ def test_a_fork_that_is_renamed_while_its_first_write_opens_it_goes_on_with_its_
         client.write(1, b"c")
     with client_of(here, "task") as client:
         assert client.read(0, 3) == b"bca"
+
+
+def lock_files(vms: Path, names: list[str]) -> set[int]:
+    """The inodes of the lock files and control sockets of volumes."""
+    with Store(vms, create=False) as store:
+        layout, ids = store._opened.layout, [store._opened.catalog.volume(name).id for name in names]
+        return {path(id).stat().st_ino for id in ids for path in (layout.volume_lock, layout.volume_control)}
+
+
+def test_forks_that_share_their_files_are_worked_on_each_by_itself(vms: Path, serve: Start) -> None:
+    server = serve(vms)
+    names = fork(vms)
+    with ExitStack() as stack:
+        clients = [stack.enter_context(server.client(name)) for name in names]
+        assert len(lock_files(vms, names)) == 2
+        for number, (name, client) in enumerate(zip(names, clients, strict=True)):
+            client.write(0, bytes([100 + number]) * 4096)
+            onionskin("snapshot", f"{vms}/{name}@own")
+        onionskin("snapshot", *(f"{vms}/{name}@together" for name in names))
+    with Store(vms, create=False) as store:
+        for number, name in enumerate(names):
+            for snapshot in ("own", "together"):
+                with store.open(name, snapshot=snapshot) as view:
+                    assert view.read(0, 4096) == bytes([100 + number]) * 4096
+    assert onionskin("check", vms).stdout.endswith(": no problem found\n")
+
+
+def test_what_a_killed_server_left_for_many_forks_keeps_nobody_out(vms: Path, serve: Start) -> None:
+    server = serve(vms)
+    names = fork(vms)
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(server.client(name)).write(0, name.encode())
+        server.kill()
+    assert len(lock_files(vms, names)) == 2
+    with Store(vms, create=False) as store:
+        with store.open(names[0]) as first, store.open(names[1]) as second:
+            assert (first.read(0, 5), second.read(0, 5)) == (b"job-1", b"job-2")
+        store.delete(names[1])
+    again = serve(vms)
+    with again.client(names[0]) as first, again.client(names[2]) as third, again.client(names[3]) as fourth:
+        assert (first.read(0, 5), third.read(0, 5), fourth.read(0, 5)) == (b"job-1", b"job-3", b"job-4")
+        onionskin("snapshot", f"{vms}/{names[3]}@again")

@@ -22,7 +22,7 @@ def test_a_volume_that_is_open_for_a_moment_is_waited_for(tmp_path: Path, monkey
     with onionskin.Store(tmp_path / "vms") as store, closing(a_server()) as server:
         held = store.create("web", size="1M")
         refused = threading.Event()
-        open_volume = onionskin.Store.open
+        open_volume = onionskin.Store._open_to_write
 
         def note(*args: Any, **more: Any) -> Any:
             try:
@@ -30,7 +30,7 @@ def test_a_volume_that_is_open_for_a_moment_is_waited_for(tmp_path: Path, monkey
             finally:
                 refused.set()
 
-        monkeypatch.setattr(onionskin.Store, "open", note)
+        monkeypatch.setattr(onionskin.Store, "_open_to_write", note)
         serving = threading.Thread(target=server.exports.add_volume, args=(tmp_path / "vms", "web"))
         serving.start()
         refused.wait()

@@ -54,6 +54,7 @@ class UnixListener:
     def __init__(self, path: "str | os.PathLike[str]", *, mode: int = 0o600) -> None:
         self.path = FilePath(path).absolute()
         self._process = os.getpid()
+        self._inode = -1  # of the file, once it gets a second name: the first one may be another file's by then
         _refuse_taken(self.path)
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # It gets its name by a rename, so that no client ever finds a socket that does not listen yet.
@@ -78,19 +79,69 @@ class UnixListener:
                 raise OSError(error.errno, error.strerror, str(path)) from None
             raise
 
+    def add_name(self, path: FilePath) -> None:
+        """Give the socket one more name, in place of a socket on which no process listens.
+
+        Raises
+        ------
+        OSError
+            The file system knows no second names, the socket has too many, or has none any more.
+        """
+        if self._inode < 0:
+            self._inode = self._open_inode()
+        link_descriptor(self._inode, path)
+        found = os.stat(path, follow_symlinks=False)  # noqa: PTH116 - a few microseconds
+        if (
+            found.st_dev,
+            found.st_ino,
+        ) != self._identity:  # some file systems in user space have an inode for each name
+            os.unlink(path)  # noqa: PTH108 - likewise
+            raise OSError(errno.EMLINK, os.strerror(errno.EMLINK), str(path))
+
+    def _open_inode(self) -> int:
+        """Open the file of the socket, which is not at its first name any more where somebody replaced that."""
+        with short_path(self.path) as short:
+            descriptor = os.open(short, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        found = os.fstat(descriptor)
+        if (found.st_dev, found.st_ino) == self._identity:
+            return descriptor
+        os.close(descriptor)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
+
+    def remove_name(self, path: FilePath) -> None:
+        """Remove one of the names, if it is still this socket's. In the child of a fork it stays."""
+        if os.getpid() != self._process:
+            return
+        with suppress(OSError):
+            found = path.lstat()
+            if (found.st_dev, found.st_ino) == self._identity:
+                path.unlink()
+
     def close(self) -> None:
         """Stop listening, and remove the name if it is still this socket's. Idempotent.
 
         In the child of a fork the name stays: the parent listens there still.
         """
         self.socket.close()
-        if os.getpid() != self._process:
+        inode, self._inode = self._inode, -1
+        self.remove_name(self.path)
+        self._identity = (-1, -1)
+        if inode >= 0:  # until now it kept another file from getting the same number
+            os.close(inode)
+
+
+def link_descriptor(descriptor: int, path: FilePath) -> None:
+    """Give an open file one more name, in place of whatever is there. Raises OSError where that cannot be done."""
+    source = f"/proc/self/fd/{descriptor}"
+    for _ in range(2):
+        try:
+            # Without a directory, Python makes the call that does not follow the link.
+            os.link(source, path, src_dir_fd=descriptor, follow_symlinks=True)
+        except FileExistsError:
+            os.unlink(path)  # noqa: PTH108 - a few microseconds
+        else:
             return
-        with suppress(OSError):
-            found = self.path.lstat()
-            if (found.st_dev, found.st_ino) == self._identity:
-                self.path.unlink()
-                self._identity = (-1, -1)
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
 
 
 def _refuse_taken(path: FilePath) -> None:

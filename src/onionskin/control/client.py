@@ -86,7 +86,7 @@ def find(store: Store, name: str) -> "LiveVolume | None":
         connection = reach(store._opened, row, name)
         if connection is None:
             return None
-        live = LiveVolume(connection, name)
+        live = LiveVolume(connection, name, row.id)
         try:
             # The path and the server belong to the volume's id; the name may mean another volume by now.
             is_same = catalog.volume(name).id == row.id
@@ -142,9 +142,10 @@ def _silent(name: str, pid: int, seconds: float | None = None) -> str:
 class LiveVolume:
     """A volume in another process. A context manager. Any thread may call it; calls run one after the other."""
 
-    def __init__(self, connection: socket.socket, name: str, *, greet: bool = True) -> None:
+    def __init__(self, connection: socket.socket, name: str, id: bytes, *, greet: bool = True) -> None:
         """Take a connection; where `greet` is false, the caller waits for the greeting later, with `_greeted`."""
         self.name: str = name
+        self._id = id
         self._connection = connection
         self._guard = threading.Lock()
         self._pid = credentials_of(connection)[0]
@@ -159,6 +160,9 @@ class LiveVolume:
     def _greeted(self, deadline: float | None = None) -> None:
         """Wait for the greeting of the server, and refuse one that speaks another protocol."""
         greeting = self._receive(deadline)
+        if greeting.get("onionskin") == "control" and greeting.get("version") == frames.SHARED_VERSION:
+            self._request({"volume": self._id.hex()})
+            greeting = self._receive(deadline)
         if "error" in greeting:
             raise frames.unpack_error(greeting["error"])
         if greeting.get("onionskin") != "control" or greeting.get("version") != frames.VERSION:

@@ -22,6 +22,8 @@ from onionskin.catalog.tree import Snapshot
 from onionskin.errors import FormatError, OnionskinError, StateError
 
 VERSION = 1
+# Of the first greeting on a socket that several volumes share: the caller names one of them, and is greeted by that.
+SHARED_VERSION = 2
 # While an operation runs, the server reports regularly that it is alive; a caller that hears nothing for much longer
 # gives up.
 ALIVE_SECONDS = 2.0

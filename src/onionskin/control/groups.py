@@ -575,7 +575,8 @@ def _ask_servers(
             if connection is None:
                 del left[first]  # its holder serves nothing
                 continue
-            live = LiveVolume(connection, left[first], greet=False)  # so that all servers greet at the same time
+            # The greeting is waited for later, so that all servers greet at the same time.
+            live = LiveVolume(connection, left[first], row.id, greet=False)
             connections.callback(live.close)
             candidates = {id: rows[left[id]] for id in of_process}
             servers[first] = server = GroupServer(store, live, candidates)

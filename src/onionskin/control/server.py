@@ -34,6 +34,9 @@ from onionskin.storage.open_head import OpenHead
 from onionskin.volume import Volume
 
 CONNECTIONS_MAX = 16
+CHOOSING_MAX = 512  # callers of a socket of several volumes that have not said yet which they mean
+CHOICE_SECONDS = 10
+_GONE = "this process does not serve the volume any more; try again"
 IDLE_SECONDS = 600
 READ_BYTES_MAX = 1 << 20
 ID_BYTES = 16
@@ -88,22 +91,37 @@ def may_connect(uid: int, owner: int) -> bool:
 
 
 class ControlSocket:
-    """Listens on the control socket of one volume. Each connection has a thread."""
+    """Listens on the control socket of one volume. Each connection has a thread.
 
-    def __init__(self, path: FilePath, served: Served, log: Callable[[str], None]) -> None:
+    Parameters
+    ----------
+    path : FilePath
+        The socket. One that a process which is gone has left there is replaced.
+    served : Served
+        The volume.
+    log : callable
+        Takes a line.
+    is_shared : bool
+        Whether the path may be one more name of a socket that other volumes of the store have too. Callers of another
+        version may not know that, so what is served from the start has a socket of its own.
+    """
+
+    def __init__(self, path: FilePath, served: Served, log: Callable[[str], None], *, is_shared: bool = False) -> None:
+        self._path = path.absolute()
         self._served = served
         self._log = log
         self._owner = os.geteuid()
         self._guard = threading.Lock()
         self._sessions: dict[threading.Thread, socket.socket] = {}
-        self._listener = UnixListener(path, mode=file_mode(path.parent))
         self._talking: set[_Session] = set()  # under the guard
+        self._is_closed = False  # under the guard
         self._borrowed = 0  # under the guard: how many sessions of other sockets use the volume
         self._is_told = False  # under the guard: whether a thread says to their callers that this process lives
         with _listening_guard:
-            _listening[self._listener.path] = self
+            _listening[self._path] = self
+        self._listener: _Listener | _SharedListener | None = None
         try:
-            acceptor.of_process.add(self._listener.socket, self._accept)
+            self._listener = shared_listener(self._path, log) if is_shared else _Listener(self, self._path)
         except BaseException:
             self.close()
             raise
@@ -111,11 +129,13 @@ class ControlSocket:
     def close(self) -> None:
         """Take no more requests. Running operations go on. Idempotent."""
         with _listening_guard:
-            if _listening.get(self._listener.path) is self:
-                del _listening[self._listener.path]
-        acceptor.of_process.remove(self._listener.socket)
-        self._listener.close()
+            if _listening.get(self._path) is self:
+                del _listening[self._path]
+        listener, self._listener = self._listener, None
+        if listener:
+            listener.leave(self._path)
         with self._guard:
+            self._is_closed = True
             connections = list(self._sessions.values())
         for connection in connections:
             with suppress(OSError):
@@ -149,25 +169,27 @@ class ControlSocket:
         for thread in threads:
             thread.join(seconds)
 
-    def _accept(self) -> bool:
-        """Take a connection that waits. False: none could be taken for now."""
-        try:
-            connection, _ = self._listener.socket.accept()
-        except BlockingIOError:
-            return True  # whoever connected has gone
-        except OSError as error:
-            self._log(f"control: a connection could not be accepted: {os.strerror(error.errno or 0)}")
-            return False
+    def take(self, connection: socket.socket) -> None:
+        """Serve a connection in a thread of its own, if there are not too many."""
         thread = threading.Thread(target=self._serve, args=(connection,), name="onionskin control", daemon=True)
-        with self._guard:
-            is_full = len(self._sessions) >= CONNECTIONS_MAX
-            if not is_full:
-                self._sessions[thread] = connection
-        if is_full:
-            self._refuse(connection, f"the control socket has {CONNECTIONS_MAX} connections; try again later")
-        else:
+        if self._let_in(thread, connection):
             self._start(thread, connection)
-        return True
+
+    def take_here(self, connection: socket.socket, first: "dict[str, Any] | None") -> None:
+        """Serve a connection, in this thread; its first request may have come already."""
+        if self._let_in(threading.current_thread(), connection):
+            self._serve(connection, first)
+
+    def _let_in(self, thread: threading.Thread, connection: socket.socket) -> bool:
+        with self._guard:
+            is_full, is_closed = len(self._sessions) >= CONNECTIONS_MAX, self._is_closed
+            if not (is_full or is_closed):
+                self._sessions[thread] = connection
+        if is_closed:
+            self._refuse(connection, _GONE)
+        elif is_full:
+            self._refuse(connection, f"the control socket has {CONNECTIONS_MAX} connections; try again later")
+        return not (is_full or is_closed)
 
     def _start(self, thread: threading.Thread, connection: socket.socket) -> None:
         try:
@@ -178,12 +200,9 @@ class ControlSocket:
             self._refuse(connection, "the server could start no thread for it; try again later")
 
     def _refuse(self, connection: socket.socket, why: str) -> None:
-        self._log(f"control: refused a connection: {why}")
-        with connection, suppress(OSError):
-            connection.settimeout(1)
-            frames.send(connection, {"error": frames.pack_error(StateError(why))}, bytes_max=frames.REPLY_BYTES_MAX)
+        _refuse(connection, why, self._log)
 
-    def _serve(self, connection: socket.socket) -> None:
+    def _serve(self, connection: socket.socket, first: "dict[str, Any] | None" = None) -> None:
         try:
             pid, uid, _ = credentials_of(connection)
             if not may_connect(uid, self._owner):
@@ -193,7 +212,7 @@ class ControlSocket:
             with connection:
                 session = _Session(connection, self._served, self._log, f"process {pid} of user {uid}")
                 with ShortTurns(), self._living(session):  # writers of the volume are not to wait for its work
-                    session.run()
+                    session.run(first)
         except OSError:
             pass  # the other end disconnected, and its operation was cancelled
         finally:
@@ -227,6 +246,167 @@ class ControlSocket:
                 session.say_that_we_live()
 
 
+def _refuse(connection: socket.socket, why: str, log: Callable[[str], None]) -> None:
+    log(f"control: refused a connection: {why}")
+    with connection, suppress(OSError):
+        connection.settimeout(1)
+        frames.send(connection, {"error": frames.pack_error(StateError(why))}, bytes_max=frames.REPLY_BYTES_MAX)
+
+
+def _accepted(listener: UnixListener, log: Callable[[str], None]) -> "tuple[socket.socket | None, bool]":
+    """Take a connection that waits, and say whether to go on: without descriptors or memory, it is taken a little later."""
+    try:
+        return listener.socket.accept()[0], True
+    except BlockingIOError:
+        return None, True  # whoever connected has gone
+    except OSError as error:
+        log(f"control: a connection could not be accepted: {os.strerror(error.errno or 0)}")
+        return None, False
+
+
+class _Listener:
+    """The socket of one volume."""
+
+    def __init__(self, control: ControlSocket, path: FilePath) -> None:
+        self._control = control
+        self._listener = UnixListener(path, mode=file_mode(path.parent))
+        try:
+            acceptor.of_process.add(self._listener.socket, self._accept)
+        except BaseException:
+            self._listener.close()
+            raise
+
+    def leave(self, path: FilePath) -> None:
+        """Listen no more."""
+        acceptor.of_process.remove(self._listener.socket)
+        self._listener.close()
+
+    def _accept(self) -> bool:
+        connection, goes_on = _accepted(self._listener, self._control._log)
+        if connection:
+            self._control.take(connection)
+        return goes_on
+
+
+_sharing_guard = ForkableLock()
+_shared: "dict[str, _SharedListener]" = {}  # by the directories in which their names are
+
+
+def shared_listener(path: FilePath, log: Callable[[str], None]) -> "_SharedListener":
+    """Listen at a path with the socket that this process has in its directory already, or with a new one.
+
+    A new socket is a new inode: on an ext4 without a journal, that took half of the time in which a fork was opened.
+    """
+    with _sharing_guard:
+        found = _shared.get(path.parent)
+        if found and found.join(path):
+            return found
+        with suppress(FileNotFoundError):
+            path.unlink()  # this process holds the volume, so the process that made the socket is gone
+        _shared[path.parent] = made = _SharedListener(path, log)
+        return made
+
+
+class _SharedListener:
+    """One socket with a name for each of several volumes of a store. A caller says which of them it means.
+
+    It listens until the last volume has left.
+    """
+
+    def __init__(self, path: FilePath, log: Callable[[str], None]) -> None:
+        self._log = log
+        self._owner = os.geteuid()
+        self._process = os.getpid()
+        self._directory = path.parent
+        self._paths = {path}  # under the guard of those that share
+        self._choosing = threading.BoundedSemaphore(CHOOSING_MAX)
+        self._listener = UnixListener(path, mode=file_mode(path.parent))
+        try:
+            acceptor.of_process.add(self._listener.socket, self._accept)
+        except BaseException:
+            self._listener.close()
+            raise
+
+    def join(self, path: FilePath) -> bool:
+        """Listen at one more path. False: that cannot be had here. The caller holds the guard."""
+        if os.getpid() != self._process or not self._paths:  # the parent of a fork listens there, or nobody any more
+            return False
+        self._paths.add(path)  # first, so that whatever comes between leaves no name behind
+        try:
+            self._listener.add_name(path)
+        except OSError:
+            self._paths.discard(path)
+            return False
+        return True
+
+    def leave(self, path: FilePath) -> None:
+        """Listen no more at a path."""
+        with _sharing_guard:
+            self._paths.discard(path)
+            self._listener.remove_name(path)
+            is_last = not self._paths
+            if is_last and _shared.get(self._directory) is self:
+                del _shared[self._directory]
+        if is_last:
+            acceptor.of_process.remove(self._listener.socket)
+            self._listener.close()
+
+    def _accept(self) -> bool:
+        connection, goes_on = _accepted(self._listener, self._log)
+        if connection is None:
+            return goes_on
+        if not self._choosing.acquire(blocking=False):
+            _refuse(
+                connection, f"{CHOOSING_MAX} callers have not said yet which volume they mean; try again", self._log
+            )
+            return True
+        try:
+            threading.Thread(target=self._serve, args=(connection,), name="onionskin control", daemon=True).start()
+        except RuntimeError:  # the process may start no more threads, or has no memory: a later connection may succeed
+            self._choosing.release()
+            _refuse(connection, "the server could start no thread for it; try again later", self._log)
+        return True
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection:
+            try:
+                control, first = self._chosen(connection)
+            except (OSError, OnionskinError):
+                return  # the other end disconnected, or is no caller
+            finally:
+                self._choosing.release()
+            if control:
+                control.take_here(connection, first)
+
+    def _chosen(self, connection: socket.socket) -> "tuple[ControlSocket | None, dict[str, Any] | None]":
+        """Ask which volume is meant. Returns what serves it here, and the request that came before the answer, if one did."""
+        pid, uid, _ = credentials_of(connection)
+        if not may_connect(uid, self._owner):
+            _refuse(connection, f"process {pid} of user {uid} may not use it, only user {self._owner} may", self._log)
+            return None, None
+        connection.settimeout(CHOICE_SECONDS)
+        greeting = {"onionskin": "control", "version": frames.SHARED_VERSION}
+        frames.send(connection, greeting, bytes_max=frames.REPLY_BYTES_MAX)
+        first: dict[str, Any] | None = None
+        said = frames.receive(connection, bytes_max=frames.REQUEST_BYTES_MAX)
+        if said is not None and "verb" in said:  # some callers ask at once, and wait for the greeting later
+            first, said = said, frames.receive(connection, bytes_max=frames.REQUEST_BYTES_MAX)
+        if said is None:
+            return None, None
+        control = _listening_in(self._directory, said.get("volume"))
+        if control is None:
+            _refuse(connection, _GONE, self._log)
+        return control, first
+
+
+def _listening_in(directory: FilePath, id: object) -> ControlSocket | None:
+    """Return what listens in a directory for the volume with this id, in hex digits."""
+    if not isinstance(id, str) or len(id) != 2 * ID_BYTES or id.strip("0123456789abcdef"):
+        return None
+    with _listening_guard:
+        return _listening.get(directory / f"{id}.control")
+
+
 class _Session:
     """One connection. Each public method is a verb, and returns a value that JSON can hold."""
 
@@ -242,10 +422,11 @@ class _Session:
     def _volume(self) -> Volume:
         return self._served.volume
 
-    def run(self) -> None:
+    def run(self, first: "dict[str, Any] | None" = None) -> None:
+        """Greet, and answer all requests, of which the first may have come before."""
         greeting = {"onionskin": "control", "version": frames.VERSION, "volume": self._volume.name}
         self._send(greeting | {"alive_seconds": frames.ALIVE_SECONDS})
-        self._answer_all()
+        self._answer_all(first)
 
     def say_that_we_live(self) -> None:
         """Tell the caller that its operation goes on. Never wait for a caller that does not read."""
@@ -258,10 +439,11 @@ class _Session:
         finally:
             self._sending.release()
 
-    def _answer_all(self) -> None:
+    def _answer_all(self, first: "dict[str, Any] | None") -> None:
         while True:
             try:
-                request = frames.receive(self._connection, bytes_max=frames.REQUEST_BYTES_MAX)
+                request = first or frames.receive(self._connection, bytes_max=frames.REQUEST_BYTES_MAX)
+                first = None
             except OnionskinError as error:  # it is not known where the next frame begins
                 self._log(f"control: {self._peer}: {error}")
                 self._send({"error": frames.pack_error(error)})
@@ -381,11 +563,7 @@ class _Session:
 
     def _beside(self, id: str) -> ControlSocket | None:
         """Return the control socket of a volume of this store, if this process serves that."""
-        if len(id) != 2 * ID_BYTES or id.strip("0123456789abcdef"):
-            return None
-        layout = self._volume._opened.store.layout
-        with _listening_guard:
-            return _listening.get(layout.volume_control(bytes.fromhex(id)).absolute())
+        return _listening_in(self._volume._opened.store.layout.volumes, id)
 
     def fork(self, source: str, pattern: str, lifetime_ns: int | None, ids: list[str] | None, **how: Any) -> list[str]:
         names = how["names"]

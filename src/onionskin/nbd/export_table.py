@@ -6,7 +6,7 @@ held while something is opened, closed, read from a catalog or computed, because
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from onionskin.nbd._nbd import NbdServer
@@ -47,6 +47,22 @@ class ExportTable:
         finally:
             with self.guard:
                 self._opening.discard(export)
+                self.changed.notify_all()
+
+    @contextmanager
+    def being_made_together(self, exports: Iterable[str]) -> Iterator[set[str]]:
+        """Make this thread the only one that makes exports of those labels that are not there. Yields them.
+
+        Labels for which another thread is making an export just now are not among them.
+        """
+        with self.guard:
+            mine = set(exports) - self._opening - self.served.keys()
+            self._opening |= mine
+        try:
+            yield mine
+        finally:
+            with self.changed:
+                self._opening -= mine
                 self.changed.notify_all()
 
     def follow_names(self) -> None:

@@ -131,6 +131,8 @@ class ServedVolume(Exported):
         Takes a line.
     is_fixed : bool
         Whether the label stays, whatever the volume is called.
+    is_found : bool
+        Whether it is served since a client asked for it. A server has many of those, and they share what they can.
     """
 
     def __init__(
@@ -143,6 +145,7 @@ class ServedVolume(Exported):
         guard: AbstractContextManager[object],
         log: Callable[[str], None],
         is_fixed: bool = False,
+        is_found: bool = False,
     ) -> None:
         super().__init__(volume)
         self.is_fixed = is_fixed
@@ -157,9 +160,10 @@ class ServedVolume(Exported):
         try:
             self._export()
             path = self.opened.store.layout.volume_control(self.opened.row.id)
-            with suppress(FileNotFoundError):
-                path.unlink()  # this process holds the volume, so the process that made the socket is gone
-            self.control = ControlSocket(path, self, log)
+            if not is_found:  # else what is there is replaced as one that a process has left which is gone
+                with suppress(FileNotFoundError):
+                    path.unlink()  # this process holds the volume, so the process that made the socket is gone
+            self.control = ControlSocket(path, self, log, is_shared=is_found)
         except BaseException:
             with suppress(KeyError, StateError):
                 nbd.remove_export(name)

@@ -9,7 +9,7 @@ invalidate. A name is looked up again whenever a client asks for it, and a label
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,13 @@ from onionskin.nbd._nbd import NbdServer
 from onionskin.nbd.changed_blocks import ChangedBlocks
 from onionskin.nbd.export_table import ExportTable
 from onionskin.nbd.exported import ServedVolume, View, open_snapshot, snapshot_names_behind
-from onionskin.nbd.opening import open_to_serve
-from onionskin.nbd.turns import Turns
+from onionskin.nbd.opening import open_beside, open_to_serve
+from onionskin.nbd.turns import Turn, Turns
 from onionskin.operations import expiry, reclaim
 from onionskin.operations.flush import compact_map_if_wanted, reclaim_freed
 from onionskin.operations.volumes import rename_volume
 from onionskin.store import Store
+from onionskin.volume import Volume
 
 if TYPE_CHECKING:
     from onionskin.base.annotations import AnyPath
@@ -170,18 +171,24 @@ class Exports:
                     raise ValueError(f"two volumes are named {called!r}; serve one of them from a server of its own")
                 if there is not None:
                     return there
-            served = ServedVolume(
-                *(self, self._nbd, open_to_serve(store, name), called),
-                guard=self.table.guard,
-                log=self._log,
-                is_fixed=label is not None,
-            )
-            with self.table.guard:
-                if not self._stopping.is_set():
-                    self.table.served[called] = served
-                    return served
-            served.close()
-            raise StateError("the server is stopping")
+            volume = open_to_serve(store, name, is_one_of_many=not is_new)
+            return self._offer(volume, called, is_fixed=label is not None, is_found=not is_new)
+
+    def _offer(self, volume: Volume, called: str, *, is_fixed: bool = False, is_found: bool = False) -> ServedVolume:
+        """Export an open volume, which is closed if that fails. The caller is the one that makes this label."""
+        served = ServedVolume(
+            *(self, self._nbd, volume, called),
+            guard=self.table.guard,
+            log=self._log,
+            is_fixed=is_fixed,
+            is_found=is_found,
+        )
+        with self.table.guard:
+            if not self._stopping.is_set():
+                self.table.served[called] = served
+                return served
+        served.close()
+        raise StateError("the server is stopping")
 
     def names(self) -> list[str]:
         """Return the names of all exports that clients can ask for."""
@@ -270,8 +277,13 @@ class Exports:
     def _find_export(self, name: str) -> bool:
         """Open the export that a client asks for, if it exists; return whether the C server has it now."""
         try:
-            with self._turns.take():
-                return not self._stopping.is_set() and self._open_export(name)
+            with self._turns.take(name) as turn:
+                if turn.is_done:
+                    return True
+                if self._stopping.is_set() or not self._open_export(name):
+                    return False
+                self._open_beside(name, turn.others)
+                return True
         except (OnionskinError, OSError, ValueError) as error:
             self._log(f"export {name!r}: {error}")
             return False
@@ -296,6 +308,26 @@ class Exports:
             return served is not None
         self._open_view(served, snapshot)
         return True
+
+    def _open_beside(self, name: str, others: list[Turn]) -> None:
+        """Open what other clients wait for, where those are forks of the same snapshot as the volume that was just opened.
+
+        What cannot be opened so is opened in the turn of each, which says what is wrong.
+        """
+        waiting = {turn.wanted: turn for turn in others if "@" not in turn.wanted}
+        with self.table.guard:
+            first = self.table.served.get(name)
+        if not waiting or first is None or first.volume.store not in self._whole_stores[:1]:
+            return  # of stores that have volumes of the same name, the first is meant
+        with suppress(OnionskinError, OSError, ValueError), self.table.being_made_together(waiting) as mine:
+            volumes = open_beside(first.volume, mine)
+            try:
+                while volumes:
+                    called, volume = volumes.popitem()
+                    self._offer(volume, called, is_found=True)
+                    waiting[called].is_done = True
+            finally:
+                call_all([volume.close for volume in volumes.values()])
 
     def _is_new(self, name: str) -> bool:
         """Whether this is the name of a volume that no export stands for, under whatever label.

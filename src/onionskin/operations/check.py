@@ -24,7 +24,7 @@ from onionskin.operations.locked_maps import locked_maps
 from onionskin.storage.block_maps import load_map, open_map
 from onionskin.storage.chain import check_base
 from onionskin.storage.layout import listed
-from onionskin.storage.locks import volume_holder
+from onionskin.storage.locks import stands_for_many, volume_holder
 from onionskin.storage.open_store import OpenStore
 
 SEGMENTS_MAX = 0xFFFE  # the segments that a chain can have, because an index has 16 bits for their numbers
@@ -311,6 +311,8 @@ def _check_files(store: OpenStore, rows: _Rows, listed: list[os.DirEntry[str]]) 
         except FileNotFoundError:
             continue  # the file was removed meanwhile
         what = _foreign(found, ours)
+        if what and ours and entry.name.endswith(".lock") and stands_for_many(path):
+            what = None  # a server holds several volumes, or did until it died
         if what:
             yield Problem("notice", what, str(path), "nothing here touches it; move it out of the store")
         if ours and not what and entry.name not in named:

@@ -293,6 +293,7 @@ class VolumeLock:
     def __init__(self, layout: Layout, volume_id: bytes, volume_name: str) -> None:
         self._path, self._volume_name = layout.volume_lock(volume_id), volume_name
         self._descriptor = self._byte_descriptor = -1
+        self._shared: SharedFile | None = None  # the file, where it is no file of the volume's own
         try:
             self._byte_descriptor = open_lock_file(layout.lock)
             if not _set_lock(self._byte_descriptor, fcntl.F_WRLCK, _writer_byte(volume_id), 1):
@@ -302,8 +303,16 @@ class VolumeLock:
             raise
         forking.register(self)
 
-    def make_file(self) -> None:
-        """Lock the volume's own file too, and write into it which process holds the volume. The volume has a row."""
+    def make_file(self, shared: "SharedFile | None" = None) -> None:
+        """Lock the volume's own file too, and write into it which process holds the volume. The volume has a row.
+
+        With `shared`, the file may be one more name of the one that this process has locked for other volumes.
+        """
+        if self._descriptor < 0 and shared is not None:
+            self._shared = shared  # first: whatever comes between, `close` removes the name
+            if shared.add(self._path):
+                return
+            self._shared = None
         if self._descriptor < 0:  # otherwise an earlier call has locked the file, but could not write to a full disk
             self._descriptor = _lock_at_its_path(self._path)
         if self._descriptor < 0:
@@ -314,7 +323,10 @@ class VolumeLock:
         """Give the volume up. Further calls do nothing."""
         descriptor, self._descriptor = self._descriptor, -1
         byte_descriptor, self._byte_descriptor = self._byte_descriptor, -1
+        shared, self._shared = self._shared, None
         try:
+            if shared is not None:
+                shared.remove(self._path)  # while the byte keeps others from making a file there
             if descriptor >= 0:
                 with _named(descriptor):
                     os.ftruncate(descriptor, 0)
@@ -330,10 +342,99 @@ class VolumeLock:
             if descriptor >= 0:
                 os.close(descriptor)
         self._descriptor = self._byte_descriptor = -1
+        self._shared = None
 
     def __del__(self) -> None:
         if getattr(self, "_byte_descriptor", -1) >= 0:
             self.close()
+
+
+class SharedFile:
+    """One file, locked by this process, that has a name for each of several volumes: it stands for the lock file of each.
+
+    It says what a file of the volume's own would say: that this process holds the volume. To make a file takes as long as
+    to open a fork, and half a millisecond more on an ext4 without a journal, so a server that opens a hundred makes one.
+
+    What must hold: each name is added and removed by the holder of the volume's byte. What has several names is never
+    written to again. Where its process has died, it is unlocked, and the next holder of a volume removes the name of that.
+    """
+
+    def __init__(self) -> None:
+        # A finalizer may close another volume in the thread that is just adding one.
+        self._guard = threading.RLock()
+        self._paths: set[FilePath] = set()
+        self._descriptor = -1
+        forking.register(self)
+
+    def add(self, path: FilePath) -> bool:
+        """Let the file stand for the lock file of one more volume. False: the volume needs a file of its own.
+
+        Whatever is raised, `remove` takes back what was done.
+        """
+        with self._guard:
+            self._paths.add(path)  # first, so that nobody unlocks the file meanwhile, and no name is left behind
+            try:
+                is_added = self._link(path) if self._descriptor >= 0 else self._begin(path)
+            except (OSError, StateError, FormatError):
+                # The volume has a file, or the file system knows no second names, or there are too many. What else is
+                # wrong there, the opening of a file of its own says.
+                is_added = False
+            if not is_added:
+                self.remove(path)
+            return is_added
+
+    def _link(self, path: FilePath) -> bool:
+        """Give the file one more name. False: who looks there does not find the locked file."""
+        with suppress(FileExistsError):  # it may be a name that could not be removed, or a file of the volume's own
+            # Without a directory, Python makes the call that does not follow the link.
+            os.link(f"/proc/self/fd/{self._descriptor}", path, src_dir_fd=self._descriptor, follow_symlinks=True)
+        return is_file_at(self._descriptor, path)  # some file systems in user space have an inode for each name
+
+    def _begin(self, path: FilePath) -> bool:
+        """Make the file, as that of its first volume."""
+        descriptor = _lock_at_its_path(path)
+        if descriptor < 0:
+            return False
+        try:
+            _write_holder(descriptor)
+            is_written = _names_a_holder(descriptor)  # on a full disk it is not
+        except BaseException:
+            _unlock_and_close(descriptor)
+            raise
+        if is_written:
+            self._descriptor = descriptor
+        else:
+            _unlock_and_close(descriptor)
+        return is_written
+
+    def remove(self, path: FilePath) -> None:
+        """Let the file stand for a volume no more. With the last one, it is unlocked. Further calls do nothing."""
+        with self._guard:
+            if path not in self._paths:
+                return
+            with suppress(OSError):
+                if self._descriptor >= 0 and is_file_at(self._descriptor, path):
+                    os.unlink(path)  # noqa: PTH108 - a few microseconds
+            self._paths.discard(path)
+            if not self._paths and self._descriptor >= 0:
+                descriptor, self._descriptor = self._descriptor, -1
+                _unlock_and_close(descriptor)
+
+    def after_fork(self) -> None:
+        """Close the descriptor in a forked child, but unlock nothing, and leave the names to the parent."""
+        self._guard = threading.RLock()
+        self._paths = set()
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _unlock_and_close(descriptor: int) -> None:
+    """Unlock a file for all who have this descriptor, among them a child that was forked meanwhile, and close it."""
+    try:
+        _set_lock(descriptor, fcntl.F_UNLCK, 0, 0)
+    finally:
+        os.close(descriptor)
 
 
 class ReadersLock:
@@ -410,12 +511,16 @@ def _lock_at_its_path(path: FilePath) -> int:
     The path leads to the file that is locked when this function returns.
     """
     while True:
-        descriptor = open_lock_file(path)
+        descriptor = _checked_lock_file(path, os.O_RDWR | os.O_CREAT, may_be_shared=True)
         try:
-            if not _set_lock(descriptor, fcntl.F_WRLCK, 0, 1):
+            is_shared = os.fstat(descriptor).st_nlink > 1
+            is_taken = is_locked(descriptor, 0, 1) if is_shared else not _set_lock(descriptor, fcntl.F_WRLCK, 0, 1)
+            if is_taken:
                 os.close(descriptor)
                 return -1
-            if is_file_at(descriptor, path):
+            if is_shared:  # of a process that died: to lock it would keep others from volumes whose name it has too
+                os.unlink(path)  # noqa: PTH108 - a few microseconds
+            elif is_file_at(descriptor, path):
                 return descriptor
         except BaseException:
             os.close(descriptor)
@@ -470,7 +575,7 @@ def _open_to_share(path: FilePath) -> int:
         return os.memfd_create("onionskin lock")
 
 
-def _checked_lock_file(path: FilePath | str, flags: int) -> int:
+def _checked_lock_file(path: FilePath | str, flags: int, *, may_be_shared: bool = False) -> int:
     try:
         descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:
@@ -479,9 +584,9 @@ def _checked_lock_file(path: FilePath | str, flags: int) -> int:
         raise
     with _named(descriptor):
         found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+    is_regular = stat.S_ISREG(found.st_mode)
+    if not is_regular or (found.st_nlink > 1 and not (may_be_shared and _may_stand_for_many(descriptor))):
         os.close(descriptor)
-        is_regular = stat.S_ISREG(found.st_mode)
         what = "has another name too (a hard link)" if is_regular else "is not a regular file"
         raise (StateError if is_regular else FormatError)(
             f"{path} {what}, and a lock of a store is a file of its own; remove it"
@@ -511,7 +616,7 @@ def looks_of(descriptor: int) -> BaseLooks:
 def volume_holder(path: FilePath | str) -> Holder | None:
     """Return the process that holds a volume for writing, or None. The lock itself is not touched."""
     try:
-        descriptor = _checked_lock_file(path, os.O_RDONLY)
+        descriptor = _checked_lock_file(path, os.O_RDONLY, may_be_shared=True)
     except FileNotFoundError:
         return None
     try:
@@ -536,6 +641,31 @@ def _is_file_held(path: str) -> bool:
         return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
     finally:
         os.close(descriptor)
+
+
+def stands_for_many(path: FilePath) -> bool:
+    """Whether a lock file that has several names is one of a `SharedFile`, also where its process has died."""
+    try:
+        os.close(_checked_lock_file(path, os.O_RDONLY, may_be_shared=True))
+    except (OSError, StateError, FormatError):
+        return False
+    return True
+
+
+def _may_stand_for_many(descriptor: int) -> bool:
+    """Whether a file with several names is a lock file, which may have them, and not some other file.
+
+    It names a holder, as a `SharedFile` always does; after a power loss the names may be there and not yet what was
+    written. It is only ever looked at, and one of its names removed.
+    """
+    with _named(descriptor):
+        text = os.pread(descriptor, 100, 0)
+    return not text.strip(b"\0") or _names_a_holder(descriptor)
+
+
+def _names_a_holder(descriptor: int) -> bool:
+    """Whether a file says which process has locked it."""
+    return _read_holder(descriptor).pid > 0
 
 
 def _read_holder(descriptor: int) -> Holder:

@@ -93,6 +93,11 @@ class OpenDisk(ABC):
         """Whether it is a head that reads through the view of what it stands on, since nothing was written to it."""
         return False
 
+    @property
+    def read_through(self) -> bytes | None:
+        """The sealed layer whose view such a head is read through."""
+        return None
+
     def begin_writing(self) -> bool:
         """Open a head that nothing was written to, so that it can be written; return whether there is a new path now."""
         return False
@@ -373,6 +378,12 @@ class OpenHead(OpenDisk):
     def is_unwritten(self) -> bool:
         """Whether it reads through the view of what it stands on, and has no data path and no locks of its own yet."""
         return self._unwritten is not None
+
+    @property
+    def read_through(self) -> bytes | None:
+        """The sealed layer whose view it is read through, or None if it has a data path of its own."""
+        unwritten = self._unwritten  # read once: another thread may write to it meanwhile
+        return unwritten.below if unwritten else None
 
     @property
     def path(self) -> "DataPath":

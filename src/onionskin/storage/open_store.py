@@ -28,7 +28,7 @@ from onionskin.catalog.read_only import can_be_written
 from onionskin.errors import ChainError, FormatError, OnionskinError, StateError
 from onionskin.storage.chain import Chain, lock_base, lock_chain, open_chain, read_chain
 from onionskin.storage.layout import DIRECTORIES, Layout
-from onionskin.storage.locks import BaseLock, ByteLocks
+from onionskin.storage.locks import BaseLock, ByteLocks, SharedFile
 from onionskin.storage.reserve import Reserve
 from onionskin.storage.shared_paths import OpenChain, SealedViews
 
@@ -92,6 +92,8 @@ class OpenStore:
     ----------
     views : SealedViews
         The sealed layers that are open in this store.
+    shared_file : SharedFile
+        What stands for the lock files of volumes that are opened as some of many.
     reported_work : set of int
         The ids of the pending work whose failure was logged already.
     """
@@ -117,6 +119,7 @@ class OpenStore:
         self._open: weakref.WeakSet[Handle] = weakref.WeakSet()
         self._open_guard = threading.Lock()
         self.views: SealedViews = SealedViews()
+        self.shared_file: SharedFile = SharedFile()
         if create and not self.layout.catalog.exists():
             self._make_directories(group)
         elif group is not None:

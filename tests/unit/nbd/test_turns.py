@@ -20,7 +20,7 @@ def test_threads_work_one_after_the_other() -> None:
     def work() -> None:
         nonlocal inside, most
         for _ in range(50):
-            with taken.take():
+            with taken.take("web"):
                 inside += 1
                 most = max(most, inside)
                 inside -= 1
@@ -36,9 +36,9 @@ def test_threads_work_one_after_the_other() -> None:
 def test_who_waits_for_one_that_hangs_goes_on_and_leaves_it_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "TURN_SECONDS", 0.01)
     taken = Turns()
-    with taken.take():
+    with taken.take("web"):
         for _ in range(2):
-            with taken.take():
+            with taken.take("web"):
                 pass
         assert taken._taken.locked()
     assert not taken._taken.locked()
@@ -46,7 +46,7 @@ def test_who_waits_for_one_that_hangs_goes_on_and_leaves_it_its_turn(monkeypatch
 
 def test_a_turn_ends_where_its_work_fails() -> None:
     taken = Turns()
-    with pytest.raises(ZeroDivisionError), taken.take():
+    with pytest.raises(ZeroDivisionError), taken.take("web"):
         raise ZeroDivisionError
     assert not taken._taken.locked()
 
@@ -58,12 +58,12 @@ def test_a_volume_is_opened_in_a_turn_and_one_that_hangs_keeps_no_other_client_o
     open_to_serve, hangs, ended = exports.open_to_serve, threading.Event(), threading.Event()
     had_turn: list[bool] = []
 
-    def open_it(store: Store, name: str) -> Volume:
+    def open_it(store: Store, name: str, **how: bool) -> Volume:
         if name == "slow":
             had_turn.append(server.exports._turns._taken.locked())
             hangs.set()
             assert ended.wait(300)
-        return open_to_serve(store, name)
+        return open_to_serve(store, name, **how)
 
     def read(name: str) -> None:
         ours, theirs = socket.socketpair()

@@ -1,0 +1,218 @@
+"""Forks of one snapshot that clients ask for at once are opened together, and only those that can be."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.nbd_client import NbdClient
+
+import onionskin
+from onionskin import StateError, Store
+from onionskin.nbd import exports, opening, turns
+from onionskin.nbd.opening import open_beside
+from onionskin.nbd.server import Limits, Server
+from onionskin.nbd.turns import Turn
+from onionskin.storage.locks import VolumeLock, volume_holder
+
+NAMES = [f"job-{number}" for number in range(8)]
+
+
+@pytest.fixture
+def at(tmp_path: Path) -> Path:
+    """A store with forks of a snapshot, and two of another one."""
+    with Store(tmp_path / "vms") as store:
+        with store.create("web", size="1M") as web:
+            web.write(0, b"a" * 4096)
+            web.snapshot("clean")
+            web.write(0, b"b" * 4096)
+            web.snapshot("later")
+        store.fork("web@clean", names=["first", *NAMES])
+        store.fork("web@later", names=["later-1", "later-2"])
+    return tmp_path / "vms"
+
+
+@pytest.fixture
+def store(at: Path) -> Iterator[Store]:
+    with Store(at) as opened:
+        yield opened
+
+
+def _together(store: Store, *names: str) -> set[str]:
+    """Open volumes beside `first`; those that were opened read as it does."""
+    with ExitStack() as stack:
+        first = stack.enter_context(store._open_to_write("first", is_one_of_many=True))
+        opened = open_beside(first, names)
+        for name, volume in opened.items():
+            stack.enter_context(volume)
+            assert volume.name == name
+            assert volume.read(0, 4096) == b"a" * 4096
+            with pytest.raises(StateError, match="open for writing"):
+                store.open(name)
+        for name in {*names} & {*store._opened.catalog.volume_names()} - opened.keys():
+            assert volume_holder(store._opened.layout.volume_lock(store._opened.catalog.volume(name).id)) is None
+    return set(opened)
+
+
+def test_forks_of_the_same_snapshot_are_opened_and_can_be_written(store: Store) -> None:
+    with store._open_to_write("first", is_one_of_many=True) as first, ExitStack() as stack:
+        for name, volume in open_beside(first, NAMES).items():
+            stack.enter_context(volume).write(0, name.encode())
+        assert first.read(0, 4096) == b"a" * 4096
+    for name in NAMES:
+        with store.open(name) as volume:
+            assert volume.read(0, 6) == name.encode() + b"a"
+
+
+def test_what_stands_elsewhere_or_is_not_there_or_was_written_to_is_left_out(store: Store) -> None:
+    with store.open("job-1") as written:
+        written.write(0, b"mine")
+    assert _together(store, "job-0", "job-1", "later-1", "web", "nobody", "\udcff") == {"job-0"}
+
+
+def test_what_a_dead_writer_left_or_a_machine_owns_is_left_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog = store._opened.catalog
+    Path(store._opened.layout.dirty_file(catalog.volume("job-0").id)).write_bytes(b"left")
+    owned = {catalog.volume("job-1").id}
+    monkeypatch.setattr(catalog, "owned_volumes", lambda: owned)
+    assert _together(store, "job-0", "job-1", "job-2") == {"job-2"}
+
+
+def test_nothing_is_opened_beside_the_volume_whose_snapshot_it_is(store: Store) -> None:
+    with store.open("web") as web:
+        web.revert("clean")
+    assert _together(store, "job-0", "web") == set()
+
+
+def test_what_another_handle_holds_is_left_out(store: Store) -> None:
+    with store.open("job-1"):
+        first = store._open_to_write("first", is_one_of_many=True)
+        with first:
+            opened = open_beside(first, ["job-0", "job-1"])
+            assert set(opened) == {"job-0"}
+            opened["job-0"].close()
+
+
+def test_a_name_that_means_another_volume_once_it_is_locked_is_left_out(
+    store: Store, at: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(VolumeLock):
+        def __init__(self, layout: Any, id: bytes, name: str) -> None:
+            with Store(at) as other:
+                other.rename("job-0", "renamed")
+                other.fork("web@clean", names=["job-0"])
+                other.delete("job-1")
+            monkeypatch.setattr(opening, "VolumeLock", VolumeLock)
+            super().__init__(layout, id, name)
+
+    monkeypatch.setattr(opening, "VolumeLock", Late)
+    assert _together(store, "job-0", "job-1", "job-2") == {"job-2"}
+
+
+def test_where_one_cannot_be_opened_the_others_are_as_they_should_be(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, make = [], store._unwritten_head
+
+    def fail_third(*arguments: Any) -> Any:
+        made.append(arguments)
+        if len(made) == 3:
+            raise OSError(5, "Input/output error")
+        return make(*arguments)
+
+    with store.open("first") as first:
+        monkeypatch.setattr(store, "_unwritten_head", fail_third)
+        opened = open_beside(first, NAMES)
+        assert len(opened) == 2
+        monkeypatch.undo()
+        for name in NAMES:
+            (opened.get(name) or store.open(name)).close()
+    assert not store._opened.views._open
+
+
+def test_an_interrupt_closes_what_was_opened(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, make = [], store._unwritten_head
+
+    def interrupt_third(*arguments: Any) -> Any:
+        made.append(arguments)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return make(*arguments)
+
+    with store.open("first") as first:
+        monkeypatch.setattr(store, "_unwritten_head", interrupt_third)
+        with pytest.raises(KeyboardInterrupt):
+            open_beside(first, NAMES)
+        monkeypatch.undo()
+        for name in NAMES:
+            store.open(name).close()
+    assert not store._opened.views._open
+
+
+class _Awaited(list[Turn]):
+    """A list that says when it is as long as it should be."""
+
+    def __init__(self, length: int) -> None:
+        self.is_full = threading.Event()
+        self._length = length
+
+    def append(self, turn: Turn) -> None:
+        super().append(turn)
+        if len(self) == self._length:
+            self.is_full.set()
+
+
+def _read_when_all_wait(server: Server, asked: list[str]) -> dict[str, bytes]:
+    """Read from exports for which all clients wait at once."""
+    found: dict[str, bytes] = {}
+
+    def read(name: str) -> None:
+        ours, theirs = socket.socketpair()
+        ours.settimeout(300)
+        server.serve(theirs, "test")
+        with NbdClient(ours, name) as client:
+            found[name] = client.read(0, 4096)
+
+    threads = [threading.Thread(target=read, args=(name,)) for name in asked]
+    waiting = server.exports._turns._waiting = _Awaited(len(asked))
+    with server.exports._turns._taken:
+        for thread in threads:
+            thread.start()
+        assert waiting.is_full.wait(300)
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_clients_that_wait_are_served_by_one_opening_of_all_their_forks(
+    at: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "TURN_SECONDS", 300)
+    by_themselves: list[str] = []
+    open_it = exports.open_to_serve
+
+    def note(store: Store, name: str, **how: bool) -> "onionskin.Volume":
+        by_themselves.append(name)
+        return open_it(store, name, **how)
+
+    with closing(Server(limits=Limits(), allow_revert=False, log=lambda line: None)) as server:
+        with Store(at) as store:
+            store.delete("later-1", "later-2", *NAMES)
+            server.exports.add_store(at)
+            store.fork("web@clean", names=NAMES)
+            store.fork("web@later", names=["later-1"])
+        monkeypatch.setattr(exports, "open_to_serve", note)
+        found = _read_when_all_wait(server, [*NAMES, "later-1"])
+        assert found == dict.fromkeys(NAMES, b"a" * 4096) | {"later-1": b"b" * 4096}
+        assert len(by_themselves) <= 3  # one of each snapshot, and `later-1` may have had the first turn
+        assert set(NAMES) <= server.exports.table.served.keys()
+        for name in NAMES:
+            with onionskin.connect(at, name) as live:
+                live.snapshot("mine")
+    with Store(at) as store:
+        for name in NAMES:
+            with store.open(name, snapshot="mine") as view:
+                assert view.read(0, 4096) == b"a" * 4096
