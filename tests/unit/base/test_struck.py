@@ -1,5 +1,6 @@
 """Interrupts at each call and return of what holds what other threads wait for. The exception is kept, as debuggers do."""
 
+import gc
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -32,6 +33,15 @@ def ends_in_another_thread(call: Callable[[], object]) -> bool:
     thread.start()
     thread.join(SECONDS)
     return not thread.is_alive()
+
+
+@pytest.fixture(autouse=True)
+def no_garbage() -> Iterator[None]:
+    """Keep finalizers of other tests out of what is struck: what is raised in one is only written to stderr."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture

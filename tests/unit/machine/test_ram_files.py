@@ -165,7 +165,7 @@ def test_a_build_that_fails_leaves_nothing(files: RamFiles, source: Source, monk
         raise OSError(28, "no room")
 
     with monkeypatch.context() as patched:
-        patched.setattr(ram_files, "fill_file", fail)
+        patched.setattr("onionskin.machine.ram.fill_file", fail)
         with pytest.raises(OSError, match="no room"):
             files.use(source)
     assert list(directory(files).iterdir()) == []
