@@ -12,6 +12,9 @@ from onionskin.base.background import Background
 from onionskin.base.paths import FilePath
 from onionskin.base.signals import DeferredInterrupt
 from onionskin.catalog import Catalog, new_id
+from onionskin.errors import StateError
+from onionskin.storage.layout import Layout
+from onionskin.storage.locks import BaseLock, ByteLocks, SharedFile, VolumeLock, is_being_merged_into
 
 SECONDS = 20  # for which a thread is waited for that should not wait at all
 
@@ -105,3 +108,56 @@ def test_handlers_are_put_back_wherever_a_signal_comes(number: int, hangup: None
     finally:
         for one, handler in zip(numbers, before, strict=True):
             signal.signal(one, handler)
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_an_interrupted_close_of_a_lock_keeps_nobody_out(tmp_path: Path, is_shared: bool) -> None:
+    layout = Layout(FilePath(tmp_path))
+    (tmp_path / "volumes").mkdir()
+    shared = SharedFile() if is_shared else None
+
+    def locked(shared: SharedFile | None) -> VolumeLock:
+        lock = VolumeLock(layout, bytes(16), "web")
+        lock.make_file(shared)
+        return lock
+
+    held = [locked(shared)]
+    for interrupt in at_each_event(lambda: held[0].close()):
+        held[0].close()  # as by a handle that is closed once more
+        try:
+            locked(None).close()
+        except StateError as error:
+            pytest.fail(f"{error}, behind {interrupt!r}")
+        held[0] = locked(shared)
+    held[0].close()
+
+
+def test_an_interrupted_close_of_byte_locks_keeps_nobody_out(tmp_path: Path) -> None:
+    path = FilePath(tmp_path / "lock")
+
+    def locked() -> ByteLocks:
+        locks = ByteLocks(path)
+        assert locks.take_exclusive([7]) is None
+        return locks
+
+    held = [locked()]
+    for _ in at_each_event(lambda: held[0].close()):
+        held[0].close()
+        held[0] = locked()
+    held[0].close()
+
+
+def test_an_interrupted_wait_for_a_base_keeps_no_merge_from_it(tmp_path: Path) -> None:
+    path = FilePath(tmp_path / "base")
+    Path(path).write_bytes(bytes(4096))
+    held = [BaseLock(path)]
+
+    def merge() -> None:
+        held[0].write_alone()
+        held[0].close()
+
+    for interrupt in at_each_event(merge):
+        held[0].close()
+        assert not is_being_merged_into(path), interrupt
+        held[0] = BaseLock(path)
+    held[0].close()
