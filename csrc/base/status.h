@@ -24,7 +24,8 @@ enum onion_status {
     ONION_E_NUMBERS = -5014,      /* a volume has as many segments as it can have */
     ONION_E_MAPPINGS = -5015,     /* the process has as many mappings as the system allows it */
     ONION_E_JOURNAL_FULL = -5016, /* no room for a dirty record: a flush makes some. Stays inside the volume */
-    ONION_E_MOVED = -5017         /* another store, or none, is where the store was when it was opened */
+    ONION_E_MOVED = -5017,        /* another store, or none, is where the store was when it was opened */
+    ONION_E_WHICH_BOOT = -5018 /* a process cannot tell whether a file is of this boot and mount: /proc, /sys hidden */
 };
 
 #endif

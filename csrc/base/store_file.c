@@ -69,8 +69,9 @@ int onion_store_note(struct onion_store *store, const char *segments_directory) 
         return -ENOMEM;
     }
     if (stat(store->catalog, &info)) {
+        int status = errno == ENOENT || errno == ENOTDIR ? 0 : -errno;
         onion_store_forget(store);
-        return 0;
+        return status;
     }
     store->device = info.st_dev;
     store->inode = info.st_ino;

@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <linux/btrfs.h>
 #include <linux/fs.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -42,15 +43,18 @@ enum filesystem_kind {
     FILESYSTEM_MEMORY = 4,
 };
 
+#define TMPFS 0x01021994
+
+/* 0, or -errno; -ENOSYS: /proc is not there, or hidden. */
 static int read_boot_id(unsigned char *out) {
     char text[64] = {0};
     int fd = onion_open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC, 0);
-    if (fd == -ENOENT || fd == -EACCES) /* /proc is not there, or hidden */
+    if (fd == -ENOENT || fd == -ENOTDIR || fd == -EACCES)
         return -ENOSYS;
     if (fd < 0)
         return fd;
     ssize_t length = read(fd, text, sizeof text - 1);
-    int digits = 0;
+    int digits = 0, status = length < 0 ? -errno : 0;
     close(fd);
     for (ssize_t i = 0; i < length && digits < 32; i++) {
         char *end, digit[2] = {text[i], 0};
@@ -60,23 +64,61 @@ static int read_boot_id(unsigned char *out) {
         out[digits / 2] = (unsigned char)(digits % 2 ? out[digits / 2] | value : value << 4);
         digits++;
     }
-    return digits == 32 ? 0 : -ENOSYS;
+    return status < 0 ? status : digits == 32 ? 0 : -ENOSYS;
+}
+
+/* The name under /sys/fs of the type of a file system that has a directory there for each that is mounted, or NULL. */
+static const char *sysfs_type(const struct statfs *fs) {
+    return fs->f_type == 0xEF53             ? "ext4"
+           : fs->f_type == 0x58465342       ? "xfs"
+           : fs->f_type == (long)0xF2F52010 ? "f2fs"
+           : fs->f_type == (long)0x9123683E ? "btrfs"
+                                            : NULL;
+}
+
+/* The name of a file system's own directory under /sys/fs/TYPE: that of its device, or of a btrfs, which may have
+ * several, its UUID. Returns -errno. */
+static int sysfs_name(int fd, dev_t device, const char *type, char *name, size_t size) {
+    if (!strcmp(type, "btrfs")) {
+        struct btrfs_ioctl_fs_info_args about = {0};
+        if (ioctl(fd, BTRFS_IOC_FS_INFO, &about))
+            return -errno;
+        int at = 0;
+        for (int i = 0; i < 16; i++)
+            at += snprintf(name + at, size - (size_t)at, i == 4 || i == 6 || i == 8 || i == 10 ? "-%02x" : "%02x",
+                           about.fsid[i]);
+        return 0;
+    }
+    char link[64], target[4096];
+    snprintf(link, sizeof link, "/sys/dev/block/%u:%u", major(device), minor(device));
+    ssize_t length = readlink(link, target, sizeof target - 1);
+    if (length < 0)
+        return -errno;
+    target[length] = 0;
+    const char *slash = strrchr(target, '/');
+    snprintf(name, size, "%s", slash ? slash + 1 : target);
+    return 0;
 }
 
 /* A service that is restarted may see its disk through another mount of the same file system, because systemd gives
  * each start its own tree of mounts. So the number that is used, if there is one, belongs to the mounted file system
- * and not to the mount: the inode of its directory in sysfs. Returns 0 if there is none. */
-static uint64_t sysfs_inode(dev_t device, const char *type) {
-    char link[64], target[4096], node[4200];
+ * and not to the mount: the inode of its directory in sysfs. Sets 0 if there is none. 0, or -errno. */
+static int sysfs_inode(int fd, dev_t device, const struct statfs *fs, uint64_t *inode) {
+    const char *type = sysfs_type(fs);
+    char name[256], node[300];
     struct stat info;
-    snprintf(link, sizeof link, "/sys/dev/block/%u:%u", major(device), minor(device));
-    ssize_t length = readlink(link, target, sizeof target - 1);
-    if (length <= 0)
+    *inode = 0;
+    if (!type)
         return 0;
-    target[length] = 0;
-    const char *name = strrchr(target, '/');
-    snprintf(node, sizeof node, "/sys/fs/%s/%s", type, name ? name + 1 : target);
-    return stat(node, &info) ? 0 : info.st_ino;
+    int status = sysfs_name(fd, device, type, name, sizeof name);
+    if (status == 0) {
+        snprintf(node, sizeof node, "/sys/fs/%s/%s", type, name);
+        status = stat(node, &info) ? -errno : 0;
+    }
+    if (status == 0)
+        *inode = info.st_ino;
+    /* Others say that there is no /sys, that it is hidden, or that this file system has nothing there. */
+    return status == -ENOMEM || status == -EIO ? status : 0;
 }
 
 static uint64_t mount_id(int fd, uint32_t *kind) {
@@ -91,32 +133,64 @@ static uint64_t mount_id(int fd, uint32_t *kind) {
     return mask & 0x5000 ? id : 0;
 }
 
-/* Fills in the fields of a header that identify this boot and this mount. */
+/* Fills in the fields of a header that identify this boot and this mount. -ENOSYS: they cannot be told. */
 static int describe_here(int fd, struct onion_journal_header *header) {
     struct stat info;
     struct statfs fs;
     int status = fstat(fd, &info) || fstatfs(fd, &fs) ? -errno : read_boot_id(header->boot_id);
     if (status < 0)
         return status;
-    const char *type = fs.f_type == 0xEF53             ? "ext4"
-                       : fs.f_type == 0x58465342       ? "xfs"
-                       : fs.f_type == (long)0xF2F52010 ? "f2fs"
-                                                       : NULL;
     header->device = info.st_dev;
     header->filesystem_kind = FILESYSTEM_MEMORY;
     header->filesystem = 0;
-    if (fs.f_type == 0x01021994) /* tmpfs: its files end with the mount */
+    if (fs.f_type == TMPFS) /* its files end with the mount */
         return 0;
     header->filesystem_kind = FILESYSTEM_SYSFS;
-    header->filesystem = type ? sysfs_inode(info.st_dev, type) : 0;
-    if (!header->filesystem)
+    status = sysfs_inode(fd, info.st_dev, &fs, &header->filesystem);
+    if (status == 0 && !header->filesystem)
         header->filesystem = mount_id(fd, &header->filesystem_kind);
-    return header->filesystem ? 0 : -ENOSYS;
+    return status < 0 ? status : header->filesystem ? 0 : -ENOSYS;
 }
 
-static int is_of_here(const struct onion_journal_header *found, const struct onion_journal_header *here) {
+static int is_same_place(const struct onion_journal_header *found, const struct onion_journal_header *here) {
     return !memcmp(found->boot_id, here->boot_id, sizeof here->boot_id) && found->device == here->device &&
            found->filesystem == here->filesystem && found->filesystem_kind == here->filesystem_kind;
+}
+
+/* Returns whether a file was written in this boot and mount, or -errno. ONION_E_WHICH_BOOT: this process cannot tell,
+ * because /proc or /sys is not there. Its writer may have seen more of the system than it does, or less, so the number
+ * of the kind that is in the file is compared. */
+static int is_of_here(int fd, const struct onion_journal_header *found) {
+    unsigned char boot_id[sizeof found->boot_id];
+    uint64_t here = 0;
+    uint32_t kind = 0;
+    struct stat info;
+    struct statfs fs;
+    if (fstat(fd, &info) || fstatfs(fd, &fs))
+        return -errno;
+    if (found->device != info.st_dev)
+        return 0;
+    int status = read_boot_id(boot_id);
+    if (status < 0)
+        return status == -ENOSYS ? ONION_E_WHICH_BOOT : status;
+    if (memcmp(found->boot_id, boot_id, sizeof boot_id))
+        return 0;
+    switch (found->filesystem_kind) {
+    case FILESYSTEM_MEMORY:
+        return fs.f_type == TMPFS;
+    case FILESYSTEM_SYSFS:
+        status = sysfs_inode(fd, info.st_dev, &fs, &here);
+        break;
+    case FILESYSTEM_UNIQUE_MOUNT:
+    case FILESYSTEM_MOUNT:
+        here = mount_id(fd, &kind);
+        if (here && kind != found->filesystem_kind)
+            return 0;
+        break;
+    default:
+        return 0;
+    }
+    return status < 0 ? status : here ? here == found->filesystem : ONION_E_WHICH_BOOT;
 }
 
 static uint64_t monotonic_ns(void) {
@@ -276,17 +350,19 @@ static void use_half(struct onion_volume *volume, int half) {
     volume->dirty_records.published = &journal->header->halves[half].record_count;
 }
 
-/* Returns whether a later opening of the same volume made the file at the path. If so, this data path is about to be
- * closed, and records in it are dropped. */
+/* Returns whether a later opening of the same volume made the file at the path, or -errno. If so, this data path is about
+ * to be closed, and records in it are dropped. */
 static int is_replaced(const struct onion_journal *journal, const struct onion_journal_header *here) {
     struct onion_journal_header found;
-    int fd = onion_open(journal->path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK, 0);
-    int replaced = fd >= 0 && onion_pread_all(fd, &found, sizeof found, 0) == 0 && is_of_here(&found, here) &&
-                   !memcmp(found.magic, ONION_JOURNAL_MAGIC, sizeof found.magic) &&
-                   found.opened_ns > journal->opened_ns;
-    if (fd >= 0)
-        close(fd);
-    return replaced;
+    int fd = onion_open_file(journal->path, O_RDONLY);
+    if (fd < 0)
+        return fd == -ENOENT || fd == ONION_E_NOT_A_FILE ? 0 : fd;
+    int status = onion_pread_all(fd, &found, sizeof found, 0);
+    close(fd);
+    if (status < 0)
+        return status == ONION_E_FORMAT ? 0 : status;
+    return is_same_place(&found, here) && !memcmp(found.magic, ONION_JOURNAL_MAGIC, sizeof found.magic) &&
+           found.opened_ns > journal->opened_ns;
 }
 
 /* On btrfs a write to a mapped page needs a new block, and raises SIGBUS if the disk is full. A file with this flag is
@@ -313,7 +389,9 @@ static int make_file(struct onion_volume *volume, const char *staged) {
         return journal->fd;
     overwrite_in_place(journal->fd);
     int status = describe_here(journal->fd, &header);
-    if (status == 0 && is_replaced(journal, &header))
+    if (status == 0)
+        status = is_replaced(journal, &header);
+    if (status > 0)
         status = -ENOSYS;
     if (status == 0)
         status = allocate(journal->fd, 0, ONION_JOURNAL_HEADER_BYTES);
@@ -592,28 +670,27 @@ struct found {
  * taken for nothing because this one has no descriptor to look with. */
 static int read_found(struct onion_volume *volume, struct found *found) {
     struct onion_journal *journal = &volume->journal;
-    struct onion_journal_header here = {0};
+    const struct onion_journal_half *halves = found->header.halves;
     struct stat info;
     int fd = onion_open_file(journal->path, volume->writable ? O_RDWR : O_RDONLY);
     if (fd < 0)
         return fd == -ENOENT || fd == -ENOTDIR || fd == ONION_E_NOT_A_FILE ? 0 : fd;
     journal->found_fd = fd;
     int status = fstat(fd, &info) ? -errno : onion_pread_all(fd, &found->header, sizeof found->header, 0);
-    if (status == 0)
-        status = describe_here(fd, &here);
     if (status < 0)
-        return status == ONION_E_FORMAT || status == -ENOSYS ? 0 : status;
-    if (memcmp(found->header.magic, ONION_JOURNAL_MAGIC, sizeof here.magic) ||
-        found->header.version != ONION_JOURNAL_VERSION || found->header.block_size != volume->block_size ||
-        !is_of_here(&found->header, &here))
+        return status == ONION_E_FORMAT ? 0 : status;
+    if (memcmp(found->header.magic, ONION_JOURNAL_MAGIC, sizeof found->header.magic) ||
+        found->header.version != ONION_JOURNAL_VERSION || found->header.block_size != volume->block_size)
         return 0;
     for (int half = 0; half < 2; half++) {
-        uint64_t count = found->header.halves[half].record_count;
+        uint64_t count = halves[half].record_count;
         if (count > ONION_JOURNAL_RECORDS_MAX ||
             (count && (uint64_t)half_offset(half) + count * sizeof(struct onion_record) > (uint64_t)info.st_size))
             return 0;
     }
-    return 1;
+    if (!halves[0].record_count && !halves[1].record_count && !found->header.poisoned)
+        return 0;
+    return is_of_here(fd, &found->header);
 }
 
 static int is_owner(const struct onion_volume *volume, const struct onion_journal_owner *owner,
@@ -622,12 +699,15 @@ static int is_owner(const struct onion_volume *volume, const struct onion_journa
            (owner->frames == 0 || (log && onion_log_passes(log, length, owner->frames, owner->crc)));
 }
 
-/* Returns the number of slots that the file of a segment holds in full. */
-static uint64_t slots_of(const struct onion_segment *segment) {
+/* Sets the number of slots that the file of a segment holds in full. 0, or -errno if it cannot be looked at. */
+static int count_slots(const struct onion_segment *segment, uint64_t *slots) {
     struct stat info;
-    if (lstat(segment->path, &info) || !S_ISREG(info.st_mode) || (uint64_t)info.st_size < ONION_HEADER_BYTES)
-        return 0;
-    return ((uint64_t)info.st_size - ONION_HEADER_BYTES) >> segment->block_shift;
+    *slots = 0;
+    if (lstat(segment->path, &info))
+        return errno == ENOENT ? 0 : -errno;
+    if (S_ISREG(info.st_mode) && (uint64_t)info.st_size >= ONION_HEADER_BYTES)
+        *slots = ((uint64_t)info.st_size - ONION_HEADER_BYTES) >> segment->block_shift;
+    return 0;
 }
 
 /* Records name segments by the numbers of the opening that wrote them. This table gives the numbers of this opening. */
@@ -645,8 +725,7 @@ static int name_segment(struct translation *translation, const struct onion_reco
     if (number < translation->segment_first || !translation->volume->segments[number]->own)
         return ONION_E_FORMAT;
     translation->number_of[record->segment] = (uint16_t)number;
-    translation->slots[record->segment] = slots_of(translation->volume->segments[number]);
-    return 0;
+    return count_slots(translation->volume->segments[number], &translation->slots[record->segment]);
 }
 
 /* Takes over one of the records that were found, after the same checks as for a record of a log. */

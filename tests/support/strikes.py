@@ -51,10 +51,10 @@ class Strikes:
         self._profile(None, None)
         return int(self._library.strikes_seen())
 
-    def interrupted(self, at: int, call: Callable[[], object]) -> KeyboardInterrupt | None:
+    def interrupted(self, at: int, call: Callable[[], object], number: int = signal.SIGINT) -> KeyboardInterrupt | None:
         """Strike at an event of a call, and return the interrupt with all that its traceback keeps, if it is raised."""
         try:
-            self.begin(at)
+            self.begin(at, number)
             call()
             self.end()
         except KeyboardInterrupt as interrupt:

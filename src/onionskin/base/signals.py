@@ -1,7 +1,8 @@
-"""Holds back Ctrl-C, and the signals that end a command in the same way, while a commit and its follow-up are one step.
+"""Holds back signals whose handlers may raise, while a commit and its follow-up are one step.
 
-Only the main thread is interrupted, so there is nothing to do in other threads. Other signals whose handlers raise are
-not held back. Code that uses this must survive one exception at any point. Two exceptions in a row would leave a step
+They are Ctrl-C, the signals that end a command in the same way, and those that programs have for limits of time (alarms,
+signals from other processes). Only the main thread is interrupted, so there is nothing to do in other threads. Other signals
+are not held back. Code that uses this must survive one exception at any point. Two exceptions in a row would leave a step
 half done.
 
 A generator that is a context (`contextlib.contextmanager`) is left where it is if an interrupt comes just behind its
@@ -12,20 +13,20 @@ what others wait for until then, as a lock or a transaction, holds interrupts ba
 import threading
 from _signal import getsignal, signal  # type: ignore[import-not-found]  # those of `signal` make enums: five times as slow
 from collections.abc import Callable
-from signal import SIGHUP, SIGINT, SIGTERM
+from signal import SIGALRM, SIGHUP, SIGINT, SIGPROF, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGVTALRM, SIGXCPU
 from types import FrameType
 
 Handler = Callable[[int, FrameType | None], object]
 
-DEFERRED = (SIGINT, SIGTERM, SIGHUP)
+DEFERRED = (SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGALRM, SIGVTALRM, SIGPROF, SIGXCPU, SIGUSR1, SIGUSR2)
 
 
 class DeferredInterrupt:
-    """A context that notes these signals, if they have a handler, and handles the first one at its end."""
+    """A context that notes these signals, if they have a handler, and handles each of them at its end, once."""
 
     def __init__(self) -> None:
         self._handlers: dict[int, Handler] = {}
-        self._noted: list[tuple[int, Handler]] = []
+        self._noted: dict[int, tuple[Handler, FrameType | None]] = {}
 
     def __enter__(self) -> "DeferredInterrupt":
         if threading.get_ident() != threading.main_thread().ident:
@@ -42,10 +43,15 @@ class DeferredInterrupt:
         return self
 
     def handle_noted(self) -> None:
-        """Handle a signal that came by now, at a point where what was begun can be undone."""
-        if self._noted:
-            number, handler = self._noted.pop(0)
-            handler(number, None)
+        """Handle what came by now, at a point where what was begun can be undone."""
+        while self._noted:
+            number = next(iter(self._noted))
+            handler, frame = self._noted.pop(number)
+            try:
+                handler(number, frame)
+            except BaseException:
+                self.handle_noted()  # the others came too
+                raise
 
     def __exit__(self, *error: object) -> None:
         self._put_back()
@@ -63,4 +69,4 @@ class DeferredInterrupt:
             raise
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted.append((number, self._handlers[number]))
+        self._noted.setdefault(number, (self._handlers[number], frame))

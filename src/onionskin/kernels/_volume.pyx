@@ -201,6 +201,7 @@ cdef extern from "base/status.h" nogil:
         ONION_E_CUT_LOG
         ONION_E_NOT_A_FILE
         ONION_E_MOVED
+        ONION_E_WHICH_BOOT
         ONION_E_NUMBERS
         ONION_E_MAPPINGS
 
@@ -280,6 +281,11 @@ def error_of(status, what, path=None, offset=0):
         return _damage(status, path, offset)
     if status == ONION_E_BOUNDS:
         return ValueError(f"{what}: the range passes the end of the volume; give one that ends in it")
+    if status == ONION_E_WHICH_BOOT:
+        return StateError(
+            f"{path}: a process that was killed may have left changes there, and this one cannot tell whether they are of "
+            "this boot and mount, because it sees no /proc or no /sys: open the volume once where both are mounted"
+        )
     if status == ONION_E_VERIFY:
         return OSError(EIO, f"{what}: bytes that were overwritten with zeros do not read back as zeros; the "
                              "device may be failing, and the kernel's log may say more", path)

@@ -214,9 +214,11 @@ class ByteLocks:
             # must not close another file that has got the same number.
             descriptor, self._descriptor = self._descriptor, -1
             if descriptor >= 0:
-                self._shared.clear()
-                _set_lock(descriptor, fcntl.F_UNLCK, 0, 0)
-                os.close(descriptor)
+                try:
+                    self._shared.clear()
+                    _set_lock(descriptor, fcntl.F_UNLCK, 0, 0)
+                finally:  # also where a signal's handler raises: nobody else knows the descriptor any more
+                    os.close(descriptor)
 
     def after_fork(self) -> None:
         """Close the descriptor in a forked child, but unlock nothing, because the locks are the parent's."""
@@ -324,17 +326,33 @@ class VolumeLock:
         descriptor, self._descriptor = self._descriptor, -1
         byte_descriptor, self._byte_descriptor = self._byte_descriptor, -1
         shared, self._shared = self._shared, None
+        # A signal's handler may raise behind any call. Nobody else knows the descriptors any more, so each is closed all the
+        # same: a lock that stayed would keep this process, too, from the volume.
         try:
             if shared is not None:
-                shared.remove(self._path)  # while the byte keeps others from making a file there
+                try:
+                    shared.remove(self._path)  # while the byte keeps others from making a file there
+                except BaseException:
+                    shared.remove(self._path)
+                    raise
             if descriptor >= 0:
                 with _named(descriptor):
                     os.ftruncate(descriptor, 0)
         finally:
-            for one in (descriptor, byte_descriptor):
-                if one >= 0:
-                    _set_lock(one, fcntl.F_UNLCK, 0, 0)
-                    os.close(one)
+            try:
+                if descriptor >= 0:
+                    _set_lock(descriptor, fcntl.F_UNLCK, 0, 0)
+            finally:
+                try:
+                    if descriptor >= 0:
+                        os.close(descriptor)
+                finally:
+                    try:
+                        if byte_descriptor >= 0:
+                            _set_lock(byte_descriptor, fcntl.F_UNLCK, 0, 0)
+                    finally:
+                        if byte_descriptor >= 0:
+                            os.close(byte_descriptor)
 
     def after_fork(self) -> None:
         """Close the descriptors in a forked child, but unlock nothing."""
@@ -418,7 +436,10 @@ class SharedFile:
             self._paths.discard(path)
             if not self._paths and self._descriptor >= 0:
                 descriptor, self._descriptor = self._descriptor, -1
-                _unlock_and_close(descriptor)
+                try:
+                    _set_lock(descriptor, fcntl.F_UNLCK, 0, 0)
+                finally:
+                    os.close(descriptor)
 
     def after_fork(self) -> None:
         """Close the descriptor in a forked child, but unlock nothing, and leave the names to the parent."""
@@ -727,18 +748,24 @@ class BaseLock:
             Another handle has the base open, or another merge writes it.
         """
         writer = os.open(f"/proc/self/fd/{self.descriptor}", os.O_RDWR | os.O_CLOEXEC)
-        if not _set_lock(writer, fcntl.F_WRLCK, _MERGER_BYTE, 1):
+        try:
+            if not _set_lock(writer, fcntl.F_WRLCK, _MERGER_BYTE, 1):
+                raise StateError(f"another merge is writing the base {self.path}; try again when it is done")
+            try:
+                _set_lock(self.descriptor, fcntl.F_UNLCK, _READERS_BYTE, 1)
+                if not _set_lock(writer, fcntl.F_WRLCK, _READERS_BYTE, 1):
+                    raise StateError(
+                        f"the base {self.path} is in use; close the volumes and views that stand on it, and try again"
+                    )
+            except BaseException:  # a signal's handler may raise at any call
+                _set_lock(writer, fcntl.F_UNLCK, _READERS_BYTE, 1)
+                _set_lock(self.descriptor, fcntl.F_RDLCK, _READERS_BYTE, 1)
+                raise
+        except BaseException:
             os.close(writer)
-            raise StateError(f"another merge is writing the base {self.path}; try again when it is done")
-        _set_lock(self.descriptor, fcntl.F_UNLCK, _READERS_BYTE, 1)
-        if not _set_lock(writer, fcntl.F_WRLCK, _READERS_BYTE, 1):
-            _set_lock(self.descriptor, fcntl.F_RDLCK, _READERS_BYTE, 1)
-            os.close(writer)
-            raise StateError(
-                f"the base {self.path} is in use; close the volumes and views that stand on it, and try again"
-            )
-        os.close(self.descriptor)
-        self.descriptor = writer
+            raise
+        reader, self.descriptor = self.descriptor, writer
+        os.close(reader)
 
     def share(self) -> None:
         """Let others read the base again after `write_alone`."""
@@ -755,8 +782,10 @@ class BaseLock:
         """Give the base up. Further calls do nothing."""
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
-            _set_lock(descriptor, fcntl.F_UNLCK, 0, 0)
-            os.close(descriptor)
+            try:
+                _set_lock(descriptor, fcntl.F_UNLCK, 0, 0)
+            finally:
+                os.close(descriptor)
 
     def after_fork(self) -> None:
         """Close the descriptor in a forked child, but unlock nothing."""

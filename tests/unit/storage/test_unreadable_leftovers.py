@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-# Preloaded: the next open of a file with this part in its path fails with this number.
+# Preloaded: the next such call for a file with this part in its path fails with this number.
 FAILING_OPEN = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -20,11 +21,24 @@ FAILING_OPEN = r"""
 #include <string.h>
 
 static char failing_path[64];
-static int failing_number;
+static int failing_number, failing_lstat;
 
-void fail_open(const char *path, int number) {
+void fail(const char *path, int number, int at_lstat) {
     snprintf(failing_path, sizeof failing_path, "%s", path);
     failing_number = number;
+    failing_lstat = at_lstat;
+}
+
+static int fails(const char *path, int at_lstat) {
+    if (!failing_number || failing_lstat != at_lstat || !strstr(path, failing_path))
+        return 0;
+    errno = failing_number;
+    failing_number = 0;
+    return 1;
+}
+
+int lstat(const char *path, void *found) {
+    return fails(path, 1) ? -1 : ((int (*)(const char *, void *))dlsym(RTLD_NEXT, "lstat"))(path, found);
 }
 
 int open(const char *path, int flags, ...) {
@@ -32,11 +46,8 @@ int open(const char *path, int flags, ...) {
     va_start(more, flags);
     unsigned mode = va_arg(more, unsigned);
     va_end(more);
-    if (failing_number && strstr(path, failing_path)) {
-        errno = failing_number;
-        failing_number = 0;
+    if (fails(path, 0))
         return -1;
-    }
     return ((int (*)(const char *, int, ...))dlsym(RTLD_NEXT, "open"))(path, flags, mode);
 }
 """
@@ -61,7 +72,7 @@ import onionskin
 number = getattr(errno, sys.argv[3])
 with onionskin.Store(sys.argv[1]) as store:
     for mode in "rw":
-        ctypes.CDLL(None).fail_open(sys.argv[2].encode(), number)
+        ctypes.CDLL(None).fail(sys.argv[2].encode(), number, sys.argv[2] == ".seg")
         try:
             store.open("web", mode=mode).close()
         except OSError as error:
@@ -71,6 +82,18 @@ with onionskin.Store(sys.argv[1]) as store:
     with store.open("web") as web:
         assert (web[:7], web[4096:4103]) == (b"changed", b"written")
 """
+
+LOOK = """
+import sys
+import onionskin
+
+try:
+    with onionskin.Store(sys.argv[1]) as store, store.open("web", mode=sys.argv[2]) as web:
+        print(web[:7], web[4096:4103])
+except onionskin.StateError as error:
+    print(error)
+"""
+KEPT = f"{b'changed'} {b'written'}"
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +108,24 @@ def failing_open(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-@pytest.mark.parametrize("file", [".dirty", "boot_id"])
+def write_and_die(store: Path) -> None:
+    died = subprocess.run([sys.executable, "-c", WRITE_AND_DIE, str(store)], check=False)
+    assert died.returncode == -signal.SIGKILL
+
+
+def look(store: Path, mode: str, hidden: str = "") -> str:
+    """Open the volume in mounts of its own, where a directory of the system may be hidden."""
+    hide = f"mount -t tmpfs none {hidden} && " if hidden else ""
+    command = ["unshare", "-m", "sh", "-c", f'{hide}exec "$@"', "sh", sys.executable, "-c", LOOK, str(store), mode]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.parametrize("file", [".dirty", "boot_id", ".seg"])
 @pytest.mark.parametrize("number", ["EMFILE", "EIO"])
 def test_an_opening_that_cannot_look_at_what_was_left_is_refused(
     tmp_path: Path, failing_open: Path, file: str, number: str
 ) -> None:
-    died = subprocess.run([sys.executable, "-c", WRITE_AND_DIE, str(tmp_path / "store")], check=False)
-    assert died.returncode == -signal.SIGKILL
+    write_and_die(tmp_path / "store")
     ran = subprocess.run(
         [sys.executable, "-c", OPEN, str(tmp_path / "store"), file, number],
         env=os.environ | {"LD_PRELOAD": str(failing_open)},
@@ -100,3 +134,25 @@ def test_an_opening_that_cannot_look_at_what_was_left_is_refused(
         text=True,
     )
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
+def test_what_a_killed_writer_left_is_found_in_other_mounts_and_refused_where_the_system_is_hidden(
+    request: pytest.FixtureRequest, kind: str
+) -> None:
+    """A service or a container that is started again sees its disk through mounts of its own."""
+    store = request.getfixturevalue(f"{kind}_mount")() / "store"
+    write_and_die(store)
+    for mode in "rw":
+        for hidden in ("/proc", "/sys"):
+            told = look(store, mode, hidden)
+            assert ".dirty" in told
+            assert "no /proc or no /sys" in told
+    assert look(store, "r") == look(store, "w") == KEPT
+
+
+def test_what_a_writer_left_that_saw_no_sys_is_found(ext4_mount: Callable[[], Path]) -> None:
+    store = ext4_mount() / "store"
+    both = 'mount -t tmpfs none /sys && "$1" -c "$2" "$3"; umount /sys && exec "$1" -c "$4" "$3" w'
+    command = ["unshare", "-m", "sh", "-c", both, "sh", sys.executable, WRITE_AND_DIE, str(store), LOOK]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == KEPT
