@@ -25,6 +25,7 @@ from onionskin.base.modes import file_mode
 from onionskin.base.naming import several
 from onionskin.base.paths import FilePath
 from onionskin.base.sockets import UnixListener, credentials_of, has_hung_up
+from onionskin.base.threads import SureThread
 from onionskin.control import acceptor, frames, groups
 from onionskin.errors import OnionskinError, StateError
 from onionskin.kernels._volume import ShortTurns
@@ -171,7 +172,7 @@ class ControlSocket:
 
     def take(self, connection: socket.socket) -> None:
         """Serve a connection in a thread of its own, if there are not too many."""
-        thread = threading.Thread(target=self._serve, args=(connection,), name="onionskin control", daemon=True)
+        thread = SureThread(target=self._serve, args=(connection,), name="onionskin control", daemon=True)
         if self._let_in(thread, connection):
             self._start(thread, connection)
 
@@ -217,7 +218,7 @@ class ControlSocket:
             pass  # the other end disconnected, and its operation was cancelled
         finally:
             with self._guard:
-                del self._sessions[threading.current_thread()]
+                self._sessions.pop(threading.current_thread(), None)  # one that began too late is not there
 
     @contextmanager
     def _living(self, session: "_Session") -> Iterator[None]:
@@ -225,13 +226,20 @@ class ControlSocket:
         with self._guard:
             self._talking.add(session)
             begins, self._is_told = not self._is_told, True
-        if begins:  # one thread for all: a caller of a group has many connections, each for a few milliseconds
-            threading.Thread(target=self._say_that_we_live, name="onionskin control", daemon=True).start()
         try:
+            if begins:  # one thread for all: a caller of a group has many connections, each for a few milliseconds
+                self._begin_to_tell()
             yield
         finally:
             with self._guard:
                 self._talking.discard(session)
+
+    def _begin_to_tell(self) -> None:
+        try:
+            SureThread(target=self._say_that_we_live, name="onionskin control", daemon=True).start()
+        except RuntimeError:  # the next session tries again; without it, a caller gives a long operation up
+            with self._guard:
+                self._is_told = False
 
     def _say_that_we_live(self) -> None:
         wait = threading.Event()
@@ -361,7 +369,7 @@ class _SharedListener:
             )
             return True
         try:
-            threading.Thread(target=self._serve, args=(connection,), name="onionskin control", daemon=True).start()
+            SureThread(target=self._serve, args=(connection,), name="onionskin control", daemon=True).start()
         except RuntimeError:  # the process may start no more threads, or has no memory: a later connection may succeed
             self._choosing.release()
             _refuse(connection, "the server could start no thread for it; try again later", self._log)
