@@ -15,6 +15,7 @@ import os
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
@@ -393,12 +394,13 @@ class _SharedListener:
             _refuse(connection, f"process {pid} of user {uid} may not use it, only user {self._owner} may", self._log)
             return None, None
         connection.settimeout(CHOICE_SECONDS)
+        deadline = time.monotonic() + CHOICE_SECONDS  # one who sends a byte now and then takes the place of another
         greeting = {"onionskin": "control", "version": frames.SHARED_VERSION}
         frames.send(connection, greeting, bytes_max=frames.REPLY_BYTES_MAX)
         first: dict[str, Any] | None = None
-        said = frames.receive(connection, bytes_max=frames.REQUEST_BYTES_MAX)
+        said = frames.receive(connection, bytes_max=frames.REQUEST_BYTES_MAX, deadline=deadline)
         if said is not None and "verb" in said:  # some callers ask at once, and wait for the greeting later
-            first, said = said, frames.receive(connection, bytes_max=frames.REQUEST_BYTES_MAX)
+            first, said = said, frames.receive(connection, bytes_max=frames.REQUEST_BYTES_MAX, deadline=deadline)
         if said is None:
             return None, None
         control = _listening_in(self._directory, said.get("volume"))

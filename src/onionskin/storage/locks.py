@@ -310,6 +310,8 @@ class VolumeLock:
 
         With `shared`, the file may be one more name of the one that this process has locked for other volumes.
         """
+        with suppress(OSError):  # of a server that was killed: as long as it is there, the holder is taken for a server
+            os.unlink(self._path.with_suffix(".control"))  # noqa: PTH108 - a few microseconds
         if self._descriptor < 0 and shared is not None:
             self._shared = shared  # first: whatever comes between, `close` removes the name
             if shared.add(self._path):
