@@ -18,6 +18,7 @@ from errno import EINVAL
 from typing import TYPE_CHECKING, TypeVar
 
 from onionskin.base import forking
+from onionskin.base.held import held
 from onionskin.base.lazy import logger
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.named_tuples import NamedTuple
@@ -444,7 +445,7 @@ class OpenHead(OpenDisk):
 
     # ---- operations ----
 
-    @contextmanager
+    @held
     def operation(
         self, *, during_merge: bool = False, may_resume: bool = False, within: float | None = None
     ) -> Iterator[None]:
@@ -470,16 +471,25 @@ class OpenHead(OpenDisk):
                 self.refuse_half_merged()
             yield
 
-    @contextmanager
+    @held
     def _guarded(self, within: float | None) -> Iterator[None]:
-        if not self.guard.acquire(timeout=-1 if within is None else within):
-            raise StateError(
-                f"another operation on volume {self.row.name!r} has gone on for {within:.0f} s; try again when it has ended"
-            )
+        if within is None:
+            with self.guard:
+                yield
+            return
+        is_held = False
         try:
+            with DeferredInterrupt():  # else one might come when the guard is there, and nobody knows
+                is_held = self.guard.acquire(timeout=within)
+            if not is_held:
+                raise StateError(
+                    f"another operation on volume {self.row.name!r} has gone on for {within:.0f} s; try again when it has "
+                    "ended"
+                )
             yield
         finally:
-            self.guard.release()
+            if is_held:
+                self.guard.release()
 
     def refuse_half_merged(self) -> None:
         """Raise StateError if a merge into the base was begun and has not ended, and none is under way."""
