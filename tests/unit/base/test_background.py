@@ -1,12 +1,14 @@
 """The thread for work that nobody waits for."""
 
+import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from onionskin.base.background import Background
+from onionskin.base.signals import DEFERRED
 
 
 def test_what_is_asked_for_while_the_work_runs_is_done_once_more() -> None:
@@ -117,8 +119,17 @@ def interrupted_at(event: int, call: Callable[[], None]) -> bool:
     return False
 
 
+@pytest.fixture
+def handlers_are_put_back() -> Iterator[None]:
+    """Put the handlers of signals back: what is raised here comes from no signal, also as they are exchanged."""
+    handlers = {number: signal.getsignal(number) for number in DEFERRED}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("verb", ["finish", "wake"])
-def test_a_handler_that_raises_in_a_caller_stops_nobody_else(verb: str) -> None:
+def test_a_handler_that_raises_in_a_caller_stops_nobody_else(verb: str, handlers_are_put_back: None) -> None:
     event = 0
     while True:
         done = threading.Event()
