@@ -52,11 +52,17 @@ def read_first_block(path: Path, export: str) -> bytes:
 
 
 @contextmanager
-def first_blocks_at_once(directory: Path, path: Path) -> Iterator[Callable[[list[str]], list[float]]]:
-    """Build and run ``nbd_first_reads.c``. Yields what takes exports, and returns when the block of each was there."""
-    program = directory / "nbd_first_reads"
+def first_blocks_at_once(directory: Path, path: Path, block: bytes) -> Iterator[Callable[[list[str]], list[float]]]:
+    """Build and run ``nbd_first_reads.c``. Yields what takes exports, and returns when the block of each was there.
+
+    `block` is what each of them has to read.
+    """
+    program, expected = directory / "nbd_first_reads", directory / "first_block"
+    expected.write_bytes(block)
     subprocess.run(["gcc", "-O2", "-std=gnu11", "-Wall", "-Wextra", "-o", program, SOURCE], check=True)
-    with subprocess.Popen([program, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as client:
+    with subprocess.Popen(
+        [program, path, expected], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as client:
         assert client.stdin
         assert client.stdout
         said, heard = client.stdin, client.stdout

@@ -1,10 +1,11 @@
 /* A client of NBD that reads the first 4 KiB of many exports at once, in one thread that waits for all of them (epoll).
  *
- *     nbd_first_reads SOCKET < names
+ *     nbd_first_reads SOCKET BLOCK < names
  *
  * Each line of the input names exports, separated by spaces. All are connected to at once; then, one export a line, the
  * seconds are printed (CLOCK_MONOTONIC) at which its block was there, and an empty line. So the server is measured, and
- * not a hundred threads of Python that share two processors with it. */
+ * not a hundred threads of Python that share two processors with it. What an export answers must be what the file BLOCK
+ * holds, and nothing may be wrong in an answer: otherwise the program says what, and ends with 1. */
 #define _GNU_SOURCE
 #include <endian.h>
 #include <errno.h>
@@ -18,7 +19,8 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { EXPORTS_MAX = 4096, BLOCK = 4096, GREETING = 18, REPLY = 20, READ_REPLY = 16, GO = 7, ACK = 1, INFO = 3 };
+enum { EXPORTS_MAX = 4096, NAME_BYTES_MAX = 400, BLOCK = 4096 };
+enum { GREETING = 18, REPLY = 20, READ_REPLY = 16, GO = 7, ACK = 1, INFO = 3 };
 enum state { GREETED, CHOOSING, READING, DONE };
 
 struct client {
@@ -31,6 +33,7 @@ struct client {
 };
 
 static struct client clients[EXPORTS_MAX];
+static unsigned char expected[BLOCK];
 
 static void fail(const char *what, const char *name) {
     fprintf(stderr, "%s: %s\n", name, what);
@@ -76,7 +79,7 @@ static void ask(struct client *client, unsigned char verb) {
 
     put(request, 0x25609513);
     request[7] = verb; /* 0: read, 2: disconnect */
-    request[15] = 1;
+    request[15] = 1;   /* the cookie, of which the reply has to bear the same */
     put(request + 24, verb ? 0 : BLOCK);
     say(client, request, sizeof(request));
 }
@@ -86,6 +89,8 @@ static int step(struct client *client) {
     struct timespec now;
 
     if (client->state == GREETED && client->have >= GREETING) {
+        if (memcmp(client->in, "NBDMAGICIHAVEOPT", 16))
+            fail("no NBD server is there", client->name);
         eat(client, GREETING);
         ask_for_export(client);
         client->state = CHOOSING;
@@ -94,7 +99,7 @@ static int step(struct client *client) {
     if (client->state == CHOOSING && client->have >= REPLY && client->have >= REPLY + number(client->in + 16)) {
         uint32_t kind = number(client->in + 12);
 
-        if (kind != ACK && kind != INFO)
+        if (memcmp(client->in, "\x00\x03\xe8\x89\x04\x55\x65\xa9", 8) || (kind != ACK && kind != INFO))
             fail("the server refused it", client->name);
         eat(client, REPLY + number(client->in + 16));
         if (kind == ACK) {
@@ -103,9 +108,12 @@ static int step(struct client *client) {
         }
         return 1;
     }
-    if (client->state == READING && client->have >= READ_REPLY + BLOCK) {
-        if (number(client->in) != 0x67446698 || number(client->in + 4))
+    if (client->state == READING && client->have >= READ_REPLY)
+        if (number(client->in) != 0x67446698 || number(client->in + 4) || number(client->in + 12) != 1)
             fail("its first block could not be read", client->name);
+    if (client->state == READING && client->have >= READ_REPLY + BLOCK) {
+        if (client->have > READ_REPLY + BLOCK || memcmp(client->in + READ_REPLY, expected, BLOCK))
+            fail("its first block is another one", client->name);
         clock_gettime(CLOCK_MONOTONIC, &now);
         client->ended = (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
         client->state = DONE;
@@ -168,16 +176,27 @@ static void read_all(const char *path, int count) {
     fflush(stdout);
 }
 
+static int read_expected(const char *path) {
+    FILE *file = fopen(path, "rb");
+    int is_short = !file || fread(expected, 1, BLOCK, file) != BLOCK;
+
+    if (file)
+        fclose(file);
+    return is_short;
+}
+
 int main(int argc, char **argv) {
     char *line = NULL;
     size_t room = 0;
 
-    if (argc != 2)
+    if (argc != 3 || strlen(argv[1]) >= sizeof(((struct sockaddr_un *)0)->sun_path) || read_expected(argv[2]))
         return 2;
     while (getline(&line, &room, stdin) > 0) {
         int count = 0;
 
-        for (char *name = strtok(line, " \n"); name && count < EXPORTS_MAX; name = strtok(NULL, " \n")) {
+        for (char *name = strtok(line, " \n"); name; name = strtok(NULL, " \n")) {
+            if (count == EXPORTS_MAX || strlen(name) > NAME_BYTES_MAX)
+                fail("there are too many, or its name is too long", name);
             memset(&clients[count], 0, sizeof(clients[count]));
             clients[count++].name = name;
         }

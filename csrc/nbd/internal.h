@@ -53,6 +53,7 @@ struct onion_nbd_export {
     pthread_cond_t changed;
     struct onion_volume *volume; /* NULL: removed */
     int unwritten;               /* atomic; the volume is that of the layer below the head, until it is replaced */
+    int is_written;              /* atomic; a client has changed it, or is about to, and the hook is told */
     uint64_t generation;         /* counts the volumes; a reply that began with another volume is not continued */
     uint32_t in_flight;
     uint32_t holds;

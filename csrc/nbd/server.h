@@ -58,6 +58,9 @@ struct onion_nbd_context_listing;
  * calls onion_nbd_replace_volume; of several threads that ask at once, each waits for that. 0, or the error: then nothing
  * was changed, and the request is answered with it. If no export has the name any more, it returns 0 and is asked again.
  *
+ * written: a client is about to change that export, for the first time since it was added. The request waits for it, and
+ * goes on whatever it does.
+ *
  * list_exports: a client wants a list of all names, not only of those that are open. The function passes the names that
  * come after `after` (length 0: all names) to onion_nbd_list, in an order of its own that is always the same. It
  * returns when there are no more names, or when onion_nbd_list returns 1; then it is called again with the last name.
@@ -73,6 +76,7 @@ struct onion_nbd_hooks {
     int (*make_room)(void *context, const char *name);
     void (*freed)(void *context, const char *name);
     int (*begin_writing)(void *context, const char *name);
+    void (*written)(void *context, const char *name);
     int (*list_exports)(void *context, const char *after, uint32_t length, struct onion_nbd_listing *listing);
     int (*list_contexts)(void *context, const char *name, const char *after, uint32_t length,
                          struct onion_nbd_context_listing *listing);

@@ -157,32 +157,47 @@ static void count(struct onion_nbd_connection *connection, const struct onion_nb
     connection->waiting[request->type]++;
 }
 
+static int changes(const struct onion_nbd_request *request) {
+    return request->type == ONION_NBD_CMD_WRITE || request->type == ONION_NBD_CMD_TRIM ||
+           request->type == ONION_NBD_CMD_WRITE_ZEROES;
+}
+
 /* Whether a request needs the head itself. All others find in the layer below an unwritten one what it would say. */
 static int needs_head(const struct onion_nbd_connection *connection, const struct onion_nbd_request *request) {
     int tells_depth_or_changes = 0;
     for (uint32_t i = 0; i < connection->session.context_count; i++)
         tells_depth_or_changes |= connection->session.context_ids[i] != ONION_NBD_ID_ALLOCATION;
-    switch (request->type) {
-    case ONION_NBD_CMD_WRITE:
-    case ONION_NBD_CMD_TRIM:
-    case ONION_NBD_CMD_WRITE_ZEROES:
-        return 1;
-    default:
-        return request->type == ONION_NBD_CMD_BLOCK_STATUS && tells_depth_or_changes;
-    }
+    return changes(request) || (request->type == ONION_NBD_CMD_BLOCK_STATUS && tells_depth_or_changes);
+}
+
+/* A hook is called with no request of this connection in flight: another thread may wait for those. */
+static int leave_for_hook(struct onion_nbd_connection *connection) {
+    int status = onion_nbd_send_replies(connection);
+    onion_nbd_connection_leave(connection);
+    return status;
 }
 
 /* Has the head of the export opened: 0 or the error value for the client. The hook replaces the volume and waits for the
- * requests in flight on the old one, so this connection must have none. */
+ * requests in flight on the old one. */
 static uint32_t begin_writing(struct onion_nbd_connection *connection) {
-    struct onion_nbd_server *server = connection->server;
-    struct onion_nbd_export *export = connection->session.chosen;
-    int status = onion_nbd_send_replies(connection);
-    onion_nbd_connection_leave(connection);
+    const struct onion_nbd_hooks *hooks = &connection->server->options.hooks;
+    int status = leave_for_hook(connection);
     if (status == 0)
-        status = server->options.hooks.begin_writing
-                     ? server->options.hooks.begin_writing(server->options.hooks.context, onion_nbd_label(export)->name)
+        status = hooks->begin_writing
+                     ? hooks->begin_writing(hooks->context, onion_nbd_label(connection->session.chosen)->name)
                      : -EIO;
+    return onion_nbd_error(status);
+}
+
+/* Tells of the first change of the export, which is there to be written. */
+static uint32_t tell_written(struct onion_nbd_connection *connection) {
+    const struct onion_nbd_hooks *hooks = &connection->server->options.hooks;
+    struct onion_nbd_export *export = connection->session.chosen;
+    if (__atomic_load_n(&export->is_written, __ATOMIC_RELAXED) || export->read_only || !hooks->written)
+        return 0;
+    int status = leave_for_hook(connection);
+    if (status == 0 && !__atomic_exchange_n(&export->is_written, 1, __ATOMIC_RELAXED))
+        hooks->written(hooks->context, onion_nbd_label(export)->name);
     return onion_nbd_error(status);
 }
 
@@ -194,6 +209,8 @@ static uint32_t check(struct onion_nbd_connection *connection, const struct onio
     /* The hook finds the export by its name, which may be another one by then: it is asked again. */
     while (!error && onion_nbd_is_unwritten(connection->session.chosen) && needs_head(connection, request))
         error = begin_writing(connection);
+    if (!error && changes(request))
+        error = tell_written(connection);
     if (error)
         return error;
     onion_nbd_connection_enter(connection);

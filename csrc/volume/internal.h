@@ -308,6 +308,8 @@ void onion_dirty_records_take_back(struct onion_dirty_records *dirty, const stru
 
 /* Waits at the flush gate and closes it. Returns 0, or the code that says why there can be no flush. */
 int onion_volume_close_flush_gate(struct onion_volume *volume);
+/* -EBUSY: it is closed, by who may wait for others for long. */
+int onion_volume_try_flush_gate(struct onion_volume *volume);
 /* Keeps the gate closed until the outcome of a seal or a rewrite is known, and sets *sealing_or_rewriting to `kind`.
  * onion_volume_close need not wait for the outcome. */
 void onion_volume_keep_flush_gate(struct onion_volume *volume, int *sealing_or_rewriting, int kind);

@@ -89,6 +89,26 @@ int onion_volume_prepare(struct onion_volume *volume, const char *map_path, cons
     return status;
 }
 
+/* Behind the flush gate, so the head and its log stay the same. */
+static int make_map(struct onion_volume *volume) {
+    struct onion_segment *segment = volume->segments[volume->own];
+    int status = volume->log.fd < 0 ? onion_head_log_begin(volume, &volume->log) : 0;
+    if (status == 0 && volume->log.is_new)
+        status = onion_head_log_sync_new(volume, &volume->log);
+    if (status == 0 && __atomic_exchange_n(&segment->directory_dirty, 0, __ATOMIC_SEQ_CST))
+        status = onion_volume_sync_segment_names(volume);
+    return status;
+}
+
+int onion_volume_make_map(struct onion_volume *volume) {
+    int status = onion_volume_try_flush_gate(volume);
+    if (status < 0)
+        return status;
+    status = make_map(volume);
+    onion_volume_open_flush_gate(volume);
+    return status;
+}
+
 /* The log of the head that a seal begins: the prepared one, or one without a file. */
 static int take_next_log(struct onion_volume *volume, const char *map_path, const unsigned char *map_id) {
     struct onion_head_log *prepared = &volume->prepared_log;

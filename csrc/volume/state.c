@@ -42,14 +42,16 @@ void onion_volume_after_fork(struct onion_volume *volume) { __atomic_store_n(&vo
 
 /* Closes the gate, or returns the code that says why it cannot. If the outcome of a commit is unknown, the thread that
  * keeps the gate closed may never come back to open it. So no thread waits at the gate of a volume that can no longer
- * be used. */
-static int flush_gate_close(struct onion_volume *volume) {
+ * be used. -EBUSY: the gate is closed, and `waits` is 0. */
+static int flush_gate_close(struct onion_volume *volume, int waits) {
     int status = onion_volume_usable(volume);
     if (status < 0) /* in the child of a fork the lock may be held for ever */
         return status;
     pthread_mutex_lock(&volume->flush_lock);
-    while ((status = onion_volume_usable(volume)) == 0 && volume->flush_busy)
+    while ((status = onion_volume_usable(volume)) == 0 && volume->flush_busy && waits)
         pthread_cond_wait(&volume->flush_free, &volume->flush_lock);
+    if (status == 0 && volume->flush_busy)
+        status = -EBUSY;
     if (status == 0)
         volume->flush_busy = 1;
     pthread_mutex_unlock(&volume->flush_lock);
@@ -72,14 +74,18 @@ void onion_volume_open_flush_gate(struct onion_volume *volume) {
     pthread_mutex_unlock(&volume->flush_lock);
 }
 
-int onion_volume_close_flush_gate(struct onion_volume *volume) {
-    int status = flush_gate_close(volume);
+static int close_gate_of_head(struct onion_volume *volume, int waits) {
+    int status = flush_gate_close(volume, waits);
     if (status == 0 && !volume->own) { /* the volume is a view, or its head was not opened */
         onion_volume_open_flush_gate(volume);
         status = ONION_E_READ_ONLY;
     }
     return status;
 }
+
+int onion_volume_close_flush_gate(struct onion_volume *volume) { return close_gate_of_head(volume, 1); }
+
+int onion_volume_try_flush_gate(struct onion_volume *volume) { return close_gate_of_head(volume, 0); }
 
 /* ---- failed syncs ---- */
 

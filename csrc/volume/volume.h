@@ -256,6 +256,9 @@ int onion_volumes_cut_when_told(const struct onion_cut *at, int wait_ms, uint32_
  * -EBUSY: another segment is the spare, or none, or a seal has taken it. Where it fails with -ENOSPC nothing is lost: the next head makes its
  * files when it needs them. A seal that comes meanwhile waits. */
 int onion_volume_prepare(struct onion_volume *volume, const char *map_path, const unsigned char *map_id);
+/* Makes the file of the head's own map beforehand, durable, and the name of its segment, where a write has made that: the
+ * first flush then has four syncs less, and makes no file. -EBUSY: a flush or a seal is under way, which does that itself. */
+int onion_volume_make_map(struct onion_volume *volume);
 int onion_volume_set_spare(struct onion_volume *volume, const unsigned char *spare);
 int onion_volume_has_spare(struct onion_volume *volume);
 

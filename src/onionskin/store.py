@@ -1545,8 +1545,7 @@ class Store:
 
         A snapshot is kept if at least one rule keeps it, or if it is held. `Volume.merge` drops each of the other
         names: the head, the clones and the snapshots that are kept read as before, and only data that none of them
-        needs is freed. Each name is durably dropped before the next one is. So after an error, the names before it are
-        dropped.
+        needs is freed. All are dropped in one transaction, or none is.
 
         Parameters
         ----------
@@ -1577,7 +1576,7 @@ class Store:
         ValueError
             No rule is given, or a rule is not valid.
         StateError
-            Another process holds the volume, or a snapshot was renamed meanwhile.
+            Another process holds the volume, or a snapshot was renamed meanwhile. No name was dropped.
         """
 
         from onionskin.operations import prune
@@ -1607,7 +1606,12 @@ class Store:
         from onionskin.operations import prune
         from onionskin.operations.snapshots import merge
 
-        return prune.prune(self._opened, head.name, rules, lambda one: merge(head, [one.name], guids=one.guid))
+        return prune.prune(
+            self._opened,
+            head.name,
+            rules,
+            lambda going: merge(head, [one.name for one in going], guids=[one.guid for one in going]),
+        )
 
     # ---- machines ----
 

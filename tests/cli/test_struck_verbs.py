@@ -38,7 +38,7 @@ VERBS = [
     "hold {store}/web@a..@c me",
     "unhold {store}/held@a..@b me",
     "note {store}/web@a text",
-    "prune {store}/web --keep-last 2",  # one goes: each goes by itself
+    "prune {store}/web --keep-last 1",
     "delete {store}/over {store}/old --recursive --yes",
     "trim {store}/web 0 64K",
 ]

@@ -17,7 +17,7 @@ import pytest
 from support.guests import SECONDS_MAX, Console, configuration, count_in, stop_process, until
 
 import onionskin
-from onionskin.errors import SnapshotExistsError, SnapshotNotFoundError, StateError
+from onionskin.errors import FormatError, SnapshotExistsError, SnapshotNotFoundError, StateError
 from onionskin.machine.machine import Machine
 from onionskin.machine.monitor import Monitor
 from onionskin.machine.record import Record
@@ -70,6 +70,46 @@ def test_a_machine_starts_runs_and_is_stopped_by_its_power_button(lab: Machine) 
         assert "off" in screen.text
     assert lab.state == "off"
     assert Record.read(lab._directory) is None
+
+
+def test_damaged_device_state_of_a_machine_that_is_off_is_found_before_its_disks_are_put_back(
+    store: onionskin.Store, lab: Machine
+) -> None:
+    lab.start()
+    with console(lab) as screen:
+        screen.wait_ticks()
+        lab.snapshot("ready")
+        screen.wait_ticks()
+    lab.stop(force=True)
+    damage_state(store, "ready")
+    before = read_disk(store)
+    for _ in range(2):
+        with pytest.raises(FormatError, match=r"the state of the devices in the RAM volume 'lab\.ram' is damaged"):
+            lab.revert("ready")
+        assert lab.state == "off"
+        assert (
+            read_disk(store) == before
+        )  # it is not noted that it is being put back, either: the next start would do so
+    lab.start(fresh=False)
+    assert lab.state == "running"
+
+
+def damage_state(store: onionskin.Store, snapshot: str) -> None:
+    """Change a byte of a page of the state of the devices on the disk."""
+    with store.open("lab.ram", snapshot=snapshot) as ram:
+        state = ram.read(16 << 20, store.open_machine("lab").snapshots[0].state_bytes)
+    pages = [state[at : at + 4096] for at in range(0, len(state) - 4096, 4096)]
+    page = max(pages, key=lambda one: len(set(one)))
+    for path in store.path.rglob("*"):
+        if path.is_file() and (at := path.read_bytes().find(page)) >= 0:
+            with path.open("r+b") as file:
+                file.seek(at + 100)
+                file.write(bytes([page[100] ^ 1]))
+
+
+def read_disk(store: onionskin.Store) -> bytes:
+    with store.open("web", mode="r") as disk:
+        return disk.read(0, 1 << 20)
 
 
 def make_staying(store: onionskin.Store, qemu: list[str]) -> Machine:

@@ -350,3 +350,20 @@ def test_a_full_disk_is_enospc_and_the_server_goes_on(tmp_path: Path, ext4_mount
         volume.flush()  # gives up the store's reserve, which is Python's to decide
         assert client.write(0, noise(MIB)) == 0
         assert client.simple(FLUSH) == 0
+
+
+def test_the_first_change_of_an_export_is_told_once_and_before_it_is_answered(served: Served) -> None:
+    at, _ = served
+    told: list[str] = []
+    at.server.on_written = told.append
+    with Client(at.path) as client, Client(at.path) as other:
+        client.go()
+        other.go()
+        client.read(0, 4096)
+        assert client.simple(FLUSH) == 0
+        assert told == []
+        assert client.write(0, b"x") == 0
+        assert told == ["web"]
+        assert other.write(1, b"y") == 0
+        assert client.read(0, 2).data == b"xy"
+        assert told == ["web"]

@@ -2,20 +2,18 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.nbd_client import NbdClient
-from support.servers import Serve, onionskin, short_socket
+from support.servers import Serve, in_this_process, onionskin, short_socket
 
 import onionskin as library
 from onionskin.base.paths import FilePath
-from onionskin.base.sockets import UnixListener
 from onionskin.nbd import server as serving
-from onionskin.nbd.listener import Listener
 from onionskin.nbd.server import Limits, Server
 from onionskin.operations import reclaim
 from onionskin.storage.open_store import OpenStore
@@ -138,22 +136,6 @@ def test_an_export_that_gets_another_name_on_a_full_disk_is_flushed_itself(
         client.flush()
         assert asked == ["web", "db"]
         assert not exports.table.served["db"].volume._path.unflushed
-
-
-@contextmanager
-def in_this_process(server: Server, socket: Path) -> Iterator[None]:
-    """Run a server in a thread, where it can be patched."""
-    listener = UnixListener(socket)
-    server.listen([Listener(listener.socket, listener.path, None, listener.close)])
-    ready = threading.Event()
-    thread = threading.Thread(target=server.run, args=(ready.set,))
-    thread.start()
-    try:
-        assert ready.wait(300)
-        yield
-    finally:
-        server.stop()
-        thread.join()
 
 
 def test_what_a_clients_flush_freed_is_wiped_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,15 +3,17 @@
 import errno
 import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import onionskin
 from onionskin.base.sockets import connect_unix, short_path
-from onionskin.control import frames
+from onionskin.control import frames, server
 from onionskin.control.server import ControlSocket
 
 
@@ -76,6 +78,19 @@ def test_a_request_that_comes_before_the_choice_is_answered(served) -> None:
         frames.send(connection, {"volume": store._opened.catalog.volume("b").id.hex()}, bytes_max=1 << 20)
         assert frames.receive(connection, bytes_max=1 << 20)["volume"] == "b"
         assert frames.receive(connection, bytes_max=1 << 20) == {"result": {"name": "b"}}
+
+
+def test_the_time_to_choose_is_for_all_of_the_choice_and_not_for_each_byte(
+    served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = served
+    monkeypatch.setattr(server, "CHOICE_SECONDS", 3600)  # by the clock of the listener all of it is over at once
+    monkeypatch.setattr(server, "time", SimpleNamespace(monotonic=lambda: time.monotonic() - 3600))
+    with connect_unix(_path(store, "b")) as connection:
+        connection.settimeout(60)
+        connection.sendall(b"\0")
+        assert frames.receive(connection, bytes_max=1 << 20)["version"] == frames.SHARED_VERSION
+        assert frames.receive(connection, bytes_max=1 << 20) is None
 
 
 def test_a_socket_that_a_killed_server_left_is_replaced(served) -> None:

@@ -8,7 +8,7 @@ from support.guests import Console, configuration
 from support.servers import Serve
 
 import onionskin
-from onionskin.kernels._ram import PAGE_RUN
+from onionskin.base.dtypes import PAGE_RUN
 from onionskin.machine import restore
 from onionskin.machine.hypervisor import Configuration, Identity
 from onionskin.machine.qemu import QemuHypervisor, QemuProcess

@@ -5,13 +5,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from click.testing import CliRunner, Result
 from support.nbd_client import NbdClient
 
+from onionskin.base.sockets import UnixListener
 from onionskin.cli.app import onionskin as group
+from onionskin.nbd.listener import Listener
+from onionskin.nbd.server import Server
 
 COMMAND = [sys.executable, "-m", "onionskin"]
 END_SECONDS = 300  # of a busy machine: only what hangs takes so long
@@ -88,6 +94,22 @@ def short_socket(directory: Path) -> Path:
     if len(os.fsencode(path)) > 100:
         raise AssertionError(f"{path} is too long; run the tests with a shorter --basetemp")
     return path
+
+
+@contextmanager
+def in_this_process(server: Server, socket: Path) -> Iterator[None]:
+    """Run a server in a thread, where it can be patched."""
+    listener = UnixListener(socket)
+    server.listen([Listener(listener.socket, listener.path, None, listener.close)])
+    ready = threading.Event()
+    thread = threading.Thread(target=server.run, args=(ready.set,))
+    thread.start()
+    try:
+        assert ready.wait(300)
+        yield
+    finally:
+        server.stop()
+        thread.join()
 
 
 def run_tool(*command: object) -> str:

@@ -2,7 +2,8 @@
 
 import threading
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+
+from onionskin.base.held import held
 
 
 class KeyedLocks:
@@ -13,7 +14,7 @@ class KeyedLocks:
         self._locks: dict[Hashable, threading.Lock] = {}
         self._wanted: dict[Hashable, int] = {}
 
-    @contextmanager
+    @held
     def holding(self, key: Hashable) -> Iterator[None]:
         """Hold the lock of a key for the time of the block."""
         with self._guard:

@@ -6,8 +6,10 @@ main thread has ended, and a thread that outlives that one may still take snapsh
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from queue import Empty, SimpleQueue
+
+from onionskin.base.held import held
 
 Call = Callable[[], object]
 
@@ -70,7 +72,7 @@ class SideBySide:
             thread.join()
 
 
-@contextmanager
+@held
 def side_by_side(count: int) -> Iterator[SideBySide]:
     """Give what runs that many calls at a time, until the block ends."""
     running = SideBySide(count)

@@ -7,7 +7,8 @@ half done.
 
 A generator that is a context (`contextlib.contextmanager`) is left where it is if an interrupt comes just behind its
 `yield` was reached, or just before it goes on: its `finally` runs only when the exception is forgotten. So one that holds
-what others wait for until then, as a lock or a transaction, holds interrupts back from before its `yield` until behind it.
+what others wait for until then, as a transaction, holds interrupts back from before its `yield` until behind it; one whose
+end is the same whatever its block raised is made by `held` instead, which needs not hold them back (`base/held.py`).
 """
 
 import threading

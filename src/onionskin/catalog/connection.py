@@ -95,10 +95,14 @@ class _Inherited:
         self._guard = threading.Lock()
         self._connections: list[tuple[FilePath, sqlite3.Connection]] = []
         self._are_whole = True
+        self._is_awaited = False  # whether `at_exit` is called
 
     def add(self, path: FilePath, connection: sqlite3.Connection | None, *, is_whole: bool) -> None:
         """Note a connection. In the child, right behind the fork."""
         self._guard = threading.Lock()  # another thread of the parent may have held the old one
+        if not self._is_awaited:  # nobody else has what ends with the process, which may end at once (`cli`)
+            self._is_awaited = True
+            atexit.register(self.at_exit)
         self._are_whole &= is_whole
         with suppress(sqlite3.ProgrammingError):  # it is closed
             if connection is not None and connection.total_changes >= 0:
@@ -163,7 +167,6 @@ def _share_bytes_of_sqlite(descriptor: int) -> bool:
 
 
 _inherited = _Inherited()
-atexit.register(_inherited.at_exit)
 
 
 class Connection:

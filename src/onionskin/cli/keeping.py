@@ -169,8 +169,8 @@ def _keep(what: str, help: str) -> Callable[[Verb], Verb]:
 def prune(name: Name, time_zone: str, dry_run: bool, as_json: bool, **keep: Any) -> None:
     """Drop the names of the snapshots that no rule keeps.
 
-    The rules are restic's, and one that keeps is enough. What is held is kept. A name is dropped as by merge: the disk,
-    clones and the snapshots that stay read as before.
+    The rules are restic's, and one that keeps is enough. What is held is kept. The others are dropped together, as by merge,
+    or none is: the disk, clones and the snapshots that stay read as before.
     """
     from onionskin.operations import prune as of_store
 
@@ -182,7 +182,12 @@ def prune(name: Name, time_zone: str, dry_run: bool, as_json: bool, **keep: Any)
             found = store.prune(name.volume, **keep, zone=rules.zone, dry_run=dry_run)
         else:
             merge = served.merge
-            found = of_store.prune(store._opened, name.volume, rules, lambda one: merge(one.name, guid=one.guid))
+            found = of_store.prune(
+                store._opened,
+                name.volume,
+                rules,
+                lambda going: merge([one.name for one in going], guid=[one.guid for one in going]),
+            )
         dropped = [one.snapshot for one in found if not one.kept_by]
         freed = store.bytes_freed_by_merge(name.volume, dropped) if dry_run and dropped else 0
     value = [

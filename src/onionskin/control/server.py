@@ -15,6 +15,7 @@ import os
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
@@ -25,6 +26,7 @@ from onionskin.base.modes import file_mode
 from onionskin.base.naming import several
 from onionskin.base.paths import FilePath
 from onionskin.base.sockets import UnixListener, credentials_of, has_hung_up
+from onionskin.base.threads import SureThread
 from onionskin.control import acceptor, frames, groups
 from onionskin.errors import OnionskinError, StateError
 from onionskin.kernels._volume import ShortTurns
@@ -171,7 +173,7 @@ class ControlSocket:
 
     def take(self, connection: socket.socket) -> None:
         """Serve a connection in a thread of its own, if there are not too many."""
-        thread = threading.Thread(target=self._serve, args=(connection,), name="onionskin control", daemon=True)
+        thread = SureThread(target=self._serve, args=(connection,), name="onionskin control", daemon=True)
         if self._let_in(thread, connection):
             self._start(thread, connection)
 
@@ -217,7 +219,7 @@ class ControlSocket:
             pass  # the other end disconnected, and its operation was cancelled
         finally:
             with self._guard:
-                del self._sessions[threading.current_thread()]
+                self._sessions.pop(threading.current_thread(), None)  # one that began too late is not there
 
     @contextmanager
     def _living(self, session: "_Session") -> Iterator[None]:
@@ -225,13 +227,20 @@ class ControlSocket:
         with self._guard:
             self._talking.add(session)
             begins, self._is_told = not self._is_told, True
-        if begins:  # one thread for all: a caller of a group has many connections, each for a few milliseconds
-            threading.Thread(target=self._say_that_we_live, name="onionskin control", daemon=True).start()
         try:
+            if begins:  # one thread for all: a caller of a group has many connections, each for a few milliseconds
+                self._begin_to_tell()
             yield
         finally:
             with self._guard:
                 self._talking.discard(session)
+
+    def _begin_to_tell(self) -> None:
+        try:
+            SureThread(target=self._say_that_we_live, name="onionskin control", daemon=True).start()
+        except RuntimeError:  # the next session tries again; without it, a caller gives a long operation up
+            with self._guard:
+                self._is_told = False
 
     def _say_that_we_live(self) -> None:
         wait = threading.Event()
@@ -361,7 +370,7 @@ class _SharedListener:
             )
             return True
         try:
-            threading.Thread(target=self._serve, args=(connection,), name="onionskin control", daemon=True).start()
+            SureThread(target=self._serve, args=(connection,), name="onionskin control", daemon=True).start()
         except RuntimeError:  # the process may start no more threads, or has no memory: a later connection may succeed
             self._choosing.release()
             _refuse(connection, "the server could start no thread for it; try again later", self._log)
@@ -385,12 +394,13 @@ class _SharedListener:
             _refuse(connection, f"process {pid} of user {uid} may not use it, only user {self._owner} may", self._log)
             return None, None
         connection.settimeout(CHOICE_SECONDS)
+        deadline = time.monotonic() + CHOICE_SECONDS  # one who sends a byte now and then takes the place of another
         greeting = {"onionskin": "control", "version": frames.SHARED_VERSION}
         frames.send(connection, greeting, bytes_max=frames.REPLY_BYTES_MAX)
         first: dict[str, Any] | None = None
-        said = frames.receive(connection, bytes_max=frames.REQUEST_BYTES_MAX)
+        said = frames.receive(connection, bytes_max=frames.REQUEST_BYTES_MAX, deadline=deadline)
         if said is not None and "verb" in said:  # some callers ask at once, and wait for the greeting later
-            first, said = said, frames.receive(connection, bytes_max=frames.REQUEST_BYTES_MAX)
+            first, said = said, frames.receive(connection, bytes_max=frames.REQUEST_BYTES_MAX, deadline=deadline)
         if said is None:
             return None, None
         control = _listening_in(self._directory, said.get("volume"))

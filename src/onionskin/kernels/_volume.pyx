@@ -158,6 +158,7 @@ cdef extern from "volume/volume.h" nogil:
     int onion_volume_seal_commit(onion_volume *, const unsigned char *)
     int onion_volume_seal_abort(onion_volume *)
     int onion_volume_prepare(onion_volume *, const char *, const unsigned char *)
+    int onion_volume_make_map(onion_volume *)
     void onion_volume_start_writing(onion_volume *)
     int onion_volume_set_spare(onion_volume *, const unsigned char *)
     int onion_volume_has_spare(onion_volume *)
@@ -1095,6 +1096,14 @@ cdef class DataPath:
         _copy_id(id, map_id)
         with nogil:
             status = onion_volume_prepare(self._volume, c_path, id)
+        if status < 0:
+            _raise(status, "prepare")
+
+    def make_map(self):
+        """Make the file of the head's map durably, before the flush that needs it. OSError EBUSY: a flush is under way."""
+        cdef int status
+        with nogil:
+            status = onion_volume_make_map(self._volume)
         if status < 0:
             _raise(status, "prepare")
 

@@ -135,7 +135,7 @@ def _taken_with(
         running.refuse_other_devices("nothing was taken")  # one that came and went again meanwhile is in no state
         go_on()
         bytes_stored = ram.save(volume)  # while what was cut of the disks becomes durable
-        state_bytes, state_stored = state.save(volume, ram.length)
+        state_bytes, state_stored, crc32 = state.save(volume, ram.length)
         go_on()
         cutting.result()
     row = cut.commit(
@@ -143,7 +143,7 @@ def _taken_with(
         note,
         mode=mode,
         configuration=running.configuration.to_json(),
-        recorded=replace(running.recorded, is_frozen=freeze or running.is_frozen).to_json(),
+        recorded=replace(running.recorded, is_frozen=freeze or running.is_frozen, state_crc32=crc32).to_json(),
         ram=volume._opened.to_write(),
         state_bytes=state_bytes,
     )

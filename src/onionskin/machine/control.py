@@ -20,6 +20,7 @@ from types import NoneType
 from typing import Any, Self
 
 from onionskin.base.sockets import UnixListener, connect_unix, credentials_of, has_hung_up
+from onionskin.base.threads import SureThread
 from onionskin.control import frames
 from onionskin.control.client import is_stopped
 from onionskin.control.server import may_connect
@@ -119,7 +120,7 @@ class ControlServer:
                 self._log(f"control: a connection could not be accepted: {os.strerror(error.errno or 0)}")
                 self._closing.wait(ACCEPT_AGAIN_SECONDS)
                 continue
-            thread = threading.Thread(target=self._serve, args=(connection,), name="onionskin control", daemon=True)
+            thread = SureThread(target=self._serve, args=(connection,), name="onionskin control", daemon=True)
             with self._guard:
                 is_full = len(self._sessions) >= CONNECTIONS_MAX
                 if not is_full:
@@ -151,7 +152,7 @@ class ControlServer:
             pass  # the other end has gone
         finally:
             with self._guard:
-                del self._sessions[threading.current_thread()]
+                self._sessions.pop(threading.current_thread(), None)  # one that began too late is not there
 
     def _next(self, connection: socket.socket) -> dict[str, Any] | None:
         try:
@@ -162,9 +163,7 @@ class ControlServer:
 
     def _answer(self, connection: socket.socket, request: dict[str, Any]) -> dict[str, Any]:
         done = threading.Event()
-        teller = threading.Thread(
-            target=_say_that_we_live, args=(connection, done), name="onionskin control", daemon=True
-        )
+        teller = SureThread(target=_say_that_we_live, args=(connection, done), name="onionskin control", daemon=True)
         try:
             verb, arguments = _checked(request)
             teller.start()

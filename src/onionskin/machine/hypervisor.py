@@ -135,6 +135,8 @@ class Recorded:
         it. It may differ.
     is_frozen : bool
         Whether the guest's file systems were frozen at that instant: whoever lets it go on from there thaws them.
+    state_crc32 : str
+        Of the state of its devices, in hexadecimal; empty where an older onionskin took it, or it has none.
     """
 
     hypervisor: str
@@ -147,6 +149,7 @@ class Recorded:
     devices: tuple[str, ...] = ()
     guest_kernel: str = ""
     is_frozen: bool = False
+    state_crc32: str = ""
 
     def to_json(self) -> str:
         """Return it as text, for `from_json`."""

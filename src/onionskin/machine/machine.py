@@ -20,6 +20,7 @@ from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.machine import daemon, disk_server, orphans, pool, pool_leftovers, record
 from onionskin.machine import fork as fork_process
 from onionskin.machine.control import MachineControl, NotAsked
+from onionskin.machine.device_state import refuse_damaged
 from onionskin.machine.entropy import doubt_about
 from onionskin.machine.hypervisor import Configuration, Recorded, compare
 from onionskin.machine.pool import MachinePool
@@ -411,7 +412,10 @@ class Machine:
         self._start(only_from=None if taken.ram is None else record.BEGINNING)
 
     def _refuse_unlike(self, snapshot: "MachineSnapshotRow") -> None:
-        """Raise StateError where the RAM of a snapshot cannot be loaded here, before anything is put back."""
+        """Raise StateError where a snapshot that has RAM cannot be loaded here, before anything is put back.
+
+        FormatError: the state of its devices is damaged.
+        """
         if snapshot.ram is None:
             return
         from onionskin.machine.qemu import QemuHypervisor
@@ -419,7 +423,9 @@ class Machine:
         row = self._row
         disks = self._store._opened.catalog.disks_of_machine(row.id)
         now = QemuHypervisor().check(Configuration.from_json(row.configuration), len(disks))
-        compare(Recorded.from_json(snapshot.recorded), now)
+        recorded = Recorded.from_json(snapshot.recorded)
+        compare(recorded, now)
+        refuse_damaged(self._store, snapshot.ram, snapshot.state_bytes, recorded)
 
     def merge(self, names: "str | Sequence[str]") -> list[str]:
         """Drop snapshots of it, and keep all data: what was written after each joins what was written before it.

@@ -120,7 +120,7 @@ class Prepared:
         self._ends = ExitStack()
         try:
             with open_layer(store, saved.volume, saved.layer) as view:
-                self.state: StateFile = self._ends.enter_context(StateFile.of(view, saved.ram_bytes, saved.state_bytes))
+                self.state: StateFile = self._ends.enter_context(_state_of(view, saved))
             source = source_of(store, saved.volume, saved.layer, saved.ram_bytes)
             self.ram_file: RamFile = self._ends.enter_context(files.use(source))
         except BaseException:
@@ -159,6 +159,10 @@ def prepare(store: "Store", machine: "MachineRow", snapshot: str | None, now: Re
     saved = find_saved(store, machine, snapshot)
     compare(saved.recorded, now)
     return Prepared(store, saved, RamFiles(store._opened))
+
+
+def _state_of(view: Volume, saved: Saved) -> StateFile:
+    return StateFile.of(view, saved.ram_bytes, saved.state_bytes, saved.recorded.state_crc32)
 
 
 def settle(running: Running, saved: Saved) -> None:
@@ -230,7 +234,7 @@ def revert(running: Running, snapshot: str, *, stays: bool = False) -> None:
         going_back = machine_tree.RevertInPlace(running.store._opened, running.name, snapshot)
         with (
             open_layer(running.store, saved.volume, saved.layer) as view,
-            StateFile.of(view, saved.ram_bytes, saved.state_bytes) as state,
+            _state_of(view, saved) as state,
             running.process.loading(state.path) as load_state,
             _stopped_to_revert(running, stays) as stop,
         ):

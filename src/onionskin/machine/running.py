@@ -23,13 +23,13 @@ from onionskin.base.states import DATA
 from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.kernels import _ram
 from onionskin.kernels._ram import PAGE_BYTES
+from onionskin.machine.device_state import crc32_of, open_layer, read_state
 from onionskin.machine.ram import ComparedRam, GuestRam, UnsavedRam, page_aligned
 from onionskin.machine.ram_files import RamFiles, Source, was_written_to
-from onionskin.operations import reclaim
 from onionskin.operations.differences import diff_of_chains
 from onionskin.operations.locked_maps import locked_maps
 from onionskin.storage.block_maps import read_layers
-from onionskin.storage.open_head import OpenHead, OpenView
+from onionskin.storage.open_head import OpenHead
 from onionskin.volume import Volume
 
 if TYPE_CHECKING:
@@ -227,19 +227,6 @@ def diff_of_layers(store: "Store", one: bytes, other: bytes, length: int) -> NDA
         return runs_of_extents(diff_of_chains(opened, *chains), length, only_data=False)
 
 
-def open_layer(store: "Store", volume: "VolumeRow", layer: bytes) -> Volume:
-    """Open a layer of a RAM volume for reading, by its id, as a snapshot is opened by its name."""
-    opened = store._opened
-    chain = opened.views.take(layer, lambda: opened.open_layer(layer, verify=False))
-    try:
-        view = OpenView(opened, volume, chain, snapshot=layer.hex(), free_waiting=reclaim.work_soon)
-    except BaseException:
-        opened.views.give_back(layer)
-        raise
-    opened.register(view)
-    return Volume(view, store)
-
-
 def source_of(store: "Store", volume: "VolumeRow", layer: bytes, length: int) -> Source:
     """Return where the RAM file of a layer is made from."""
     policy = store._opened.catalog.layer(layer).wipe
@@ -346,13 +333,11 @@ class StateFile:
         self._descriptor = -1
 
     @classmethod
-    def of(cls, volume: Volume, ram_bytes: int, state_bytes: int) -> Self:
-        """Make one with what a RAM volume, or a snapshot of it, has behind the RAM."""
+    def of(cls, volume: Volume, ram_bytes: int, state_bytes: int, crc32: str) -> Self:
+        """Make one with what a RAM volume, or a snapshot of it, has behind the RAM. See `device_state.read_state`."""
         made = cls()
         try:
-            if not 0 < state_bytes <= volume.size_bytes - ram_bytes:
-                raise FormatError(f"the state of the devices has {state_bytes} bytes, which are not behind the RAM")
-            left = memoryview(volume.read(ram_bytes, state_bytes))
+            left = memoryview(read_state(volume, ram_bytes, state_bytes, crc32))
             while left:
                 left = left[os.write(made._descriptor, left) :]
         except BaseException:
@@ -360,8 +345,8 @@ class StateFile:
             raise
         return made
 
-    def save(self, volume: Volume, ram_bytes: int) -> tuple[int, int]:
-        """Write it behind the RAM of a volume. Return its length, and how many bytes were not there already."""
+    def save(self, volume: Volume, ram_bytes: int) -> tuple[int, int, str]:
+        """Write it behind the RAM of a volume. Return its length, how many bytes were not there already, and its checksum."""
         length = os.fstat(self._descriptor).st_size
         if not length:
             raise StateError("the hypervisor saved no state of its devices")
@@ -385,7 +370,7 @@ class StateFile:
         behind = extents["offset"].astype(np.int64) + extents["length"].astype(np.int64) > end
         if (behind & (extents["state"] == DATA)).any():  # a state before this one was longer
             volume.zero(end, volume.size_bytes - end)
-        return length, int(np.count_nonzero(changed)) * PAGE_BYTES
+        return length, int(np.count_nonzero(changed)) * PAGE_BYTES, crc32_of(flat[:length].data)
 
 
-__all__ = ["STATE_ROOM_BYTES", "GuestRam", "Running", "StateFile", "Stop", "stopped"]
+__all__ = ["STATE_ROOM_BYTES", "GuestRam", "Running", "StateFile", "Stop", "open_layer", "stopped"]

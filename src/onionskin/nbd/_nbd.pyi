@@ -13,6 +13,7 @@ class NbdServer:
     on_full_disk: Callable[[str], bool] | None
     on_freed: Callable[[str], object] | None
     on_first_write: Callable[[str], object] | None
+    on_written: Callable[[str], object] | None
     def __new__(
         cls,
         *,

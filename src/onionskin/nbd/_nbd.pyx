@@ -37,6 +37,7 @@ cdef extern from "nbd/server.h" nogil:
         int (*make_room)(void *, const char *) noexcept
         void (*freed)(void *, const char *) noexcept
         int (*begin_writing)(void *, const char *) noexcept
+        void (*written)(void *, const char *) noexcept
         int (*list_exports)(void *, const char *, uint32_t, onion_nbd_listing *) noexcept
         int (*list_contexts)(void *, const char *, const char *, uint32_t, onion_nbd_context_listing *) noexcept
         void *context
@@ -101,6 +102,7 @@ cdef class _Hooks:
     cdef object make_room
     cdef object freed
     cdef object begin_writing
+    cdef object written
 
 
 cdef object _name(const char *bytes_, uint32_t length):
@@ -190,6 +192,15 @@ cdef int _begin_writing(void *context, const char *name) noexcept with gil:
     except BaseException as error:
         _report(error, hooks.begin_writing)
         return -EIO
+
+
+cdef void _written(void *context, const char *name) noexcept with gil:
+    cdef _Hooks hooks = <_Hooks>context
+    try:
+        if hooks.written is not None:
+            hooks.written(name.decode())
+    except BaseException as error:
+        _report(error, hooks.written)
 
 
 cdef int _list_exports(void *context, const char *after, uint32_t length, onion_nbd_listing *listing) noexcept with gil:
@@ -287,6 +298,8 @@ cdef class NbdServer:
     on_first_write : callable(name), or None
         A request needs the head of the export `name`, which was added as `unwritten`: this opens the head and calls
         `replace_path`, or raises OSError or StateError. Called like `on_full_disk`.
+    on_written : callable(name), or None
+        A client is about to change the export `name`, for the first time since it was added. Called like `on_full_disk`.
     on_freed : callable(name), or None
         A client's flush left segments for `DataPath.reclaim_wanted`. Like `on_full_disk` it is called from the
         connection's thread, before the client is answered, with no lock held.
@@ -318,6 +331,7 @@ cdef class NbdServer:
         options.hooks.make_room = _make_room
         options.hooks.freed = _freed
         options.hooks.begin_writing = _begin_writing
+        options.hooks.written = _written
         options.hooks.list_exports = NULL
         if list_exports is not None:
             options.hooks.list_exports = _list_exports
@@ -400,6 +414,13 @@ cdef class NbdServer:
 
         def __set__(self, callback):
             self._hooks.begin_writing = callback
+
+    property on_written:
+        def __get__(self):
+            return self._hooks.written
+
+        def __set__(self, callback):
+            self._hooks.written = callback
 
     # ---- exports ----
 

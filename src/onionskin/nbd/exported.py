@@ -149,6 +149,7 @@ class ServedVolume(Exported):
     ) -> None:
         super().__init__(volume)
         self.is_fixed = is_fixed
+        self.is_found = is_found
         self._serving = serving
         self._nbd = nbd
         self._guard = guard

@@ -103,6 +103,7 @@ class Exports:
         nbd.on_full_disk = self._make_room
         nbd.on_freed = lambda name: self._want_tidying()
         nbd.on_first_write = self._begin_writing
+        nbd.on_written = self._expect_snapshot
 
     @property
     def uris(self) -> list[str]:
@@ -467,6 +468,17 @@ class Exports:
             if isinstance(error, OSError | StateError):
                 raise
             raise StateError(str(error)) from error  # others are taken for a fault of this function
+
+    def _expect_snapshot(self, name: str) -> None:
+        """Have the files of a volume's next head made, since a client begins to write to it.
+
+        Not those of a volume that is served since a client asked for it: a fork, of which there are many, and which is
+        dropped more often than it has a snapshot. One that has got another name meanwhile goes without.
+        """
+        with self.table.guard:
+            served = self.table.served.get(name)
+        if served is not None and not served.is_found:
+            served.opened.to_write().expect_seal()
 
     def _make_room(self, name: str) -> bool:
         """Flush a volume again after a client's flush found the disk full; this flush may use the store's reserve.

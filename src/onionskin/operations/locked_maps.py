@@ -6,10 +6,10 @@ took the locks. Then nobody has freed one, and nobody will. Work that waits for 
 
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import TypeVar
 
+from onionskin.base.held import held
 from onionskin.catalog import Catalog, LayerRow
 from onionskin.errors import StateError
 from onionskin.storage.chain import LOCK_WAIT_SECONDS
@@ -22,7 +22,7 @@ FILLED_MAX = 1 << 16
 Found = TypeVar("Found")
 
 
-@contextmanager
+@held
 def locked_maps(
     store: OpenStore, find: Callable[[], Found], layers_of: Callable[[Found], Collection[LayerRow]]
 ) -> Iterator[Found]:

@@ -7,8 +7,9 @@ snapshots of the machine gave them.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 
+from onionskin.base.held import held
 from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.naming import some_of
 from onionskin.catalog import Catalog, MachineRow, VolumeRow
@@ -98,7 +99,7 @@ def loss_of_delete(store: OpenStore, names: Sequence[str], *, recursive: bool) -
         return losses.of_names(store, find)
 
 
-@contextmanager
+@held
 def _kept_off(store: OpenStore, ids: Sequence[bytes]) -> Iterator[None]:
     """Keep machines off, and the disks that go with them closed."""
     catalog = store.catalog

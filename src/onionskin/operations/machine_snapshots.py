@@ -9,10 +9,10 @@ dropped as every staged volume is, and the layers are folded with the next cut o
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+from onionskin.base.held import held
 from onionskin.base.lazy import logger
 from onionskin.base.naming import check_name, check_note
 from onionskin.catalog import (
@@ -330,7 +330,7 @@ def _fold_back(head: OpenHead, layer: bytes) -> None:
         _log.warning("%s: what was cut for nothing could not be folded back: %s", head.store.path, error)
 
 
-@contextmanager
+@held
 def cut_machine(store: OpenStore, name: str, opener: Opener, finder: Finder) -> Iterator[MachineCut]:
     """Begin a snapshot of a machine: find or open its disks, whoever holds them. At the end, what is not committed goes.
 

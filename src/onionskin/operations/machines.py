@@ -13,10 +13,10 @@ one.
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from onionskin.base.held import held
 from onionskin.base.limits import DISKS_MAX, MEMORY_BYTES_MAX, STATE_BYTES_MAX
 from onionskin.base.naming import check_name
 from onionskin.catalog import (
@@ -302,7 +302,7 @@ def rename(store: OpenStore, name: str, new_name: str) -> None:
 # ---- whether it runs ----
 
 
-@contextmanager
+@held
 def kept_off(store: OpenStore, machine: MachineRow) -> Iterator[None]:
     """Keep a machine that is off from being started, for the time of the block.
 
@@ -311,15 +311,11 @@ def kept_off(store: OpenStore, machine: MachineRow) -> Iterator[None]:
     StateError
         It runs, or something else is done to it.
     """
-    held = locked_to_remove(store.layout, {machine.ram: ram_name(machine.name)})
     try:
-        held.__enter__()
-    except StateError:
+        with locked_to_remove(store.layout, {machine.ram: ram_name(machine.name)}):
+            yield
+    except StateError:  # not one of the block: this is not told those
         raise StateError(said_to_run(store, machine)) from None
-    try:
-        yield
-    finally:
-        held.__exit__(None, None, None)
 
 
 def said_to_run(store: OpenStore, machine: MachineRow) -> str:

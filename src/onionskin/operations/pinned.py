@@ -8,9 +8,10 @@ nobody frees them while their bytes are locked.
 """
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 
 from onionskin.base import forking
+from onionskin.base.held import held
 from onionskin.base.lazy import logger
 from onionskin.catalog import LayerRow
 from onionskin.errors import OnionskinError, StateError
@@ -25,7 +26,7 @@ from onionskin.storage.shared_paths import OpenChain, refuse_changed_base
 _log = logger(__name__)
 
 
-@contextmanager
+@held
 def pinned(volume: OpenDisk) -> Iterator[OpenChain]:
     """Give a sealed chain that reads as the volume or the view does now, and does not change before the end of the block.
 
@@ -55,7 +56,7 @@ def _refuse_ended(volume: OpenDisk) -> None:
         raise forking.forked_error(f"volume {volume.row.name!r}")
 
 
-@contextmanager
+@held
 def _head_that_is_read(volume: OpenDisk) -> Iterator[OpenChain]:
     """Open the head once more, with what a writer that died left unflushed, and keep writers away also when it is closed."""
     store = volume.store
@@ -68,7 +69,7 @@ def _head_that_is_read(volume: OpenDisk) -> Iterator[OpenChain]:
             _close(opened)
 
 
-@contextmanager
+@held
 def _shared_view(volume: OpenDisk) -> Iterator[OpenChain]:
     store, layer = volume.store, volume.head
     opened = store.views.take(layer, lambda: store.open_layer(layer))
@@ -80,7 +81,7 @@ def _shared_view(volume: OpenDisk) -> Iterator[OpenChain]:
         store.views.give_back(layer)
 
 
-@contextmanager
+@held
 def _sealed_head(volume: OpenHead) -> Iterator[OpenChain]:
     store = volume.store
     with volume.operation(during_merge=True):

@@ -3,8 +3,8 @@
 What must hold: the decision depends on the snapshots and the rules, and not on the time of the call, but for one case that
 only keeps more: a newest snapshot that has a time to come, of a clock that was wrong, counts as taken now. The snapshot
 that was taken last counts as the newest, even if the clock was set back. A call without any rule is refused, because it
-would drop all snapshots. A snapshot that is not kept loses its name by a merge, so all data stays that the remaining
-states need. A snapshot that is held is kept.
+would drop all snapshots. All snapshots that are not kept lose their names by one merge, which is one transaction, so all data
+stays that the remaining states need. A snapshot that is held is kept.
 """
 
 import time
@@ -15,7 +15,6 @@ from typing import Any
 from onionskin.base.records import record, replaced
 from onionskin.catalog.tree import Snapshot, list_snapshots, when
 from onionskin.errors import StateError
-from onionskin.operations.holds import holds
 from onionskin.storage.open_store import OpenStore
 
 
@@ -131,37 +130,44 @@ def _newest_of_each(periods: list[Any], count: int) -> list[int]:
     return found
 
 
-def prune(store: OpenStore, volume: str, rules: Rules, merge: Callable[[Snapshot], object]) -> list[Retention]:
-    """Drop the names of a volume's snapshots that no rule keeps, oldest first, and return what became of each.
+def prune(
+    store: OpenStore, volume: str, rules: Rules, merge: Callable[[Sequence[Snapshot]], object]
+) -> list[Retention]:
+    """Drop the names of a volume's snapshots that no rule keeps, all of them at once, and return what became of each.
 
-    `merge` drops the name of a snapshot. It refuses to do so if the name means another snapshot by then, because
-    somebody may rename snapshots meanwhile. A snapshot that somebody holds meanwhile is kept.
+    `merge` drops the names of snapshots in one transaction, in which it is checked that each still means the same
+    snapshot, since somebody may rename them meanwhile, and that nobody holds one: otherwise it raises StateError, and has
+    dropped none. What somebody holds by then is kept, and the others go.
     """
-    done = []
-    for snapshot, one in planned(store, volume, rules):
-        what = one
-        if not one.kept_by:
-            try:
-                merge(snapshot)
-            except StateError:
-                if snapshot.name not in _held(store, volume):
-                    raise
-                what = replaced(one, kept_by=("held",))
-        done.append(what)
-    return done
+    plan = planned(store, volume, rules)
+    while going := [snapshot for snapshot, one in plan if not one.kept_by]:
+        try:
+            merge(going)
+            break
+        except StateError:
+            held = _held(store, volume)
+            if held.isdisjoint(snapshot.guid for snapshot in going):
+                raise
+            plan = [
+                (snapshot, one if one.kept_by or snapshot.guid not in held else replaced(one, kept_by=("held",)))
+                for snapshot, one in plan
+            ]
+    return [one for _, one in plan]
 
 
 def planned(store: OpenStore, volume: str, rules: Rules) -> list[tuple[Snapshot, Retention]]:
     """Return what a prune would do with each snapshot of a volume."""
-    taken = list_snapshots(store.catalog, store.catalog.volume(volume))
-    kept = retained(taken, rules, held=_held(store, volume), now=when(time.time_ns()))
-    return list(zip(taken, kept, strict=True))
+    with store.catalog.reading():  # who holds what, and what it is called, of one state
+        taken = list_snapshots(store.catalog, store.catalog.volume(volume))
+        guids = _held(store, volume)
+    held = {one.name for one in taken if one.guid in guids}
+    return list(zip(taken, retained(taken, rules, held=held, now=when(time.time_ns())), strict=True))
 
 
 def _held(store: OpenStore, volume: str) -> set[str]:
-    """Return the snapshots of a volume that somebody holds, or that a snapshot of a machine binds."""
+    """Return the GUIDs of a volume's snapshots that somebody holds, or that a snapshot of a machine binds."""
     catalog = store.catalog
     with catalog.reading():
-        names = {row.layer: row.name for row in catalog.snapshots_of(catalog.volume(volume).id)}
-        bound = catalog.machine_snapshots_of_layers(names)
-    return {hold.snapshot for hold in holds(store, volume, None)} | {names[layer] for layer in bound}
+        guids = {row.layer: row.guid.hex() for row in catalog.snapshots_of(catalog.volume(volume).id)}
+        held = {hold.layer for hold in catalog.holds_on(list(guids))}
+        return {guids[layer] for layer in held.union(catalog.machine_snapshots_of_layers(guids))}

@@ -9,12 +9,13 @@ import os
 import re
 import stat
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from errno import ELOOP
 from typing import TYPE_CHECKING
 
 from onionskin.base.files import read_all
 from onionskin.base.fsync import sync_directory
+from onionskin.base.held import held
 from onionskin.base.lazy import logger
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.paths import FilePath
@@ -158,7 +159,7 @@ def _do_alone(store: OpenStore, row: WorkRow, slots: SlotsOfLayers, *, unlink: b
         return _do(store, row, slots, unlink=unlink)
 
 
-@contextmanager
+@held
 def _alone(store: OpenStore, row: WorkRow) -> Iterator[bool]:
     """Hold the byte of a file exclusively, through the store's own locks.
 
@@ -175,8 +176,8 @@ def _alone(store: OpenStore, row: WorkRow) -> Iterator[bool]:
             with suppress(StateError):  # it was closed in between, and holds nothing
                 if row.lock_byte in volume.locks.shared:
                     locks = volume.locks
-    with locks.exclusive(row.lock_byte) as held:
-        yield held
+    with locks.exclusive(row.lock_byte) as is_held:
+        yield is_held
 
 
 def _do(store: OpenStore, row: WorkRow, slots: SlotsOfLayers, *, unlink: bool) -> bool:
@@ -351,8 +352,8 @@ def remove_orphans(store: OpenStore) -> list[str]:
     meanwhile, and nothing is done if another handle has the store open.
     """
     removed = []
-    with store.locks.exclusive(STORE_BYTE) as held:
-        if not held:
+    with store.locks.exclusive(STORE_BYTE) as is_held:
+        if not is_held:
             return []
         store.catalog.sync_found()  # as in `do_work`
         with store.catalog.transaction():

@@ -6,11 +6,13 @@ opening does it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import groupby, takewhile
 from typing import NamedTuple
 
+from onionskin.base.held import held
 from onionskin.base.naming import some_of
+from onionskin.base.signals import DeferredInterrupt
 from onionskin.catalog import Catalog, LayerRow, SnapshotRow, VolumeRow
 from onionskin.catalog.tree import (
     Snapshot,
@@ -47,15 +49,20 @@ def take_together(
     return [naming.taken for naming in namings]
 
 
-@contextmanager
+@held
 def in_operations(heads: Sequence[OpenHead | RemoteHead]) -> Iterator[None]:
     """Hold volumes for an operation on all of them.
 
-    By their ids: whoever else holds several takes them in this order, so no two wait for each other.
+    By their ids: whoever else holds several takes them in this order, so no two wait for each other. An interrupt waits where
+    there are several, since a stack of contexts that is interrupted as it is left would leave none of them.
     """
+    if len(heads) == 1 and isinstance(heads[0], OpenHead):
+        with heads[0].operation(during_merge=True):
+            yield
+        return
     within = None if all(isinstance(head, OpenHead) for head in heads) else OPERATION_SECONDS
     ordered = sorted(heads, key=lambda head: head.row.id)
-    with ExitStack() as stack:
+    with DeferredInterrupt(), ExitStack() as stack:
         for _, run in groupby(ordered, key=lambda head: id(head if isinstance(head, OpenHead) else head.process)):
             _enter(stack, list(run), within)
         yield
@@ -169,9 +176,7 @@ def revert_together(
     if not targets:
         return
     catalog = targets[0].volume.store.catalog
-    with ExitStack() as operations:
-        for volume in sorted((target.volume for target in targets), key=lambda volume: volume.row.id):
-            operations.enter_context(volume.operation())
+    with _in_all([target.volume for target in targets]):
         for target in targets:
             ownership.refuse_put_back(catalog, target.volume.row.id, for_machine)
         layers = [
@@ -189,6 +194,19 @@ def revert_together(
         restart_together([(target.volume, layer) for target, layer in zip(targets, layers, strict=True)], check)
         for target, unnamed in zip(targets, around, strict=True):
             free_hidden(target.volume, unnamed)
+
+
+@held
+def _in_all(volumes: Sequence[OpenHead]) -> Iterator[None]:
+    """Hold volumes that are open here for an operation on all of them, in the order of `in_operations`, and as that does."""
+    if len(volumes) == 1:
+        with volumes[0].operation():
+            yield
+        return
+    with DeferredInterrupt(), ExitStack() as operations:
+        for volume in sorted(volumes, key=lambda volume: volume.row.id):
+            operations.enter_context(volume.operation())
+        yield
 
 
 def discard(

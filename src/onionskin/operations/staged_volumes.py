@@ -8,8 +8,9 @@ The row of a staged volume is that of a volume, with a name that no volume can h
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
+from onionskin.base.held import held
 from onionskin.base.naming import check_name
 from onionskin.base.records import record
 from onionskin.base.states import DATA
@@ -90,7 +91,7 @@ class StagedVolume:
         return taken[0]
 
 
-@contextmanager
+@held
 def _unchanged(volume: OpenHead, stands_on: bytes | None) -> Iterator[None]:
     """Stop the writers of a disk that is about to be replaced, after checking that none of their data would be lost.
 
@@ -100,12 +101,15 @@ def _unchanged(volume: OpenHead, stands_on: bytes | None) -> Iterator[None]:
     path = volume.path
     _, frames, _ = path.log_state()
     _refuse_changed(volume, stands_on)
-    if not path.freeze(frames):
-        raise StateError(f"volume {volume.name!r} was written to meanwhile; revert it, then apply the stream again")
+    is_frozen = True  # before it is: an interrupt may come when it was just frozen, and to thaw does no harm
     try:
+        is_frozen = path.freeze(frames)
+        if not is_frozen:
+            raise StateError(f"volume {volume.name!r} was written to meanwhile; revert it, then apply the stream again")
         yield
     finally:
-        path.thaw()
+        if is_frozen:
+            path.thaw()
 
 
 def _refuse_changed(volume: OpenHead, stands_on: bytes | None) -> None:
@@ -138,7 +142,7 @@ def is_changed_since(volume: OpenDisk, below: SnapshotRow) -> bool:
     return is_changed_over(volume, lambda: {below.layer})
 
 
-@contextmanager
+@held
 def stage(
     store: OpenStore,
     name: str | None = None,

@@ -7,9 +7,9 @@ still name the files that were locked. So nobody frees a file that an open data 
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from onionskin.base.held import held
 from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.paths import FilePath
 from onionskin.catalog import BaseRow, Catalog, LayerRow, SegmentRow, new_id, new_ids
@@ -210,7 +210,7 @@ def digest_of(descriptor: int) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-@contextmanager
+@held
 def described_base(path: FilePath, *, digest: bool = False, vouched: bool = True) -> Iterator[BaseRow]:
     """Describe a raw image as it is now, and keep merges out of it during the with block.
 

@@ -91,7 +91,7 @@ class Layout:
     def files_of_volume(self, uuid: bytes) -> list[str]:
         """The files of a volume that go with its row: texts, as they may be asked for of a thousand volumes at once."""
         stem = f"{self.volumes}/{uuid.hex()}"
-        return [*self.staged_dirty_files(uuid), f"{stem}.dirty", self.volume_lock_path(uuid)]
+        return [*self.staged_dirty_files(uuid), f"{stem}.dirty", f"{stem}.control", self.volume_lock_path(uuid)]
 
     def holds(self, path: FilePath) -> bool:
         """Whether a path leads into the store, by whatever links."""

@@ -28,6 +28,7 @@ from typing import NoReturn
 
 from onionskin.base import forking
 from onionskin.base.files import CANNOT_LOOK
+from onionskin.base.held import held
 from onionskin.base.modes import share_file
 from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.paths import FilePath
@@ -185,28 +186,38 @@ class ByteLocks:
                 self._exclusive.add(number)
         return None
 
-    @contextmanager
+    @held
     def exclusive(self, number: int) -> Iterator[bool]:
         """Hold a byte alone during the with block, if that is possible without waiting. Yields whether it is held.
 
         At the end, a shared lock that the handle had before is restored. If another thread has closed the locks
         meanwhile, nothing is held.
         """
-        held = False
+        is_taken = False
         try:
             with self._guard:
                 is_free = self._descriptor >= 0 and number not in self._exclusive
-                held = is_free and _set_lock(self._descriptor, fcntl.F_WRLCK, number, 1)
-                if held:
+                is_taken = is_free  # before it is: an interrupt may come when it was just locked
+                is_held = is_free and _set_lock(self._descriptor, fcntl.F_WRLCK, number, 1)
+                is_taken = is_held
+                if is_held:
                     self._exclusive.add(number)
-            yield held
+            yield is_held
         finally:
-            if held:
-                with self._guard:
-                    self._exclusive.discard(number)
-                    if self._descriptor >= 0:
-                        kind = fcntl.F_RDLCK if number in self._shared else fcntl.F_UNLCK
-                        _set_lock(self._descriptor, kind, number, 1)
+            if is_taken:
+                try:
+                    self._end_exclusive(number)
+                except BaseException:  # an interrupt
+                    self._end_exclusive(number)
+                    raise
+
+    def _end_exclusive(self, number: int) -> None:
+        """Hold a byte as before `exclusive` again. It may be done twice."""
+        with self._guard:
+            self._exclusive.discard(number)
+            if self._descriptor >= 0:
+                kind = fcntl.F_RDLCK if number in self._shared else fcntl.F_UNLCK
+                _set_lock(self._descriptor, kind, number, 1)
 
     def close(self) -> None:
         """Give all locks up. Further calls do nothing."""
@@ -238,7 +249,7 @@ class ByteLocks:
         return self._descriptor
 
 
-@contextmanager
+@held
 def locked_directory(path: FilePath, *, alone: bool) -> Iterator[bool]:
     """Lock a directory during the with block, and yield whether it is locked.
 
@@ -257,8 +268,14 @@ def locked_directory(path: FilePath, *, alone: bool) -> Iterator[bool]:
         else:
             yield within(DIRECTORY_SECONDS, lambda: _flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB))
     finally:
-        _flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile has the descriptor too, and so the lock
-        os.close(descriptor)
+        try:
+            fcntl.flock(
+                descriptor, fcntl.LOCK_UN
+            )  # a child that was forked meanwhile has the descriptor too, and the lock
+        except OSError:  # a file system that cannot lock directories
+            pass
+        finally:
+            os.close(descriptor)
 
 
 def _flock(descriptor: int, operation: int) -> bool:
@@ -311,6 +328,8 @@ class VolumeLock:
 
         With `shared`, the file may be one more name of the one that this process has locked for other volumes.
         """
+        with suppress(OSError):  # of a server that was killed: as long as it is there, the holder is taken for a server
+            os.unlink(self._path.with_suffix(".control"))  # noqa: PTH108 - a few microseconds
         if self._descriptor < 0 and shared is not None:
             self._shared = shared  # first: whatever comes between, `close` removes the name
             if shared.add(self._path):
@@ -481,7 +500,7 @@ class ReadersLock:
         self._bytes.close()
 
 
-@contextmanager
+@held
 def locked_to_remove(layout: Layout, volumes: Mapping[bytes, str]) -> Iterator[None]:
     """Hold volumes, by their ids with their names, as their writers do, without a file for any of them.
 

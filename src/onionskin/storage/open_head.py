@@ -18,6 +18,7 @@ from errno import EINVAL
 from typing import TYPE_CHECKING, TypeVar
 
 from onionskin.base import forking
+from onionskin.base.held import held
 from onionskin.base.lazy import logger
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.named_tuples import NamedTuple
@@ -367,7 +368,7 @@ class OpenHead(OpenDisk):
         self.is_merging: bool = False
         self.merge_stop: bool = False
         self.wants_next: bool = False
-        self._has_sealed = False
+        self._expects_seal = self._wants_map = False
         self._unresolved: Callable[[], None] | None = None
         # The lock byte of each segment that the data path may read. It is kept here after the catalog has forgotten it.
         self._byte_of_segment: dict[bytes, int] = {} if unwritten else opened.chain.byte_of_segment
@@ -444,7 +445,7 @@ class OpenHead(OpenDisk):
 
     # ---- operations ----
 
-    @contextmanager
+    @held
     def operation(
         self, *, during_merge: bool = False, may_resume: bool = False, within: float | None = None
     ) -> Iterator[None]:
@@ -470,16 +471,25 @@ class OpenHead(OpenDisk):
                 self.refuse_half_merged()
             yield
 
-    @contextmanager
+    @held
     def _guarded(self, within: float | None) -> Iterator[None]:
-        if not self.guard.acquire(timeout=-1 if within is None else within):
-            raise StateError(
-                f"another operation on volume {self.row.name!r} has gone on for {within:.0f} s; try again when it has ended"
-            )
+        if within is None:
+            with self.guard:
+                yield
+            return
+        is_held = False
         try:
+            with DeferredInterrupt():  # else one might come when the guard is there, and nobody knows
+                is_held = self.guard.acquire(timeout=within)
+            if not is_held:
+                raise StateError(
+                    f"another operation on volume {self.row.name!r} has gone on for {within:.0f} s; try again when it has "
+                    "ended"
+                )
             yield
         finally:
-            self.guard.release()
+            if is_held:
+                self.guard.release()
 
     def refuse_half_merged(self) -> None:
         """Raise StateError if a merge into the base was begun and has not ended, and none is under way."""
@@ -620,7 +630,7 @@ class OpenHead(OpenDisk):
         """Go on with another head. It is open, its files are locked, and the catalog names it."""
         self._byte_of_segment.update(byte_of_segment)
         self.base_lock = base_lock
-        self.wants_next = False  # this was for the old head; it is set before the path, see prepare_if_wanted
+        self.wants_next = self._wants_map = False  # for the old head; set before the path, see prepare_if_wanted
         old_path = self._path
         self.head = head  # before the path: who finds the path by the old head is told the slots that this head reads
         self._path = new_path
@@ -634,9 +644,19 @@ class OpenHead(OpenDisk):
 
         A process may end after one snapshot. A process that takes a second one will probably take more.
         """
-        self.wants_next, self._has_sealed = self._has_sealed, True
+        self.wants_next, self._expects_seal = self._expects_seal, True
         if self.wants_next:
             self.store.wake()
+
+    def expect_seal(self) -> None:
+        """Have files made beforehand for the first seal too: somebody begins to write, and writes beside it.
+
+        Those of the next head, else made by the first writes behind the cut, and the map of this one, else made by the
+        first flush. Each takes up to a millisecond of a processor, and those of a group come together.
+        `OpenStore.finish_work` waits for it.
+        """
+        self.wants_next = self._expects_seal = self._wants_map = True
+        self.store.wake()
 
     def prepare_if_wanted(self) -> None:
         """Make the files of the next head, so that neither a snapshot nor the first flush after it has to."""
@@ -647,6 +667,10 @@ class OpenHead(OpenDisk):
         # There is none while a snapshot is told its outcome; the call is repeated after that.
         for spare in self.store.catalog.spares_of(head):
             self.wants_next = False
+            if self._wants_map:
+                self._wants_map = False
+                with suppress(OSError, OnionskinError):  # a flush makes it too
+                    path.make_map()
             path.prepare(map_path=str(self.store.layout.map_file(spare.id)), map_id=spare.id)
 
     # ---- the end ----

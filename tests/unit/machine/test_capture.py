@@ -62,7 +62,7 @@ def test_the_state_of_the_devices_lies_behind_the_ram(running: Running, process:
     saved = find_saved(running.store, running.machine, "short")
     with (
         open_layer(running.store, saved.volume, saved.layer) as view,
-        StateFile.of(view, LENGTH, saved.state_bytes) as state,
+        StateFile.of(view, LENGTH, saved.state_bytes, saved.recorded.state_crc32) as state,
     ):
         assert state.path.read_text() == "counting"
         assert view.read(LENGTH, 12000) == b"counting".ljust(12000, b"\0")  # nothing is left of the longer one

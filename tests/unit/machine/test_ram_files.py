@@ -12,6 +12,7 @@ import onionskin
 from onionskin.errors import StateError
 from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine import capture, ram_files, restore
+from onionskin.machine import ram as ram_module
 from onionskin.machine.ram_files import RamFiles, Source
 from onionskin.machine.running import Running, source_of
 
@@ -165,7 +166,7 @@ def test_a_build_that_fails_leaves_nothing(files: RamFiles, source: Source, monk
         raise OSError(28, "no room")
 
     with monkeypatch.context() as patched:
-        patched.setattr(ram_files, "fill_file", fail)
+        patched.setattr(ram_module, "fill_file", fail)
         with pytest.raises(OSError, match="no room"):
             files.use(source)
     assert list(directory(files).iterdir()) == []

@@ -10,9 +10,10 @@ from support.stand_in import LENGTH, PAGES, RECORDED, StandIn, attach
 
 import onionskin
 from onionskin.base.dtypes import PAGE_RUN
-from onionskin.errors import SnapshotNotFoundError, StateError
+from onionskin.errors import FormatError, SnapshotNotFoundError, StateError
 from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine import capture, restore
+from onionskin.machine import running as running_module
 from onionskin.machine.ram import GuestRam
 from onionskin.machine.running import Running
 from onionskin.operations import machine_tree, machines
@@ -54,6 +55,42 @@ def test_a_machine_goes_back_and_forth_between_snapshots(running: Running, proce
     restore.revert(running, "a")
     restore.revert(running, "d")
     assert process.read(1) == 77 and process.whole()[2 * PAGE_BYTES :] == rams["c"][2 * PAGE_BYTES :]
+
+
+def damage(store: onionskin.Store, text: bytes) -> None:
+    """Change a byte of the one place in the files of the store that has this."""
+    places = [
+        (path, at) for path in store.path.rglob("*") if path.is_file() and (at := path.read_bytes().find(text)) >= 0
+    ]
+    ((path, at),) = places
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(bytes([text[0] ^ 1]))
+
+
+def test_damaged_device_state_is_found_before_anything_is_put_back(running: Running, process: StandIn) -> None:
+    ram = snapshot(running, process, "whole", {3: 7})
+    process.devices = "damaged devices"
+    capture.snapshot(running, "damaged")
+    now = snapshot(running, process, "now", {5: 9})
+    damage(running.store, b"damaged devices")
+    with pytest.raises(FormatError, match=r"state of the devices in the RAM volume 'lab\.ram' is damaged"):
+        restore.revert(running, "damaged")
+    assert not running.is_broken and not process.is_paused
+    assert is_at(running, process, "now", now)
+    restore.revert(running, "whole")
+    assert is_at(running, process, "whole", ram)
+
+
+def test_device_state_without_a_checksum_is_loaded_as_it_is(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running_module, "crc32_of", lambda state: "")  # as an older onionskin took it
+    process.devices = "old devices"
+    capture.snapshot(running, "old")
+    damage(running.store, b"old devices")
+    restore.revert(running, "old")
+    assert process.devices == "nld devices"
 
 
 def test_a_machine_goes_back_from_the_ram_file_of_a_snapshot_once_that_is_made(

@@ -14,6 +14,7 @@ import pytest
 from support.machines import snapshot_live
 
 import onionskin
+from onionskin.base import threads
 from onionskin.control import frames
 from onionskin.errors import StateError
 from onionskin.machine import qemu_command
@@ -184,6 +185,22 @@ def test_who_waits_for_a_supervisor_that_ends_is_answered_and_not_interrupted(tm
         asking.join()
     server.join(300)
     assert answers == ["taken"]
+
+
+def test_a_caller_is_refused_whose_thread_dies_before_it_begins_and_the_next_one_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = ControlServer(tmp_path / "control", {"pause": lambda has_gone: True}, print)
+    with monkeypatch.context() as patched:
+        patched.setattr(threads, "START_SECONDS", 0.0)
+        patched.setattr(threads.SureThread, "_bootstrap", lambda self: None)
+        with pytest.raises(StateError, match="could start no thread"):
+            MachineControl.find(tmp_path / "control", "lab")
+    control = MachineControl.find(tmp_path / "control", "lab")
+    assert control is not None
+    with control:
+        assert control.call("pause") is True
+    server.close()
 
 
 def test_what_a_caller_that_has_gone_asked_for_is_given_up(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from onionskin.base import threads
 from onionskin.control import frames
 from onionskin.control import server as control
 from onionskin.nbd.tls_carrier import TlsCarrier
@@ -20,6 +21,13 @@ class Refusing(threading.Thread):
 
     def start(self) -> None:
         raise RuntimeError("can't start new thread")
+
+
+class Dying(threads.SureThread):
+    """A thread that dies before it can say that it runs, for want of memory."""
+
+    def _bootstrap(self) -> None:
+        pass
 
 
 @pytest.fixture
@@ -45,13 +53,15 @@ def ask(path: Path) -> Any:
         return frames.receive(ours, bytes_max=frames.REPLY_BYTES_MAX)
 
 
+@pytest.mark.parametrize("kind", [Refusing, Dying])
 def test_a_caller_of_the_control_socket_is_refused_and_the_next_one_is_heard(
-    tmp_path: Path, no_threads: Callable[[], None]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[threading.Thread]
 ) -> None:
     said: list[str] = []
     listening = control.ControlSocket(tmp_path / "control", None, said.append)  # type: ignore[arg-type]
+    monkeypatch.setattr(threads, "START_SECONDS", 0.0)
     try:
-        no_threads()
+        monkeypatch.setattr(control, "SureThread", kind)
         for _ in range(2):
             assert "could start no thread" in str(ask(tmp_path / "control"))
         assert len(said) == 2

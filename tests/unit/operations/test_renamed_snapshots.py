@@ -1,7 +1,8 @@
 """A snapshot that another process renames while a verb acts on the name: the verb drops nothing that it was not asked for."""
 
+import json
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,24 +92,52 @@ def test_pruning_drops_no_snapshot_that_took_a_name_meanwhile(
         assert {one.guid for one in store.snapshots("web")} == guids
 
 
-def test_what_somebody_took_hold_of_meanwhile_is_kept_and_the_others_go(
+def test_pruning_drops_none_where_the_last_was_renamed_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with onionskin.Store(tmp_path) as store, store.create("web", size="1M") as web:
         for name in ("a", "b", "c", "d"):
             web.snapshot(name)
-        found = prune.planned
+        found = snapshots.unnamed_around
+
+        def rename_between(*given: object) -> object:
+            with suppress(onionskin.SnapshotNotFoundError):
+                store.rename_snapshot("web", "c", "z")
+            return found(*given)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(snapshots, "unnamed_around", rename_between)
+        with pytest.raises(onionskin.SnapshotNotFoundError):
+            store.prune("web", keep_last=1)
+        assert [one.name for one in web.snapshots] == ["a", "b", "z", "d"]
+
+
+@pytest.mark.parametrize("way", ["library", "command", "server"])
+def test_what_somebody_took_hold_of_meanwhile_is_kept_and_the_others_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    with onionskin.Store(tmp_path) as store:
+        with store.create("web", size="1M") as web:
+            for name in ("a", "b", "c", "d"):
+                web.snapshot(name)
+        found = snapshots.unnamed_around
 
         def hold_between(*given: Any) -> object:
-            plan = found(*given)
             with suppress(StateError):
                 store.hold("web", "b", "backup")
-            return plan
+            return found(*given)
 
-        monkeypatch.setattr(prune, "planned", hold_between)
-        said = {one.snapshot: one.kept_by for one in store.prune("web", keep_last=1)}
+        monkeypatch.setattr(snapshots, "unnamed_around", hold_between)  # asked for once it is known what is to go
+        if way == "library":
+            said = {one.snapshot: one.kept_by for one in store.prune("web", keep_last=1)}
+        else:
+            with closing(Server(limits=Limits(), allow_revert=False, log=lambda line: None)) as server:
+                if way == "server":
+                    server.exports.add_volume(store.path, "web")
+                line = ["prune", f"{tmp_path}/web", "--keep-last", "1", "--json"]
+                done = CliRunner().invoke(command_line, line)
+            said = {one["snapshot"]: tuple(one["kept_by"]) for one in json.loads(done.stdout)}
         assert said == {"a": (), "b": ("held",), "c": (), "d": ("last",)}
-        assert [one.name for one in web.snapshots] == ["b", "d"]
+        assert [one.name for one in store.snapshots("web")] == ["b", "d"]
 
 
 @pytest.mark.parametrize("verb", ["merge", "discard", "revert", "hold", "unhold"])

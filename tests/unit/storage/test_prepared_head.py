@@ -17,6 +17,22 @@ def files(store: onionskin.Store) -> set[str]:
     return {path.name for kind in ("segments", "layers") for path in (store.path / kind).iterdir()}
 
 
+def new_path(directory: Path) -> tuple[DataPath, list[Path]]:
+    """A data path without a store, and its directories: of segments, and of maps."""
+    directories = [directory / name for name in ("segments", "layers")]
+    for one in directories:
+        one.mkdir()
+    path = DataPath(
+        block_size=BLOCK,
+        size_bytes=16 * BLOCK,
+        segments_directory=str(directories[0]),
+        layers_directory=str(directories[1]),
+        wipe_zero=False,
+        writable=True,
+    )
+    return path, directories
+
+
 def prepared(store: onionskin.Store, blocks: int = 16) -> onionskin.Volume:
     """A volume whose next head has its files."""
     web = store.create("web", size=blocks * BLOCK)
@@ -44,6 +60,56 @@ def test_the_next_head_begins_with_the_files_that_were_made_for_it(tmp_path: Pat
         web.flush()
         assert files(store) == before >= made
         assert web.read(0, 4) == b"four"
+
+
+def test_a_disk_that_expects_a_snapshot_has_all_files_before_its_first_one(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", size=16 * BLOCK) as web:
+        web.write(0, b"one")
+        web._opened.expect_seal()
+        store.finish_work()
+        made = files(store)
+        web.flush()
+        assert files(store) == made and len(made) == 4
+        web.snapshot("one")
+        store.finish_work()
+        before = files(store)  # with those for the head after it
+        assert len(before) == 6
+        web.write(0, b"two")
+        web.flush()
+        assert files(store) == before > made
+        assert web.read(0, 3) == b"two"
+    with onionskin.Store(tmp_path / "store") as store, store.open("web") as web:
+        assert web.read(0, 3) == b"two" and len(files(store)) == 4
+        assert store.check() == []
+
+
+def test_a_map_that_was_made_and_never_written_is_that_of_a_new_head(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        with store.create("web", size=16 * BLOCK) as web:
+            web._opened.expect_seal()
+            store.finish_work()
+            assert len(files(store)) == 3
+        with store.open("web") as web:
+            assert web.read(0, 3) == bytes(3)
+            web.write(0, b"one")
+            web.snapshot("one")
+            assert web.read(0, 3) == b"one"
+        assert store.check() == []
+
+
+def test_a_map_is_left_to_a_seal_that_waits_for_its_outcome(tmp_path: Path) -> None:
+    own, spare, map_id = (os.urandom(16) for _ in range(3))
+    path, directories = new_path(tmp_path)
+    path.open_head(map_path=str(directories[1] / "own.map"), map_id=map_id, inherited=[], own=own, spare=spare)
+    path.write(0, b"old")
+    path.seal(map_path=str(directories[1] / "next.map"), map_id=spare)
+    with pytest.raises(OSError) as busy:
+        path.make_map()
+    assert busy.value.errno == errno.EBUSY
+    path.seal_commit(os.urandom(16))
+    path.make_map()
+    assert (directories[1] / "next.map").exists()
+    path.close()
 
 
 def frames_of(web: onionskin.Volume, name: str, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -136,17 +202,7 @@ def test_files_that_were_made_beforehand_go_with_their_head(tmp_path: Path, drop
 
 def test_a_head_that_could_not_be_prepared_makes_its_files_itself(tmp_path: Path) -> None:
     own, spare, map_id = (os.urandom(16) for _ in range(3))
-    directories = [tmp_path / name for name in ("segments", "layers")]
-    for directory in directories:
-        directory.mkdir()
-    path = DataPath(
-        block_size=BLOCK,
-        size_bytes=16 * BLOCK,
-        segments_directory=str(directories[0]),
-        layers_directory=str(directories[1]),
-        wipe_zero=False,
-        writable=True,
-    )
+    path, directories = new_path(tmp_path)
     path.open_head(map_path=str(directories[1] / "own.map"), map_id=map_id, inherited=[], own=own, spare=spare)
     with pytest.raises(OSError) as refused:
         path.prepare(map_path=str(tmp_path / "missing" / "next.map"), map_id=spare)
