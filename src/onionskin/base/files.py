@@ -6,7 +6,9 @@ copy that is made from it, and no later check can tell.
 
 import os
 from collections.abc import Iterator
-from errno import EINVAL, EIO, ENXIO, EOPNOTSUPP
+from errno import EINVAL, EIO, EMFILE, ENFILE, ENOMEM, ENXIO, EOPNOTSUPP
+
+CANNOT_LOOK = frozenset({EMFILE, ENFILE, ENOMEM, EIO})  # errors that say nothing of whether something is there
 
 # The errors by which a file system refuses SEEK_DATA as such: it knows no holes.
 _UNKNOWN_TO_FILE_SYSTEM = (EINVAL, EOPNOTSUPP)

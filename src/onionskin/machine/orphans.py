@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from onionskin.base.files import CANNOT_LOOK
 from onionskin.base.sockets import connect_unix
 from onionskin.errors import StateError
 from onionskin.machine.record import DISKS, SERVER_LOG, ProcessId
@@ -68,7 +69,7 @@ def _writers(logs: Iterable[str]) -> Iterator[tuple[str, ProcessId]]:
     if not logs:
         return
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        with suppress(OSError):  # it has ended, or is another user's
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or is another user's
             if (path := str(Path(f"/proc/{pid}/fd/2").readlink())) in logs and (one := ProcessId.of(int(pid))).is_alive:
                 yield path, one
 
@@ -87,7 +88,9 @@ def _listener(path: Path) -> ProcessId | None:
     try:
         with connect_unix(path, seconds=_CONNECT_SECONDS) as connection:
             found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    except (OSError, StateError):
+    except (OSError, StateError) as error:
+        if isinstance(error, OSError) and error.errno in CANNOT_LOOK:
+            raise
         return None
     pid = _CREDENTIALS.unpack(found)[0]
     return ProcessId.of(pid) if pid > 0 else None

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
+from onionskin.base.files import CANNOT_LOOK
 from onionskin.errors import FormatError, StateError
 from onionskin.storage.locks import start_ticks
 
@@ -89,7 +90,9 @@ class ProcessId:
     def _is_dead(self) -> bool:
         try:
             text = Path(f"/proc/{self.pid}/stat").read_text()
-        except OSError:
+        except OSError as error:
+            if error.errno in CANNOT_LOOK:
+                raise
             return True
         return text.rpartition(")")[2].split()[0] in ("Z", "X")
 
@@ -187,7 +190,9 @@ class Record:
             value: Any = read_json(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in CANNOT_LOOK:
+                raise
             value = None
         try:
             if value.get("home", "") not in ("", _home(directory)):

@@ -13,7 +13,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from errno import ENXIO
 
-from onionskin.base.files import read_all
+from onionskin.base.files import CANNOT_LOOK, read_all
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.modes import is_shared
 from onionskin.base.paths import FilePath
@@ -196,7 +196,9 @@ def _data_from(path: FilePath, offset: int) -> int | None:
     """Return where the first data at or behind an offset of a file lies, or None if there is no data or no file."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
+    except OSError as error:
+        if error.errno in CANNOT_LOOK:
+            raise
         return None  # `_check_segments` reports a file that is needed
     try:
         return os.lseek(descriptor, offset, os.SEEK_DATA)

@@ -181,8 +181,8 @@ def _refuse_directory(store: OpenStore, directory: int, target: Path) -> None:
                 above = os.open("..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at)
             except PermissionError:  # this user may not open the directory above, so the store is not there
                 return
-            os.close(at)
-            at = above
+            below, at = at, above  # first: a number that is closed twice may be another thread's file by then
+            os.close(below)
             if os.path.samestat(os.fstat(at), here):
                 return
     finally:

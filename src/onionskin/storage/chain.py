@@ -190,11 +190,16 @@ def is_same_file(a: FilePath, b: FilePath) -> bool:
     """Whether two paths lead to one file, through hard links, symlinks or mounts.
 
     If one of the files is gone, the paths themselves are compared.
+
+    Raises
+    ------
+    OSError
+        One of them cannot be looked at, so it may be the other.
     """
     try:
-        return os.path.samefile(a, b)  # noqa: PTH121
-    except OSError:
-        return a == b
+        return a == b or os.path.samefile(a, b)  # noqa: PTH121
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def digest_of(descriptor: int) -> bytes:

@@ -27,6 +27,7 @@ from functools import lru_cache
 from typing import NoReturn
 
 from onionskin.base import forking
+from onionskin.base.files import CANNOT_LOOK
 from onionskin.base.held import held
 from onionskin.base.modes import share_file
 from onionskin.base.named_tuples import NamedTuple
@@ -731,7 +732,9 @@ def start_ticks(pid: int) -> int:
     try:
         with open(f"/proc/{pid}/stat") as about:
             text = about.read()
-    except OSError:
+    except OSError as error:
+        if error.errno in CANNOT_LOOK:
+            raise
         return 0
     return int(text.rpartition(")")[2].split()[19])
 

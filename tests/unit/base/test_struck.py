@@ -1,6 +1,7 @@
 """Interrupts at each call and return of what holds what other threads wait for. The exception is kept, as debuggers do."""
 
 import gc
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from onionskin.base.paths import FilePath
 from onionskin.base.signals import DEFERRED, DeferredInterrupt
 from onionskin.catalog import Catalog, new_id
 from onionskin.errors import StateError
-from onionskin.operations import snapshots, staged_volumes
+from onionskin.operations import export, snapshots, staged_volumes
 from onionskin.storage.layout import Layout
 from onionskin.storage.locks import BaseLock, ByteLocks, SharedFile, VolumeLock, is_being_merged_into, locked_directory
 from onionskin.storage.open_head import OpenHead
@@ -180,6 +181,15 @@ def test_an_interrupted_close_of_byte_locks_keeps_nobody_out(tmp_path: Path) -> 
         held[0].close()
         held[0] = locked()
     held[0].close()
+
+
+def test_an_interrupted_look_at_where_an_export_goes_closes_no_number_twice(tmp_path: Path) -> None:
+    """A second close of the number would close what another thread has opened meanwhile."""
+    with onionskin.Store(tmp_path / "store") as store:
+        directory = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+        for _ in at_each_event(lambda: export._refuse_directory(store._opened, directory, tmp_path / "out")):
+            pass
+        os.close(directory)
 
 
 def test_an_interrupted_wait_for_a_base_keeps_no_merge_from_it(tmp_path: Path) -> None:
