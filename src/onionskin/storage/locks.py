@@ -292,6 +292,7 @@ class VolumeLock:
 
     def __init__(self, layout: Layout, volume_id: bytes, volume_name: str) -> None:
         self._path, self._volume_name = layout.volume_lock(volume_id), volume_name
+        self._left_socket = layout.volume_control_path(volume_id)
         self._descriptor = self._byte_descriptor = -1
         self._shared: SharedFile | None = None  # the file, where it is no file of the volume's own
         try:
@@ -309,7 +310,7 @@ class VolumeLock:
         With `shared`, the file may be one more name of the one that this process has locked for other volumes.
         """
         with suppress(OSError):  # of a server that was killed: as long as it is there, the holder is taken for a server
-            os.unlink(self._path.with_suffix(".control"))  # noqa: PTH108 - a few microseconds
+            os.unlink(self._left_socket)  # noqa: PTH108 - a few microseconds
         if self._descriptor < 0 and shared is not None:
             self._shared = shared  # first: whatever comes between, `close` removes the name
             if shared.add(self._path):
