@@ -923,7 +923,10 @@ class Store:
         """Fork the disk of a volume that is not open here. One that was not written to since its last cut is not opened."""
         from onionskin.operations import forks
 
-        row, lock = self._lock_to_cut(wanted.volume)
+        locked = self._lock_to_cut(wanted)
+        if not isinstance(locked, tuple):
+            return locked
+        row, lock = locked
         try:
             names = forks.fork_unwritten(self._opened, row, wanted)
             if names is None:
@@ -933,17 +936,22 @@ class Store:
         finally:
             lock.close()
 
-    def _lock_to_cut(self, name: str) -> tuple[VolumeRow, VolumeLock]:
-        """Lock a volume whose head is to be cut; another fork holds it for a moment only, so it is asked for again."""
+    def _lock_to_cut(self, wanted: "forks.Wanted") -> "tuple[VolumeRow, VolumeLock] | list[str]":
+        """Lock a volume whose head is to be cut, or have it forked by a server that has opened it meanwhile.
+
+        Another fork holds it for a moment only, and so does a server that does not listen yet: so it is asked for again.
+        """
         deadline = time.monotonic() + _CUT_WAIT_SECONDS
         while True:
             try:
-                return self._lock_volume(name, VolumeLock)
+                return self._lock_volume(wanted.volume, VolumeLock)
             except StateError as error:
+                if (names := self._fork_served(wanted)) is not None:
+                    return names
                 if time.monotonic() > deadline:
                     raise StateError(
                         f"{error}; what is held is forked as it is now by its holder alone, and this one serves nothing: "
-                        f"fork it there, or fork one of its snapshots, as {name}@SNAPSHOT"
+                        f"fork it there, or fork one of its snapshots, as {wanted.volume}@SNAPSHOT"
                     ) from None
             time.sleep(0.01)
 

@@ -69,6 +69,21 @@ def test_a_served_disk_is_forked_as_it_is_now(store: onionskin.Store, here: Here
     assert store.snapshots("web")[-1].name == "clean"
 
 
+def test_a_disk_that_a_server_opens_while_it_is_about_to_be_forked_is_forked_there(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = onionskin.Store._lock_volume
+
+    def late(self: onionskin.Store, *arguments: Any) -> Any:
+        monkeypatch.undo()
+        here("web")("web").write(0, b"now")
+        return lock(self, *arguments)
+
+    monkeypatch.setattr(onionskin.Store, "_lock_volume", late)
+    (name,) = store.fork("web")
+    assert begin_of(store, name) == b"now"
+
+
 def test_a_served_disk_that_was_not_written_to_is_forked_on_what_it_stands_on(
     store: onionskin.Store, here: Here
 ) -> None:

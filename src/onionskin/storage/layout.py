@@ -91,7 +91,12 @@ class Layout:
     def files_of_volume(self, uuid: bytes) -> list[str]:
         """The files of a volume that go with its row: texts, as they may be asked for of a thousand volumes at once."""
         stem = f"{self.volumes}/{uuid.hex()}"
-        return [*self.staged_dirty_files(uuid), f"{stem}.dirty", f"{stem}.control", self.volume_lock_path(uuid)]
+        return [
+            *self.staged_dirty_files(uuid),
+            f"{stem}.dirty",
+            self.volume_control_path(uuid),
+            self.volume_lock_path(uuid),
+        ]
 
     def holds(self, path: FilePath) -> bool:
         """Whether a path leads into the store, by whatever links."""
@@ -100,6 +105,10 @@ class Layout:
     def volume_control(self, uuid: bytes) -> FilePath:
         """The control socket of the server of a volume."""
         return self.volumes / f"{uuid.hex()}.control"
+
+    def volume_control_path(self, uuid: bytes) -> str:
+        """The same as text, which takes a fraction of the time to make."""
+        return f"{self.volumes}/{uuid.hex()}.control"
 
 
 def bytes_in(path: FilePath | str) -> int:

@@ -312,6 +312,7 @@ class VolumeLock:
 
     def __init__(self, layout: Layout, volume_id: bytes, volume_name: str) -> None:
         self._path, self._volume_name = layout.volume_lock(volume_id), volume_name
+        self._left_socket = layout.volume_control_path(volume_id)
         self._descriptor = self._byte_descriptor = -1
         self._shared: SharedFile | None = None  # the file, where it is no file of the volume's own
         try:
@@ -329,7 +330,7 @@ class VolumeLock:
         With `shared`, the file may be one more name of the one that this process has locked for other volumes.
         """
         with suppress(OSError):  # of a server that was killed: as long as it is there, the holder is taken for a server
-            os.unlink(self._path.with_suffix(".control"))  # noqa: PTH108 - a few microseconds
+            os.unlink(self._left_socket)  # noqa: PTH108 - a few microseconds
         if self._descriptor < 0 and shared is not None:
             self._shared = shared  # first: whatever comes between, `close` removes the name
             if shared.add(self._path):
@@ -628,13 +629,21 @@ def _checked_lock_file(path: FilePath | str, flags: int, *, may_be_shared: bool 
     is_regular = stat.S_ISREG(found.st_mode)
     if not is_regular or (found.st_nlink > 1 and not (may_be_shared and _may_stand_for_many(descriptor))):
         os.close(descriptor)
-        what = "has another name too (a hard link)" if is_regular else "is not a regular file"
-        raise (StateError if is_regular else FormatError)(
-            f"{path} {what}, and a lock of a store is a file of its own; remove it"
-        )
+        if is_regular:
+            raise StateError(second_name(path, "a lock of a store is a file of its own"))
+        raise FormatError(f"{path} is not a regular file, and a lock of a store is a file of its own; remove it")
     if flags & os.O_CREAT and not found.st_size and found.st_uid == os.geteuid():
         share_file(descriptor, FilePath(path))  # the file may have been made just now
     return descriptor
+
+
+def second_name(path: FilePath | str, why: str) -> str:
+    """Say that a file of a store has a second name. Nobody is told to remove the store's own file for that."""
+    return (
+        f"{path} has another name too (a hard link), and {why}; find that (find / -xdev -samefile FILE): if it is in a copy "
+        "of this store that was made by links (cp -l), remove the copy, and if it is a file of something else, this name of "
+        "it, while nobody has the store open"
+    )
 
 
 def is_file_at(descriptor: int, path: FilePath) -> bool:

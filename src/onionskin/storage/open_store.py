@@ -28,7 +28,7 @@ from onionskin.catalog.read_only import can_be_written
 from onionskin.errors import ChainError, FormatError, OnionskinError, StateError
 from onionskin.storage.chain import Chain, lock_base, lock_chain, open_chain, read_chain
 from onionskin.storage.layout import DIRECTORIES, Layout
-from onionskin.storage.locks import BaseLock, ByteLocks, SharedFile
+from onionskin.storage.locks import BaseLock, ByteLocks, SharedFile, second_name
 from onionskin.storage.reserve import Reserve
 from onionskin.storage.shared_paths import OpenChain, SealedViews
 
@@ -329,10 +329,7 @@ def refuse_links(layout: Layout) -> None:
             continue
         mode = found.st_mode
         if stat.S_ISREG(mode) and found.st_nlink > 1 and path in layout.made_by_sqlite:
-            raise StateError(
-                f"{path} has another name too (a hard link), and what is written to it would be in that file; look at what "
-                "it is, and remove it"
-            )
+            raise StateError(second_name(path, "what is written to it would be in that file"))
         wanted = stat.S_ISDIR(mode) if path.name in DIRECTORIES else stat.S_ISREG(mode)
         if not wanted:
             is_link = stat.S_ISLNK(mode)

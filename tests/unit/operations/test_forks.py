@@ -753,11 +753,11 @@ def test_a_fork_that_waits_for_a_held_disk_keeps_no_fork_of_another_one_waiting(
     waits, goes_on = threading.Event(), threading.Event()
     lock = onionskin.Store._lock_to_cut
 
-    def wait(self: onionskin.Store, name: str) -> Any:
-        if name == "held":
+    def wait(self: onionskin.Store, wanted: forks.Wanted) -> Any:
+        if wanted.volume == "held":
             waits.set()
             goes_on.wait()
-        return lock(self, name)
+        return lock(self, wanted)
 
     monkeypatch.setattr(onionskin.Store, "_lock_to_cut", wait)
     one = threading.Thread(target=store.fork, args=("held",))

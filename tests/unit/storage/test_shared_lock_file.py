@@ -280,3 +280,18 @@ def test_a_shared_file_that_is_locked_keeps_out_who_has_the_byte(forks: "onionsk
     for name in ("a", "b"):
         shared.remove(_lock_file(forks, name))
     forks.open("a").close()
+
+
+def test_nobody_is_told_to_remove_a_file_of_a_store_of_which_there_is_a_copy_by_links(
+    forks: "onionskin.Store", tmp_path: Path
+) -> None:
+    """Without its log a catalog loses what was committed, and without its lock files are freed that somebody reads."""
+    subprocess.run(["cp", "-al", forks.path, tmp_path / "copy"], check=True)
+    with pytest.raises(onionskin.StateError, match=r"hard link.*remove the copy"):
+        onionskin.Store(forks.path)
+    for of_sqlite in (tmp_path / "copy").glob("catalog.db-*"):
+        of_sqlite.unlink()
+    with pytest.raises(onionskin.StateError, match=r"lock has another name.*remove the copy"):
+        onionskin.Store(forks.path)
+    shutil.rmtree(tmp_path / "copy")
+    onionskin.Store(forks.path).close()
