@@ -138,6 +138,17 @@ def test_a_state_without_a_snapshot_is_refused_and_leaves_nothing(launch: Launch
     ]
 
 
+def test_a_state_before_whose_file_something_is_refused_leaves_no_file_behind(launch: Launch, tmp_path: Path) -> None:
+    process = launch()
+    process.prepare_state(tmp_path / "state")
+    process.save_state()
+    process.finish_state()
+    with pytest.raises(MonitorError, match="no-such-command"):
+        process.load_state(tmp_path / "state", ("no-such-command", None))
+    nodes = [one["node-name"] for one in process.monitor.execute("query-named-block-nodes")]
+    assert not [name for name in nodes if "state-" in name]
+
+
 def test_each_machine_has_the_generation_that_it_was_given(launch: Launch) -> None:
     identity = Identity()
     process = launch(identity=identity)

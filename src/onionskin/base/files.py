@@ -81,3 +81,12 @@ def read_all(descriptor: int, length: int, offset: int = 0) -> bytes:
     while len(found) < length and (part := os.pread(descriptor, length - len(found), offset + len(found))):
         found += part
     return found
+
+
+def is_on_tmpfs(descriptor: int) -> bool:
+    """Whether an open file is in memory: a look at a hole of it takes room there."""
+    device = os.fstat(descriptor).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", "rb") as mounts:
+        fields = [line.split() for line in mounts]
+    return any(one[2].decode() == number and one[one.index(b"-") + 1] == b"tmpfs" for one in fields)

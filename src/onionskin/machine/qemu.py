@@ -489,8 +489,7 @@ class QemuProcess:
                 del commands[:-1]
             self.monitor.execute_all(commands)
         except BaseException:
-            with suppress(MonitorError):
-                self.monitor.execute("blockdev-del", {"node-name": file})
+            self._remove_node(node)  # QEMU adds it also where it refused what was asked before it
             raise
         return node
 

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onionskin.base.dtypes import PAGE_RUN
-from onionskin.base.files import write_all
+from onionskin.base.files import data_ranges, write_all
 from onionskin.base.states import DATA as DATA_STATE
 from onionskin.errors import StateError
 from onionskin.kernels import _ram
@@ -144,6 +144,15 @@ class UnsavedRam(ABC):
     def unsaved_runs(self) -> NDArray[Any]:
         """The runs of those pages."""
         return runs_of(self._unsaved)
+
+    def bytes_in_holes(self, file: int, besides: NDArray[Any]) -> int:
+        """Return how many bytes of the unsaved pages, and of these runs, are in holes of a file that is as long as RAM."""
+        wanted = self._unsaved.copy()
+        mark(wanted, besides)
+        held = np.zeros(len(self._unsaved), np.bool_)
+        for start, end in data_ranges(file, 0, self.length):
+            held[start // PAGE_BYTES : -(-end // PAGE_BYTES)] = True
+        return int(np.count_nonzero(wanted & ~held)) * PAGE_BYTES
 
     @abstractmethod
     def add_unsaved(self, runs: NDArray[Any]) -> None:

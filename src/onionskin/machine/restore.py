@@ -243,6 +243,7 @@ def revert(running: Running, snapshot: str, *, stays: bool = False) -> None:
                 running.guest_ram.note_written()
             else:
                 running.guest_ram.collect()
+            running.refuse_without_room(elsewhere, "nothing was changed")
             mark(running.guest_ram._unsaved, elsewhere)
             running.is_broken = True
             with _unsaved_unless_done(running):

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onionskin.base.dtypes import PAGE_RUN
-from onionskin.base.files import read_all, write_all
+from onionskin.base.files import is_on_tmpfs, read_all, write_all
 from onionskin.base.lazy import logger
+from onionskin.base.sizes import format_size
 from onionskin.base.states import DATA
 from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.kernels import _ram
@@ -42,6 +43,7 @@ _log = logger(__name__)
 
 STATE_ROOM_BYTES = 64 << 20  # behind the RAM in the RAM volume, for the state of the devices
 _RESUME_TRIES = 3
+_ROOM_BESIDE_BYTES = 1 << 20  # for what a revert writes to a store besides RAM
 
 
 @dataclass(eq=False)
@@ -179,6 +181,29 @@ class Running:
             raise StateError(
                 f"somebody wrote to {self.process.ram_file}, which machine {self.name!r} has its RAM over, so its RAM is not "
                 f"as it wrote it; end it, with 'onionskin machine stop --force', and revert it; {what}"
+            )
+
+    def refuse_without_room(self, runs: NDArray[Any], what: str) -> None:
+        """Raise StateError where unsaved pages and these runs cannot be written: the file below RAM is in memory, and full.
+
+        tmpfs makes a page of each hole there first, also of one that is mapped privately.
+        """
+        try:
+            descriptor = os.open(self.process.ram_file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:  # it was dropped, and is the process's alone
+            return
+        try:
+            if not is_on_tmpfs(descriptor):
+                return
+            found = os.fstatvfs(descriptor)
+            wanted = self.guest_ram.bytes_in_holes(descriptor, runs) + _ROOM_BESIDE_BYTES
+        finally:
+            os.close(descriptor)
+        free = found.f_bavail * found.f_frsize
+        if found.f_blocks and free < wanted:  # one without blocks has no limit
+            raise StateError(
+                f"{self.process.ram_file.parent} is in memory (tmpfs) and has {format_size(free)} left, and to put RAM of "
+                f"machine {self.name!r} back takes up to {format_size(wanted)} there; make room; {what}"
             )
 
     def open_disk(self, volume: str) -> "OpenHead":

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 from pathlib import Path
 
@@ -216,3 +217,9 @@ def test_a_base_that_changes_while_it_is_flattened_is_kept_and_the_disk_stays_on
             web.flatten(progress=touch)
         assert store.info("web").base == str(base)
         assert web.read(0, 16 * BLOCK) == b"b" * 16 * BLOCK
+
+
+def test_a_file_in_memory_is_known_as_one() -> None:
+    with tempfile.TemporaryFile(dir="/dev/shm") as there, Path("/proc/self/mountinfo").open("rb") as elsewhere:
+        assert files.is_on_tmpfs(there.fileno())
+        assert not files.is_on_tmpfs(elsewhere.fileno())

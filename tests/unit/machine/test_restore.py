@@ -3,6 +3,7 @@
 import uuid
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,6 +92,23 @@ def test_device_state_without_a_checksum_is_loaded_as_it_is(
     damage(running.store, b"old devices")
     restore.revert(running, "old")
     assert process.devices == "nld devices"
+
+
+def test_a_revert_that_finds_no_room_in_memory_changes_nothing(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ram = snapshot(running, process, "a", {3: 7})
+    now = snapshot(running, process, "b", {300: 8})
+    with monkeypatch.context() as patched:
+        patched.setattr(running_module, "is_on_tmpfs", lambda descriptor: True)
+        full = SimpleNamespace(f_blocks=1000, f_bavail=(1 << 20) // PAGE_BYTES, f_frsize=PAGE_BYTES)
+        patched.setattr(running_module.os, "fstatvfs", lambda descriptor: full)
+        with pytest.raises(StateError, match=r"has 1 MiB left, and .* takes up to 1 MiB there; .* nothing was changed"):
+            restore.revert(running, "a")  # page 300 is in a hole of the file
+    assert not running.is_broken and not process.is_paused
+    assert is_at(running, process, "b", now)
+    restore.revert(running, "a")
+    assert is_at(running, process, "a", ram)
 
 
 def test_a_machine_goes_back_from_the_ram_file_of_a_snapshot_once_that_is_made(
