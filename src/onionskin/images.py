@@ -454,7 +454,8 @@ def export_image(
     export.refuse_target(store, target, replace=False)
     qemu_img.program()
     with pinned(volume._opened) as opened, export.new_image(store, target, opened, replace=False) as made:
-        copy.check_room_for_copy(store, opened, target.absolute().parent)
+        if not compress:  # how much is left of compressed data, nobody knows before
+            copy.check_room_for_copy(store, opened, target.absolute().parent)
         with served_to_program(opened.path, qemu_img.EXPORT, writable=False) as disk:
             percent = _percents(progress, volume.size_bytes)
             qemu_img.write_image(disk, made, format, about=path, percent=percent, compress=compress, options=options)

@@ -1,5 +1,6 @@
 """What happens on a terminal: questions before changes are lost, progress, colours; none of it elsewhere."""
 
+import fcntl
 import os
 import pty
 import re
@@ -9,6 +10,7 @@ import termios
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import click
 import pytest
@@ -195,6 +197,29 @@ def test_a_stream_is_not_written_to_a_terminal(spawn: Spawn, vms: Path) -> None:
     status, shown = on_terminal(spawn, b"", "delta", f"{vms}/web@clean")
     assert status == 2
     assert b"ONIONDLT" not in shown
+
+
+def test_bytes_of_a_disk_are_not_written_to_a_terminal_but_their_base64_is(spawn: Spawn, vms: Path) -> None:
+    status, shown = on_terminal(spawn, b"", "read", f"{vms}/web", "0", "5")
+    assert status == 2
+    assert b"pipe" in shown
+    assert b"clean" not in shown
+    status, shown = on_terminal(spawn, b"", "read", f"{vms}/web", "0", "5", "--json")
+    assert (status, b"Y2xlYW4=" in shown) == (0, True)
+
+
+@pytest.mark.parametrize("path", ["-", "/dev/tty"])
+def test_an_image_is_not_written_to_a_terminal_by_any_of_its_names(spawn: Spawn, vms: Path, path: str) -> None:
+    def start(*arguments: object, **options: Any) -> "subprocess.Popen[bytes]":
+        # A session of its own, whose terminal this one is then, as /dev/tty says.
+        return spawn(
+            *arguments, **options, start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        )
+
+    status, shown = on_terminal(start, b"", "export", f"{vms}/web", path)
+    assert status == 2
+    assert b"pipe" in shown
+    assert b"clean" not in shown
 
 
 def test_columns_stand_below_each_other_whatever_width_their_characters_have() -> None:

@@ -419,6 +419,10 @@ def test_an_export_is_compressed_and_has_the_options_of_its_format(
         ("out.qcow2", ("-o", "backing_file=/etc/passwd"), "those of qcow2 are"),
         ("out.qcow2", ("-o", "cluster_size=64K,backing_file=/etc/passwd"), "those of qcow2 are"),
         ("out.vmdk", ("-o", "subformat=monolithicFlat"), "makes several files"),
+        ("out.vmdk", ("-o", 'toolsversion=1"\nRW 8 FLAT "/etc/passwd" 0\n#"'), "is no option here"),
+        ("out.qcow2", ("-o", "compat=1.1\nbacking_file=x"), "is no option here"),
+        ("out.qcow2", ("-o", "cluster_size=3"), "Cluster size must be a power of two"),
+        ("out.qcow2", ("-c", "-o", "preallocation=full"), "has no preallocation"),
         ("out.vmdk", ("-c", "-o", "subformat=monolithicSparse"), "subformat=streamOptimized"),
     ],
 )

@@ -16,9 +16,9 @@ from support.servers import END_SECONDS, Serve, onionskin
 
 import onionskin as library
 from onionskin import errors
-from onionskin.base.sockets import connect_unix
+from onionskin.base.sockets import connect_unix, may_connect
 from onionskin.control import client, frames
-from onionskin.control.server import Cancelled, _Session, may_connect
+from onionskin.control.server import Cancelled, _Session
 
 
 def control_path(vms: Path) -> Path:

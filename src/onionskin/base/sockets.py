@@ -253,6 +253,11 @@ def credentials_of(connection: socket.socket) -> tuple[int, int, int]:
     return pid, uid, gid
 
 
+def may_connect(uid: int, owner: int) -> bool:
+    """Return whether a process of user `uid` may use a socket that controls what user `owner` runs."""
+    return uid in (owner, 0)
+
+
 def uri_of(listener: socket.socket, path: "os.PathLike[str] | str | None", *, tls: bool) -> str:
     """Return the URI that clients connect to, without the name of an export."""
     if path is not None:

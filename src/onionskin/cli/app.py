@@ -5,21 +5,16 @@ a short one costs would be imports that it does not need.
 """
 
 import importlib
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping
 
 import click
 
 import onionskin as package
 from onionskin.cli import exit_status
+from onionskin.cli.ending_options import HELP, ending_option, with_help
 from onionskin.cli.sections import SECTIONS
 
 __all__ = ["onionskin"]
-
-
-def _show_help(ctx: click.Context, _: click.Parameter, is_wanted: bool) -> None:
-    if is_wanted and not ctx.resilient_parsing:
-        click.echo(ctx.get_help(), color=ctx.color)
-        ctx.exit()
 
 
 def _show_version(ctx: click.Context, _: click.Parameter, is_wanted: bool) -> None:
@@ -28,13 +23,7 @@ def _show_version(ctx: click.Context, _: click.Parameter, is_wanted: bool) -> No
         ctx.exit()
 
 
-def _eager(*names: str, act: Callable[[click.Context, click.Parameter, bool], None], about: str) -> click.Option:
-    return click.Option(names, is_flag=True, expose_value=False, is_eager=True, callback=act, help=about)
-
-
-# Not click's own, which look for translations and for the package's metadata: that takes longer than to list a store.
-_HELP = _eager("-h", "--help", act=_show_help, about="Show this message and exit.")
-_VERSION = _eager("--version", act=_show_version, about="Show the version and exit.")
+_VERSION = ending_option("--version", act=_show_version, about="Show the version and exit.")
 _HOME = {verb: home for homes in SECTIONS.values() for verb, home in homes.items()}
 
 
@@ -48,9 +37,7 @@ class _Commands(MutableMapping[str, click.Command]):
         if verb not in self._loaded:
             module, attribute = _HOME[verb].split(".")
             command: click.Command = getattr(importlib.import_module(f"onionskin.cli.{module}"), attribute)
-            command.add_help_option = False
-            command.params.append(_HELP)
-            self._loaded[verb] = command
+            self._loaded[verb] = with_help(command)
         return self._loaded[verb]
 
     def __contains__(self, verb: object) -> bool:
@@ -74,7 +61,7 @@ class _Commands(MutableMapping[str, click.Command]):
     commands=_Commands(),
     epilog=exit_status.EPILOG,
     invoke_without_command=True,
-    params=[_VERSION, _HELP],
+    params=[_VERSION, HELP],
     add_help_option=False,
 )
 @click.pass_context

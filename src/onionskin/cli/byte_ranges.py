@@ -36,8 +36,12 @@ def _check_range(volume: "Volume | LiveVolume", name: Name, offset: int, length:
 def read(name: Name, offset: int, length: int, as_json: bool) -> None:
     """Write a range of a disk to stdout.
 
-    With --json, as base64.
+    With --json, as base64. Its bytes are not written to a terminal: pipe them, as to 'xxd'.
     """
+    if not as_json and sys.stdout.isatty():
+        raise click.UsageError(
+            "bytes of a disk are not for a terminal: pipe them to a program such as xxd, or give --json"
+        )
     with name.open_volume_or_view() as volume:
         _check_range(volume, name, offset, length)
         if as_json:

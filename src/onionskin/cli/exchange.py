@@ -39,6 +39,7 @@ FORMAT = click.Choice(READ)
 _CHUNK_BYTES = 1 << 20
 _STDIN = {"-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"}
 _STDOUT = {"-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"}
+_NOT_TYPED = "an image is not for a terminal: pipe it to a program, or give a file"
 _GOALS = {"stdout": "stdout", "stream": "a pipe", "device": "a block device"}
 
 
@@ -186,7 +187,7 @@ def _export_as_stream(name: Name, image: "Path", *, as_json: bool, yes: bool) ->
     is_stdout = str(image) in _STDOUT
     if is_stdout:
         if sys.stdout.isatty():
-            raise click.UsageError("an image is not for a terminal: pipe it to a program, or give a file")
+            raise click.UsageError(_NOT_TYPED)
         output.StandardStream("stdout").refuse_closed()
     with name.open_store() as store, open_to_read(store, name) as volume:
         size_bytes = volume.size_bytes
@@ -220,6 +221,8 @@ def _stream_to(store: "Store", image: "Path") -> Iterator[output.StandardStream]
         mode = os.fstat(file.fileno()).st_mode
         if not (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):  # it took the place of a pipe
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(image))
+        if file.isatty():
+            raise click.UsageError(_NOT_TYPED)
         yield output.StandardStream(str(image), file)
 
 

@@ -32,6 +32,7 @@ from onionskin.cli.arguments import (
 )
 from onionskin.cli.chosen import same_store
 from onionskin.cli.columns import Asked, Column, column_options, draw, in_order
+from onionskin.cli.ending_options import with_help
 from onionskin.cli.losses import dry_run_option, yes_option
 from onionskin.cli.machine_pool import pool
 from onionskin.cli.output import json_option
@@ -80,7 +81,12 @@ def machine(ctx: click.Context) -> None:
 
 
 def _verb(name: str | None = None) -> "Callable[[Callable[..., Any]], click.Command]":
-    return machine.command(name, context_settings={"help_option_names": ["-h", "--help"]})
+    def add(function: "Callable[..., Any]") -> click.Command:
+        command = with_help(click.command(name)(function))
+        machine.add_command(command)
+        return command
+
+    return add
 
 
 # ---- making ----

@@ -6,6 +6,7 @@ import click
 
 from onionskin.cli import output
 from onionskin.cli.arguments import MACHINE_SNAPSHOT, Name, trust_option
+from onionskin.cli.ending_options import with_help
 from onionskin.cli.output import json_option
 from onionskin.errors import StateError
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from onionskin.machine.pool import MachinePool
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@with_help
+@click.command()
 @click.argument("name", type=MACHINE_SNAPSHOT, metavar="STORE/MACHINE@SNAPSHOT")
 @click.option("--warm", type=click.IntRange(1, 64), help="How many forks it has ready; by default 4.")
 @click.option("--foreground", is_flag=True, help="Be the pool in this process until it ends, for a service manager.")

@@ -25,7 +25,7 @@ from onionskin.base.forking import ForkableLock
 from onionskin.base.modes import file_mode
 from onionskin.base.naming import several
 from onionskin.base.paths import FilePath
-from onionskin.base.sockets import UnixListener, credentials_of, has_hung_up
+from onionskin.base.sockets import UnixListener, credentials_of, has_hung_up, may_connect
 from onionskin.base.threads import SureThread
 from onionskin.control import acceptor, frames, groups
 from onionskin.errors import OnionskinError, StateError
@@ -85,11 +85,6 @@ def is_listening(path: FilePath) -> bool:
 
 class Cancelled(KeyboardInterrupt):
     """The caller disconnected, or cancelled the operation."""
-
-
-def may_connect(uid: int, owner: int) -> bool:
-    """Return whether a process of user `uid` may use the control socket of a server that user `owner` runs."""
-    return uid in (owner, 0)
 
 
 class ControlSocket:

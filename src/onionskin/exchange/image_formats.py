@@ -6,6 +6,7 @@ file is raw.
 """
 
 import os
+import re
 import struct
 from collections.abc import Sequence
 from typing import Final
@@ -113,6 +114,7 @@ OPTIONS: Final = {
     "vhdx": ("subformat", "block_size", "log_size"),
     "vdi": ("static",),
 }
+_VALUE: Final = re.compile(r"[A-Za-z0-9._-]+")  # a comma begins another option, and a new line another line of a VMDK
 _COMPRESSED_BY: Final = ("qcow2", "vmdk")
 _IN_ONE_FILE: Final = ("monolithicSparse", "streamOptimized")
 
@@ -123,11 +125,13 @@ def refuse_options(kind: str, options: Sequence[str], *, compress: bool) -> None
         raise ValueError(f"a {kind} image is not compressed: one of {' and '.join(_COMPRESSED_BY)} can be")
     for option in options:
         key, equals, value = option.partition("=")
-        if not equals or key not in OPTIONS[kind] or not value or "," in value:
+        if not equals or key not in OPTIONS[kind] or not _VALUE.fullmatch(value):
             those = f"those of {kind} are {', '.join(OPTIONS[kind])}" if OPTIONS[kind] else f"{kind} has none"
             raise ValueError(f"{option!r} is no option here: write KEY=VALUE; {those}")
         if (kind, key) == ("vmdk", "subformat") and value not in _IN_ONE_FILE:
             raise ValueError(f"{option!r} makes several files; the subformats of one are {' and '.join(_IN_ONE_FILE)}")
+        if compress and key == "preallocation" and value != "off":
+            raise ValueError("an image that is compressed has no preallocation: leave one of them out")
         if compress and (kind, key, value) == ("vmdk", "subformat", "monolithicSparse"):
             raise ValueError("a VMDK image that is compressed has subformat=streamOptimized")
 

@@ -31,6 +31,9 @@ _DIFFERENT = 1  # an exit status of qemu-img compare
 _VHD_TYPE_OFFSET, _VHD_FIXED, _VHD_DYNAMIC = 60, 2, 3
 _VDI_HEADER_BYTES = 512
 _SAID_BYTES_MAX = 1 << 16
+_NOT_MADE = re.compile(
+    r"error while converting [a-z0-9]+: (.*); look at the image", re.DOTALL
+)  # before anything is written
 _PERCENT = re.compile(rb"\(([\d.]+)/100%\)")
 
 
@@ -205,6 +208,11 @@ def write_image(
         Whether the data is compressed.
     options : sequence of str
         Options of the format, which `image_formats.refuse_options` has let pass.
+
+    Raises
+    ------
+    ValueError
+        qemu-img does not take the value of an option.
     """
     said = list(options)
     if kind == "vhd":
@@ -214,7 +222,13 @@ def write_image(
     flags = [*(["-c"] if compress else []), *(word for one in said for word in ("-o", one))]
     driver = _DRIVERS.get(kind, kind)
     arguments = ("convert", "--image-opts", served_disk(disk), "-O", driver, *flags, f"/proc/self/fd/{target}")
-    run(*arguments, about=about, keep=(disk, target), percent=percent)
+    try:
+        run(*arguments, about=about, keep=(disk, target), percent=percent)
+    except FormatError as error:
+        refused = _NOT_MADE.search(str(error)) if options else None
+        if refused is None:
+            raise
+        raise ValueError(f"qemu-img makes no {kind} image with {', '.join(options)}: {refused[1]}") from None
 
 
 def run(

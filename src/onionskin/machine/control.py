@@ -19,11 +19,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Self
 
-from onionskin.base.sockets import UnixListener, connect_unix, credentials_of, has_hung_up
+from onionskin.base.sockets import UnixListener, connect_unix, credentials_of, has_hung_up, may_connect
 from onionskin.base.threads import SureThread
 from onionskin.control import frames
 from onionskin.control.client import is_stopped
-from onionskin.control.server import may_connect
 from onionskin.errors import FormatError, OnionskinError, StateError
 
 VERSION = 1

@@ -7,7 +7,6 @@ here is in `Recorded`, and `compare` is asked before anything is touched: QEMU t
 a word, and the guest dies.
 """
 
-import hashlib
 import json
 import uuid
 from collections.abc import Callable, Sequence
@@ -178,6 +177,8 @@ class Identity:
 
     def mac(self, number: int) -> str:
         """Return the address of a network card, of the range that QEMU uses."""
+        import hashlib  # it loads OpenSSL, which only a start needs
+
         drawn = hashlib.sha256(f"{self.mac_seed or self.generation}/{number}".encode()).digest()
         return "52:54:00:" + ":".join(f"{byte:02x}" for byte in drawn[:3])
 

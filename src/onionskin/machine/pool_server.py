@@ -26,10 +26,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onionskin.base.sockets import UnixListener, credentials_of
+from onionskin.base.sockets import UnixListener, credentials_of, may_connect
 from onionskin.base.waiting import within
 from onionskin.control import frames
-from onionskin.control.server import may_connect
 from onionskin.errors import MachineNotFoundError, OnionskinError, SnapshotNotFoundError, StateError
 from onionskin.machine import daemon, fork
 from onionskin.machine.pool import VERSION, MachinePool, socket_path

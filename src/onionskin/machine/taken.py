@@ -1,9 +1,9 @@
 """A snapshot of a machine, as whoever took it is told of it. Importing this imports nothing that reads RAM."""
 
-from dataclasses import dataclass
+from onionskin.base.records import record
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class MachineSnapshot:
     """A snapshot of a machine that was taken.
 

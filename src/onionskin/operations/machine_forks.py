@@ -10,11 +10,10 @@ They get their names, labels and lifetime in that transaction, and count from th
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from hashlib import sha256
 
 from onionskin.base.durations import end_of
 from onionskin.base.naming import some_of
+from onionskin.base.records import replaced
 from onionskin.catalog import (
     LabelRow,
     MachineDiskRow,
@@ -84,7 +83,7 @@ def _fork(store: OpenStore, wanted: Wanted, waiting: Sequence[bytes]) -> list[st
     for one, name in zip(usable, names, strict=False):
         _take(store, wanted, one, name)
     if new := names[len(usable) :]:
-        _make(store, replace(wanted, count=len(new)), machine, taken, disks, new)
+        _make(store, replaced(wanted, count=len(new)), machine, taken, disks, new)
     if wanted.key is not None:
         forks.note_call(store, wanted.key, _digest(wanted), names)
     return names
@@ -162,6 +161,8 @@ def _make(
 
 
 def _digest(wanted: Wanted) -> bytes:
+    from hashlib import sha256  # it loads OpenSSL, which only forks need
+
     return sha256(json.dumps(["machine", wanted.digest().hex()]).encode()).digest()
 
 
@@ -171,7 +172,7 @@ def _fork_disk(
     """Fork a disk once for each machine. Returns the ids of the volumes."""
     bound = {one.position: one.layer for one in store.catalog.disks_of_machine_snapshot(taken.id)}
     layer = bound.get(disk.position, b"")
-    plain = replace(wanted, labels={}, lifetime_ns=None)
+    plain = replaced(wanted, labels={}, lifetime_ns=None)
     return _fork_layer(store, plain, [machines.disk_name(name, disk.name) for name in names], layer)
 
 
@@ -189,7 +190,7 @@ def _fork_layer(store: OpenStore, wanted: Wanted, names: Sequence[str], layer: b
     if row is None or volume is None:
         raise StateError(f"a part of snapshot {wanted.volume}@{wanted.snapshot} is missing; run 'onionskin check'")
     ids = tuple(new_id() for _ in names)
-    forks.insert_named(store, replace(wanted, ids=ids), names, volume, row, catalog.layer(layer))
+    forks.insert_named(store, replaced(wanted, ids=ids), names, volume, row, catalog.layer(layer))
     return list(ids)
 
 

@@ -8,13 +8,12 @@ is off nothing reads it, so it is made anew on what stays (`reset_ram`): no RAM 
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 
 from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.naming import check_note, some_of
+from onionskin.base.records import record
 from onionskin.catalog import Catalog, LayerRow, MachineRow, MachineSnapshotRow, SnapshotRow, VolumeRow
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.catalog.tree import remove_unreachable_layers, when
@@ -26,7 +25,7 @@ from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class MachineSnapshotInfo:
     """A snapshot of a machine.
 
@@ -228,6 +227,10 @@ def _at_once(calls: Sequence[Callable[[], None]]) -> None:
         for call in calls:
             call()
         return
+    from concurrent.futures import (
+        ThreadPoolExecutor,
+    )  # it brings logging, and few calls have more than one disk to wait for
+
     with ThreadPoolExecutor(len(calls), "onionskin put back") as threads:
         begun = [threads.submit(call) for call in calls]
     for one in begun:

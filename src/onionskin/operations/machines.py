@@ -13,12 +13,12 @@ one.
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 
 from onionskin.base.held import held
 from onionskin.base.limits import DISKS_MAX, MEMORY_BYTES_MAX, STATE_BYTES_MAX
 from onionskin.base.naming import check_name
+from onionskin.base.records import field, record
 from onionskin.catalog import (
     Catalog,
     LayerRow,
@@ -44,7 +44,7 @@ WAITING_PREFIX = "warm-"  # of the names of machines that wait in a pool
 _RAM_BLOCK_SIZE = 4096
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class MachineDisk:
     """A disk of a machine.
 
@@ -63,7 +63,7 @@ class MachineDisk:
     is_owned: bool
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class MachineInfo:
     """The description of a machine, as the store knows it.
 
@@ -107,7 +107,7 @@ class MachineInfo:
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Beginning:
     """What the next start of a machine begins with.
 

@@ -125,6 +125,17 @@ def test_a_verb_that_frees_slots_imports_no_numpy(tmp_path: Path, words: list[st
     )
 
 
+def test_a_machine_is_made_without_what_only_running_or_forking_it_needs(tmp_path: Path) -> None:
+    onionskin.Store(tmp_path / "vms").create("web", size="1M").close()
+    unneeded = "{'concurrent.futures', 'logging', 'hashlib', 'numpy', 'onionskin.control.server'}"
+    run(
+        "import sys; from onionskin.cli.app import onionskin\n"
+        f"try: onionskin({['machine', 'create', str(tmp_path / 'vms/lab'), '--disk', 'web', '--memory', '1M']!r})\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        f"assert not {unneeded} & sys.modules.keys(), {unneeded} & sys.modules.keys()\n"
+    )
+
+
 def test_the_version_is_said_without_the_metadata_of_the_package() -> None:
     run(
         "import sys; from onionskin.cli.app import onionskin\n"

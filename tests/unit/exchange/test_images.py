@@ -368,3 +368,28 @@ def test_an_exported_snapshot_is_the_snapshot(store: Store, raw: Path, tmp_path:
     )
     assert json.loads(info.stdout)["format"] == "qcow2"
     subprocess.run(["qemu-img", "compare", "-f", "raw", raw, tmp_path / "out.qcow2"], check=True)
+
+
+def test_a_compressed_image_is_written_where_only_it_has_room_and_one_that_has_none_leaves_nothing(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.statvfs
+    with store.create("web", size="1M") as volume:
+        volume.write(0, b"compressible" * 80_000)
+
+        def little(path: Any) -> os.statvfs_result:
+            found = list(real(path))
+            found[4] = (256 << 10) // found[1]  # f_bavail
+            return os.statvfs_result(found)
+
+        monkeypatch.setattr(os, "statvfs", little)
+        export_image(volume, tmp_path / "packed.qcow2", format="qcow2", compress=True)
+        with pytest.raises(OSError, match="free some room"):
+            export_image(volume, tmp_path / "whole.qcow2", format="qcow2")
+        # A disk that is full in between, as `qemu_img.run` says it.
+        monkeypatch.setattr(
+            qemu_img, "write_image", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
+        )
+        with pytest.raises(OSError, match="full"):
+            export_image(volume, tmp_path / "full.qcow2", format="qcow2", compress=True)
+    assert sorted(path.name for path in tmp_path.glob("*.qcow2*")) == ["packed.qcow2"]
