@@ -281,6 +281,10 @@ class Planner:
     def flush(self) -> None:
         self.step_main("flush", (), replace(self.main, head=self.main.head.flushed()))
 
+    def expect_seal(self) -> None:
+        """The background makes the map of the head and the files of the next one, as behind a first write to a server."""
+        self.step("expect_seal", (), self.store)
+
     def snapshot(self) -> None:
         if len(self.main.snapshots) >= SNAPSHOTS_MAX:
             return

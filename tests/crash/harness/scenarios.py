@@ -281,6 +281,8 @@ SCENARIOS = (
     scripted("fork", first_states=1, recover_in=("fork",), resumed_states=40),
     scripted("snapshot group", "segment data", "map frame", "catalog commits"),
     scripted("snapshot group", first_states=1, recover_in=("snapshot_group",), resumed_states=40),
+    scripted("first snapshot", "segment data", "segment name", "map header", "map name", "map frame", "catalog commits"),
+    scripted("first snapshot", first_states=1, recover_in=("expect_seal",), resumed_states=40),
     scripted("delete several", "freed map name", "freed segment name", "freed lock name", "catalog commits"),
     scripted("delete several", first_states=1, recover_in=("delete_several",), resumed_states=40),
     scripted("export", "exported image", "exported image name"),

@@ -118,6 +118,23 @@ def snapshot_group(planner: Planner) -> None:
     planner.snapshot_group("g2")
 
 
+def first_snapshot(planner: Planner) -> None:
+    """A served disk has its first snapshots: files are made beforehand, and what is made is used or goes."""
+    planner.write_at(0, 2 * BLOCK_BYTES)
+    planner.expect_seal()
+    planner.write_at(BLOCK_BYTES, 2 * BLOCK_BYTES)
+    planner.flush()
+    planner.snapshot()
+    planner.write_at(0, BLOCK_BYTES)
+    planner.flush()
+    planner.snapshot()
+    planner.reopen()
+    planner.expect_seal()
+    planner.reopen()
+    planner.write_at(2 * BLOCK_BYTES, BLOCK_BYTES)
+    planner.flush()
+
+
 def delete_several(planner: Planner) -> None:
     """Forks go together, one that was written to and has a snapshot, and one that nobody opened; their files go too."""
     planner.write_at(0, 2 * BLOCK_BYTES)
@@ -139,6 +156,7 @@ SCRIPTS = {
     "delete": Script(delete),
     "fork": Script(fork),
     "snapshot group": Script(snapshot_group),
+    "first snapshot": Script(first_snapshot),
     "delete several": Script(delete_several),
     "merge into base": Script(merge_into_base, has_base=True),
     "merge into longer base": Script(merge_into_longer_base, has_base=True),

@@ -79,6 +79,10 @@ class Workload:
     def flush(self) -> None:
         self.main.flush()
 
+    def expect_seal(self) -> None:
+        self.main._opened.expect_seal()
+        self.store.finish_work()
+
     def snapshot(self, name: str) -> None:
         self.main.snapshot(name)
 
