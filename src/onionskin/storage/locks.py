@@ -323,6 +323,8 @@ class VolumeLock:
             if not _set_lock(self._byte_descriptor, fcntl.F_WRLCK, self._byte, 1):
                 _refuse_taken(self._byte_descriptor, self._path, volume_id, volume_name)
         except BaseException:
+            if lock_file >= 0 and self._byte_descriptor >= 0:  # it stays open, and the lock with it
+                _set_lock(lock_file, fcntl.F_UNLCK, self._byte, 1)
             self.after_fork()
             raise
         forking.register(self)

@@ -1,5 +1,7 @@
 """Forks of one snapshot that clients ask for at once are opened together, and only those that can be."""
 
+import fcntl
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from onionskin.nbd import exports, opening
 from onionskin.nbd import server as servers
 from onionskin.nbd.opening import open_beside
 from onionskin.nbd.server import Limits, Server
+from onionskin.storage import locks
 from onionskin.storage.locks import VolumeLock, volume_holder
 
 NAMES = [f"job-{number}" for number in range(8)]
@@ -253,3 +256,25 @@ def test_one_of_those_that_were_opened_together_is_given_up_without_the_others(s
                     store.open(name)
             else:
                 store.open(name).close()
+
+
+def test_an_interrupt_behind_the_locking_of_one_leaves_it_to_others(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_lock, id = locks._set_lock, store._opened.catalog.volume("job-3").id
+
+    def interrupted(descriptor: int, kind: int, start: int, count: int) -> bool:
+        is_set = set_lock(descriptor, kind, start, count)
+        if (kind, start) == (fcntl.F_WRLCK, locks._writer_byte(id)):
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        return is_set
+
+    descriptor = locks.open_lock_file(store._opened.layout.lock)
+    try:
+        monkeypatch.setattr(locks, "_set_lock", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            VolumeLock(store._opened.layout, id, "job-3", lock_file=descriptor)
+        store.open("job-3").close()
+    finally:
+        os.close(descriptor)
