@@ -20,12 +20,14 @@ void onion_nbd_event(struct onion_nbd_server *server, const char *format, ...) {
         server->event_count--;
         server->events_dropped++;
     }
+    int is_first = !server->event_count;
     uint32_t at = (server->event_head + server->event_count++) % ONION_NBD_EVENTS_MAX;
     vsnprintf(server->events[at], ONION_NBD_EVENT_BYTES, format, arguments);
     pthread_mutex_unlock(&server->event_lock);
     va_end(arguments);
-    /* The write fails only if the counter is full, and then the descriptor is readable anyway. */
-    if (write(server->event_fd, &one, sizeof one) < 0)
+    /* Behind another event that waits, the descriptor is readable already, or is about to become so. The write fails only
+     * if the counter is full, and then it is readable too. */
+    if (is_first && write(server->event_fd, &one, sizeof one) < 0)
         return;
 }
 
@@ -50,6 +52,14 @@ uint32_t onion_nbd_next_event(struct onion_nbd_server *server, char out[ONION_NB
 }
 
 /* ---- the clock, and counters ---- */
+
+void onion_nbd_init_condition(pthread_cond_t *condition) {
+    pthread_condattr_t attributes;
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    pthread_cond_init(condition, &attributes);
+    pthread_condattr_destroy(&attributes);
+}
 
 int64_t onion_nbd_now_ns(void) {
     struct timespec now;

@@ -51,18 +51,60 @@ static void free_export(struct onion_nbd_export *export) {
     free(export);
 }
 
-struct onion_nbd_export **onion_nbd_link_to(struct onion_nbd_server *server, const char *name, size_t length) {
-    struct onion_nbd_export **at = &server->exports;
-    while (*at && (strlen((*at)->label->name) != length || memcmp((*at)->label->name, name, length)))
-        at = &(*at)->next;
+static uint32_t key_of(const char *name, size_t length) {
+    uint32_t key = 0x811c9dc5;
+    for (size_t i = 0; i < length; i++)
+        key = (key ^ (unsigned char)name[i]) * 0x01000193;
+    return key;
+}
+
+static struct onion_nbd_export **bucket_of(struct onion_nbd_server *server, uint32_t key) {
+    return &server->buckets[(key ^ key >> 16) % ONION_NBD_BUCKETS];
+}
+
+static void put_in_bucket(struct onion_nbd_server *server, struct onion_nbd_export *export) {
+    struct onion_nbd_export **bucket = bucket_of(server, export->key);
+    export->same = *bucket;
+    *bucket = export;
+}
+
+static void take_out_of_bucket(struct onion_nbd_server *server, struct onion_nbd_export *export) {
+    struct onion_nbd_export **at = bucket_of(server, export->key);
+    while (*at != export)
+        at = &(*at)->same;
+    *at = export->same;
+}
+
+struct onion_nbd_export *onion_nbd_named(struct onion_nbd_server *server, const char *name, size_t length) {
+    uint32_t key = key_of(name, length);
+    struct onion_nbd_export *at = *bucket_of(server, key);
+    while (at && (at->key != key || strlen(at->label->name) != length || memcmp(at->label->name, name, length)))
+        at = at->same;
     return at;
+}
+
+/* At the end of the list, so that LIST shows exports in the order in which they were added. */
+static void link_export(struct onion_nbd_server *server, struct onion_nbd_export *export) {
+    export->link = server->last;
+    *server->last = export;
+    server->last = &export->next;
+    put_in_bucket(server, export);
+}
+
+void onion_nbd_unlink_export(struct onion_nbd_server *server, struct onion_nbd_export *export) {
+    *export->link = export->next;
+    if (export->next)
+        export->next->link = export->link;
+    else
+        server->last = export->link;
+    take_out_of_bucket(server, export);
 }
 
 struct onion_nbd_export *onion_nbd_find(struct onion_nbd_server *server, const char *name, uint32_t length) {
     pthread_mutex_lock(&server->lock);
-    struct onion_nbd_export *export = *onion_nbd_link_to(server, name, length);
+    struct onion_nbd_export *export = onion_nbd_named(server, name, length);
     if (!export && !length && server->default_name)
-        export = *onion_nbd_link_to(server, server->default_name, strlen(server->default_name));
+        export = onion_nbd_named(server, server->default_name, strlen(server->default_name));
     if (export)
         export->references++;
     pthread_mutex_unlock(&server->lock);
@@ -88,6 +130,7 @@ int onion_nbd_add_export(struct onion_nbd_server *server, const char *name, stru
         return -ENOMEM;
     export->references = 1;
     export->label = make_label(name, description);
+    export->key = key_of(name, strlen(name));
     export->read_only = access == ONION_NBD_TO_READ;
     export->unwritten = access == ONION_NBD_UNWRITTEN;
     export->volume = volume;
@@ -97,11 +140,10 @@ int onion_nbd_add_export(struct onion_nbd_server *server, const char *name, stru
     pthread_cond_init(&export->changed, NULL);
     int status = export->label ? 0 : -ENOMEM;
     pthread_mutex_lock(&server->lock);
-    struct onion_nbd_export **at = onion_nbd_link_to(server, name, strlen(name));
     if (status == 0)
-        status = server->stopping ? -ESHUTDOWN : *at ? -EEXIST : 0;
+        status = server->stopping ? -ESHUTDOWN : onion_nbd_named(server, name, strlen(name)) ? -EEXIST : 0;
     if (status == 0)
-        *at = export; /* at the end of the list, so that LIST shows exports in the order in which they were added */
+        link_export(server, export);
     pthread_mutex_unlock(&server->lock);
     if (status < 0)
         free_export(export);
@@ -115,13 +157,16 @@ int onion_nbd_rename_export(struct onion_nbd_server *server, const char *name, c
     struct onion_nbd_label *label = make_label(new_name, description);
     char *default_name = strdup(new_name);
     pthread_mutex_lock(&server->lock);
-    struct onion_nbd_export *export = *onion_nbd_link_to(server, name, strlen(name));
+    struct onion_nbd_export *export = onion_nbd_named(server, name, strlen(name));
     int status = !label || !default_name ? -ENOMEM : !export ? -ENOENT : 0;
-    if (status == 0 && *onion_nbd_link_to(server, new_name, strlen(new_name)))
+    if (status == 0 && onion_nbd_named(server, new_name, strlen(new_name)))
         status = -EEXIST;
     if (status == 0) {
+        take_out_of_bucket(server, export);
         label->former = export->label; /* connections may be reading it */
         __atomic_store_n(&export->label, label, __ATOMIC_RELEASE);
+        export->key = key_of(new_name, strlen(new_name));
+        put_in_bucket(server, export);
         label = NULL;
     }
     if (status == 0 && server->default_name && !strcmp(server->default_name, name)) {
@@ -140,7 +185,7 @@ int onion_nbd_set_default(struct onion_nbd_server *server, const char *name) {
     if (!copy)
         return -ENOMEM;
     pthread_mutex_lock(&server->lock);
-    int status = *onion_nbd_link_to(server, name, strlen(name)) ? 0 : -ENOENT;
+    int status = onion_nbd_named(server, name, strlen(name)) ? 0 : -ENOENT;
     if (status == 0) {
         char *old = server->default_name;
         server->default_name = copy;
@@ -227,7 +272,7 @@ void onion_nbd_take_volume_away(struct onion_nbd_export *export) {
 
 static struct onion_nbd_export *find_named(struct onion_nbd_server *server, const char *name) {
     pthread_mutex_lock(&server->lock);
-    struct onion_nbd_export *export = *onion_nbd_link_to(server, name, strlen(name));
+    struct onion_nbd_export *export = onion_nbd_named(server, name, strlen(name));
     if (export)
         export->references++;
     pthread_mutex_unlock(&server->lock);
@@ -236,10 +281,10 @@ static struct onion_nbd_export *find_named(struct onion_nbd_server *server, cons
 
 int onion_nbd_remove_export(struct onion_nbd_server *server, const char *name, int if_unused) {
     pthread_mutex_lock(&server->lock);
-    struct onion_nbd_export **at = onion_nbd_link_to(server, name, strlen(name)), *export = *at;
+    struct onion_nbd_export *export = onion_nbd_named(server, name, strlen(name));
     int status = !export ? -ENOENT : if_unused && export->references > 1 ? -EBUSY : 0; /* one reference is the list's */
     if (status == 0)
-        *at = export->next;
+        onion_nbd_unlink_export(server, export);
     pthread_mutex_unlock(&server->lock);
     if (status < 0)
         return status;

@@ -19,7 +19,8 @@ enum {
     ONION_NBD_REPLIES_MAX = 64,     /* replies that are sent together */
     ONION_NBD_BATCH_MAX = 32,       /* writes that share system calls */
     ONION_NBD_QUEUE_MAX = 64,       /* requests that wait for the helper */
-    ONION_NBD_EVENTS_MAX = 256,
+    ONION_NBD_EVENTS_MAX = 1024,
+    ONION_NBD_BUCKETS = 1024,
 };
 
 /* Ids of contexts on the wire. Changed-since contexts, under either of their names, get the ids from ID_CHANGED on. */
@@ -44,9 +45,11 @@ struct onion_nbd_label {
 };
 
 struct onion_nbd_export {
-    struct onion_nbd_export *next;
+    struct onion_nbd_export *next, **link; /* in the server's list; `same` is the next one in its bucket */
+    struct onion_nbd_export *same;
     uint32_t references;            /* one for the list and one for each user; guarded by the server's lock */
     struct onion_nbd_label *label;  /* atomic; set under the server's lock */
+    uint32_t key;                   /* of its name; likewise */
     struct onion_nbd_counters past; /* the sum of connections that ended; guarded by the server's lock */
     int read_only;
     pthread_mutex_t lock; /* guards the rest */
@@ -160,14 +163,17 @@ struct onion_nbd_connection {
 struct onion_nbd_server {
     struct onion_nbd_options options;
     pthread_mutex_t lock;
-    pthread_cond_t closed; /* a connection ended */
-    struct onion_nbd_export *exports;
+    pthread_cond_t closed;                    /* a connection ended */
+    struct onion_nbd_export *exports, **last; /* in the order in which they were added; `last` points to the end */
+    struct onion_nbd_export *buckets[ONION_NBD_BUCKETS]; /* the same by their keys: a server may have thousands */
     char *default_name;
     struct onion_nbd_connection *connections;
     uint32_t connection_count;
     uint64_t next_id;
-    int stopping;                   /* atomic */
-    struct onion_nbd_counters past; /* the sum of connections that ended */
+    int stopping;                    /* atomic */
+    struct onion_nbd_asking *asking; /* connections that wait for their turn, first come first */
+    int is_asked;                    /* one of them has it */
+    struct onion_nbd_counters past;  /* the sum of connections that ended */
 
     pthread_mutex_t event_lock;
     int event_fd;
@@ -184,10 +190,18 @@ static inline int onion_nbd_is_unwritten(const struct onion_nbd_export *export) 
     return __atomic_load_n(&export->unwritten, __ATOMIC_ACQUIRE);
 }
 
+/* ---- turns.c ---- */
+
+/* Calls find_export when it is this connection's turn, unless the export was found meanwhile. Returns whether it may be
+ * there. */
+int onion_nbd_ask(struct onion_nbd_server *server, const struct onion_nbd_string *name);
+
 /* ---- events.c ---- */
 
 void onion_nbd_event(struct onion_nbd_server *server, const char *format, ...) __attribute__((format(printf, 2, 3)));
 int64_t onion_nbd_now_ns(void);
+/* A condition whose waits with a limit go by the clock of onion_nbd_now_ns. */
+void onion_nbd_init_condition(pthread_cond_t *condition);
 
 static inline void onion_nbd_counter_add(uint64_t *counter, uint64_t value) {
     __atomic_fetch_add(counter, value, __ATOMIC_RELAXED);
@@ -197,9 +211,10 @@ void onion_nbd_add_counters(struct onion_nbd_counters *sum, const struct onion_n
 
 /* ---- exports.c ---- */
 
-/* Returns the pointer in the list that points to the export of that name, or the list's last pointer, which is NULL.
- * The caller holds the server's lock. */
-struct onion_nbd_export **onion_nbd_link_to(struct onion_nbd_server *server, const char *name, size_t length);
+/* Returns the export of that name, or NULL. The caller holds the server's lock. */
+struct onion_nbd_export *onion_nbd_named(struct onion_nbd_server *server, const char *name, size_t length);
+/* Takes an export out of the list. The caller holds the server's lock. */
+void onion_nbd_unlink_export(struct onion_nbd_server *server, struct onion_nbd_export *export);
 /* Returns the export of that name with a reference, or NULL. The name may be any bytes. */
 struct onion_nbd_export *onion_nbd_find(struct onion_nbd_server *server, const char *name, uint32_t length);
 void onion_nbd_unref(struct onion_nbd_server *server, struct onion_nbd_export *export);

@@ -19,14 +19,6 @@
 
 /* ---- life ---- */
 
-static void init_condition(pthread_cond_t *condition) {
-    pthread_condattr_t attributes;
-    pthread_condattr_init(&attributes);
-    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
-    pthread_cond_init(condition, &attributes);
-    pthread_condattr_destroy(&attributes);
-}
-
 int onion_nbd_new(const struct onion_nbd_options *options, struct onion_nbd_server **out) {
     if (!options->connections_max || options->request_bytes_max < 65536 ||
         options->request_bytes_max > ONION_NBD_REQUEST_BYTES_MAX ||
@@ -39,6 +31,7 @@ int onion_nbd_new(const struct onion_nbd_options *options, struct onion_nbd_serv
         return status < 0 ? status : -ENOMEM;
     }
     server->options = *options;
+    server->last = &server->exports;
     server->events = calloc(ONION_NBD_EVENTS_MAX, sizeof *server->events);
     server->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (!server->events || server->event_fd < 0) {
@@ -51,7 +44,7 @@ int onion_nbd_new(const struct onion_nbd_options *options, struct onion_nbd_serv
     }
     pthread_mutex_init(&server->lock, NULL);
     pthread_mutex_init(&server->event_lock, NULL);
-    init_condition(&server->closed);
+    onion_nbd_init_condition(&server->closed);
     *out = server;
     return 0;
 }
@@ -212,21 +205,42 @@ int64_t onion_nbd_serve(struct onion_nbd_server *server, int fd, const char *pee
     if (id > 0) {
         connection->id = (uint64_t)id;
         link_connection(server, connection);
+    }
+    pthread_mutex_unlock(&server->lock);
+    if (id < 0) {
+        free_connection(connection);
+    } else {
+        /* Without the lock, for which the new thread would wait first of all. */
         int status = start_thread(connection);
         if (status < 0) {
-            server->connections = connection->next;
-            if (connection->next)
-                connection->next->link = &server->connections;
-            server->connection_count--;
+            end_connection(connection);
             id = status;
         }
     }
-    pthread_mutex_unlock(&server->lock);
-    if (id < 0)
-        free_connection(connection);
     if (id == -EMFILE)
         onion_nbd_event(server, "%s: refused: %u connections are open", peer, server->options.connections_max);
     return id;
+}
+
+int onion_nbd_accept(struct onion_nbd_server *server, int listener) {
+    for (int count = 0;; count++) {
+        char peer[64];
+        struct ucred other = {0};
+        socklen_t length = sizeof other;
+        int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+        if (fd < 0 && (errno == EINTR || errno == ECONNABORTED))
+            continue;
+        if (fd < 0)
+            return errno == EAGAIN ? count : -errno;
+        getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &other, &length);
+        snprintf(peer, sizeof peer, "process %d of user %u", (int)other.pid, (unsigned)other.uid);
+        int64_t id = onion_nbd_serve(server, fd, peer, 0, 0);
+        if (id == -EMFILE)
+            onion_nbd_event(server, "%s: refused: %u clients are connected; raise --connections to let more in", peer,
+                            server->options.connections_max);
+        else if (id < 0)
+            onion_nbd_event(server, "%s: refused: %s", peer, strerror((int)-id));
+    }
 }
 
 uint32_t onion_nbd_connections(struct onion_nbd_server *server, struct onion_nbd_connection_info *infos,
@@ -260,7 +274,7 @@ void onion_nbd_count(struct onion_nbd_server *server, struct onion_nbd_counters 
 
 int onion_nbd_count_export(struct onion_nbd_server *server, const char *name, struct onion_nbd_counters *out) {
     pthread_mutex_lock(&server->lock);
-    struct onion_nbd_export *export = *onion_nbd_link_to(server, name, strlen(name));
+    struct onion_nbd_export *export = onion_nbd_named(server, name, strlen(name));
     if (export)
         *out = export->past;
     for (struct onion_nbd_connection *at = server->connections; export && at; at = at->next)
@@ -289,7 +303,7 @@ static int flush_exports(struct onion_nbd_server *server) {
         pthread_mutex_lock(&server->lock);
         struct onion_nbd_export *export = server->exports;
         if (export)
-            server->exports = export->next;
+            onion_nbd_unlink_export(server, export);
         pthread_mutex_unlock(&server->lock);
         if (!export)
             return status;

@@ -1,6 +1,6 @@
 /* server.h: an NBD server over open volumes. It needs no Python, and any thread may call it.
  *
- * The caller listens and accepts. The server takes connected stream sockets, speaks the fixed newstyle protocol on
+ * The caller listens. The server takes connected stream sockets, speaks the fixed newstyle protocol on
  * them, each in a thread of its own, and hands requests to the volumes. Functions return 0 (or what their comment
  * says) or a negative code of base/status.h.
  *
@@ -47,7 +47,8 @@ struct onion_nbd_context_listing;
  * it does not, and the server calls find_export or find_context as if it did not have the name. NULL: always 1.
  *
  * find_export, find_context: a client asks for a name that the server does not have. The function may add it. 1: the
- * server looks again. 0: the name does not exist.
+ * server looks again. 0: the name does not exist. Of several clients, one after the other calls find_export, unless one
+ * takes longer than turn_ms: see onion_nbd_found.
  *
  * make_room: a flush of that export found the disk full. 1: the function found room and flushed the volume. 0: there is
  * no room.
@@ -88,6 +89,7 @@ struct onion_nbd_options {
     uint32_t idle_seconds;      /* a connection without a request is closed after this time; 0: never */
     uint32_t request_bytes_max; /* the limit of a read or a write: 65,536 to ONION_NBD_REQUEST_BYTES_MAX */
     uint64_t bytes_in_flight_max;
+    uint32_t turn_ms; /* for so long a client waits for the find_export of another */
     struct onion_nbd_hooks hooks;
 };
 
@@ -126,6 +128,11 @@ enum onion_nbd_access { ONION_NBD_TO_WRITE, ONION_NBD_TO_READ, ONION_NBD_UNWRITT
  * -EEXIST: the name is taken. -EINVAL: the name or the description is longer than the protocol allows. */
 int onion_nbd_add_export(struct onion_nbd_server *server, const char *name, struct onion_volume *volume,
                          enum onion_nbd_access access, const char *description);
+/* Tells clients that wait for their turn to call find_export that an export of that name was added. They do not call it. */
+void onion_nbd_found(struct onion_nbd_server *server, const char *name);
+/* Copies the names that such clients ask for, each with a terminating zero: any bytes that they sent. The caller frees
+ * them. Returns their length, or -ENOMEM. */
+int64_t onion_nbd_asked(struct onion_nbd_server *server, char **out);
 /* Makes the export of that name the one that clients get by the empty name. -ENOENT. */
 int onion_nbd_set_default(struct onion_nbd_server *server, const char *name);
 /* Connections that have the export open go on. Later clients ask for the new name. -ENOENT, -EEXIST, -EINVAL. */
@@ -158,6 +165,10 @@ int onion_nbd_list_context(struct onion_nbd_context_listing *listing, const char
 /* Takes over the socket, and serves it in a thread of its own. Returns the connection's id; on an error the socket is
  * closed. -EMFILE: connections_max are open. -ESHUTDOWN: stopped. */
 int64_t onion_nbd_serve(struct onion_nbd_server *server, int fd, const char *peer, int flags, uint32_t client_flags);
+
+/* Takes all clients that wait at a listening Unix socket, which does not block, and serves each. Returns how many came, or
+ * the error of accept; one for whom there is no room, memory or thread is sent away, with an event. */
+int onion_nbd_accept(struct onion_nbd_server *server, int listener);
 
 /* Returns the number of connections, and describes as many of them as fit. */
 uint32_t onion_nbd_connections(struct onion_nbd_server *server, struct onion_nbd_connection_info *infos,

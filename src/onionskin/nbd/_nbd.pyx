@@ -46,6 +46,7 @@ cdef extern from "nbd/server.h" nogil:
         uint32_t idle_seconds
         uint32_t request_bytes_max
         uint64_t bytes_in_flight_max
+        uint32_t turn_ms
         onion_nbd_hooks hooks
     struct onion_nbd_counters:
         uint64_t requests[8]
@@ -68,6 +69,8 @@ cdef extern from "nbd/server.h" nogil:
         ONION_NBD_TO_READ
         ONION_NBD_UNWRITTEN
     int onion_nbd_add_export(onion_nbd_server *, const char *, onion_volume *, onion_nbd_access, const char *)
+    void onion_nbd_found(onion_nbd_server *, const char *)
+    int64_t onion_nbd_asked(onion_nbd_server *, char **)
     int onion_nbd_set_default(onion_nbd_server *, const char *)
     int onion_nbd_rename_export(onion_nbd_server *, const char *, const char *, const char *)
     int onion_nbd_remove_export(onion_nbd_server *, const char *, int)
@@ -79,6 +82,7 @@ cdef extern from "nbd/server.h" nogil:
     int onion_nbd_set_context(onion_nbd_server *, const char *, const char *, const void *, size_t, uint64_t)
     int onion_nbd_list(onion_nbd_listing *, const char *, const char *)
     int64_t onion_nbd_serve(onion_nbd_server *, int, const char *, int, uint32_t)
+    int onion_nbd_accept(onion_nbd_server *, int)
     uint32_t onion_nbd_connections(onion_nbd_server *, onion_nbd_connection_info *, uint32_t)
     void onion_nbd_count(onion_nbd_server *, onion_nbd_counters *)
     int onion_nbd_count_export(onion_nbd_server *, const char *, onion_nbd_counters *)
@@ -274,6 +278,8 @@ cdef class NbdServer:
         A connection without requests, or that takes no replies, for so long is closed; 0: never.
     request_bytes_max : int
         Of one read or write, 65,536 to 32 MiB.
+    turn_seconds : float
+        For so long a client waits while `on_unknown_export` is called for another one.
     list_exports : callable(after) -> iterable of (name, description), optional
         Names what clients can ask for, also what is not there yet: the names behind `after` (empty: all), in an order
         that is always the same. No more of them are taken than are sent together. Called as `on_unknown_export` is.
@@ -286,7 +292,8 @@ cdef class NbdServer:
         A client names an export that is not there. Called from the connection's thread, which waits; no lock is held,
         so it may call any method here but `stop`. It adds the export and returns True, or returns False; several
         threads may ask for the same name at once, so `add_export` may raise FileExistsError, which is as good. The
-        name is whatever the client sent.
+        name is whatever the client sent. Clients take turns: it may also add what the others ask for (`asked`), and tell
+        them (`found`).
     on_unknown_context : callable(name, context) -> bool, or None
         As above, for a context ``onionskin:changed-since:...`` or ``qemu:dirty-bitmap:...`` of the export `name`: calls
         `set_changed_since`.
@@ -312,7 +319,7 @@ cdef class NbdServer:
     cdef object __weakref__
 
     def __cinit__(self, *, connections_max=64, bytes_in_flight_max=64 << 20, idle_seconds=0,
-                  request_bytes_max=32 << 20, list_exports=None, list_contexts=None):
+                  request_bytes_max=32 << 20, turn_seconds=0.2, list_exports=None, list_contexts=None):
         cdef onion_nbd_options options
         self._hooks = _Hooks()
         self._hooks.list_exports = list_exports
@@ -324,6 +331,7 @@ cdef class NbdServer:
         options.idle_seconds = idle_seconds
         options.request_bytes_max = request_bytes_max
         options.bytes_in_flight_max = bytes_in_flight_max
+        options.turn_ms = round(turn_seconds * 1000)
         options.hooks.still_export = _still_export
         options.hooks.still_context = _still_context
         options.hooks.find_export = _find_export
@@ -443,6 +451,28 @@ cdef class NbdServer:
                 self._paths[name] = path
         if status < 0:
             self._raise(status, name)
+
+    def asked(self):
+        """Return the names for which clients wait until it is their turn to call `on_unknown_export`, each once."""
+        cdef char *raw = NULL
+        cdef int64_t length = onion_nbd_asked(self._server, &raw)
+        if length < 0:
+            raise MemoryError("no memory for the names that clients ask for")
+        try:
+            parts = raw[:length].split(b"\0") if length else []
+        finally:
+            free(raw)
+        names = []
+        for part in dict.fromkeys(parts):
+            try:
+                names.append(part.decode())
+            except UnicodeDecodeError:
+                pass  # nothing here could be called so
+        return [name for name in names if name]
+
+    def found(self, name):
+        """Tell the clients that wait for their turn, and want this export, that it was added: they go on at once."""
+        onion_nbd_found(self._server, _encoded(name))
 
     def set_default(self, name):
         """Make an export answer to the empty name, too."""
@@ -605,6 +635,23 @@ cdef class NbdServer:
             self._raise(id, peer)
         return id
 
+    def accept(self, listener):
+        """Take all clients that wait at a listening Unix socket, and serve each as `serve` does.
+
+        One that cannot be served is sent away, with an event. What goes wrong with the socket itself raises OSError.
+
+        Parameters
+        ----------
+        listener : int
+            The descriptor of the socket, which does not block.
+        """
+        cdef int c_listener = listener
+        cdef int status
+        with nogil:
+            status = onion_nbd_accept(self._server, c_listener)
+        if status < 0:
+            raise OSError(-status, os.strerror(-status))
+
     def connections(self):
         """Return a dict for each open connection: id, peer, export (None: negotiating), tls, and its `counters`."""
         cdef uint32_t capacity = onion_nbd_connections(self._server, NULL, 0) + 16, count, i
@@ -653,7 +700,7 @@ cdef class NbdServer:
     def events(self):
         """Return what happened since the last call, oldest first: who connected, what failed. Never waits.
 
-        At most 256 lines are kept; where older ones were dropped, a line says how many.
+        At most 1,024 lines are kept; where older ones were dropped, a line says how many.
         """
         cdef char line[512]
         cdef uint64_t dropped = 0

@@ -22,8 +22,7 @@ from onionskin.nbd._nbd import NbdServer
 from onionskin.nbd.changed_blocks import ChangedBlocks
 from onionskin.nbd.export_table import ExportTable
 from onionskin.nbd.exported import ServedVolume, View, open_snapshot, snapshot_names_behind
-from onionskin.nbd.opening import open_beside, open_to_serve
-from onionskin.nbd.turns import Turn, Turns
+from onionskin.nbd.opening import open_beside, open_to_serve, stands_beside
 from onionskin.operations import expiry, reclaim
 from onionskin.operations.flush import compact_map_if_wanted, reclaim_freed
 from onionskin.operations.volumes import rename_volume
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 
 VIEW_IDLE_SECONDS = 30.0
 NAME_WAIT_SECONDS = 0.05  # a volume that is renamed or has just been opened is in the table soon
+TOGETHER_MAX = 48  # the clients of some forks are answered while the next ones are opened
 IDLE_VIEWS_MAX = 16  # a client that lists all exports opens one after the other
 
 
@@ -93,7 +93,7 @@ class Exports:
         self._stores: dict[FilePath, Store] = {}
         self._whole_stores: list[Store] = []
         self._said: set[str] = set()
-        self._turns = Turns()
+        self._latest = ""  # the label of what was opened last for a client: what others want may stand beside it
         self.table = ExportTable(nbd, log)
         self._changed_blocks = ChangedBlocks(self.table, nbd, log, listed_bitmap=listed_bitmap)
         nbd.on_known_export = self._is_still_export
@@ -278,13 +278,14 @@ class Exports:
     def _find_export(self, name: str) -> bool:
         """Open the export that a client asks for, if it exists; return whether the C server has it now."""
         try:
-            with self._turns.take(name) as turn:
-                if turn.is_done:
-                    return True
-                if self._stopping.is_set() or not self._open_export(name):
-                    return False
-                self._open_beside(name, turn.others)
+            if self._stopping.is_set():
+                return False
+            if self._open_beside(name):
                 return True
+            if not self._open_export(name):
+                return False
+            self._open_beside()
+            return True
         except (OnionskinError, OSError, ValueError) as error:
             self._log(f"export {name!r}: {error}")
             return False
@@ -304,31 +305,38 @@ class Exports:
             for store in self._whole_stores:
                 if store._opened.catalog.volume_named(volume_name):
                     served = self._serve(store, volume_name)
+                    self._latest = volume_name
                     break
         if served is None or not at:
             return served is not None
         self._open_view(served, snapshot)
         return True
 
-    def _open_beside(self, name: str, others: list[Turn]) -> None:
-        """Open what other clients wait for, where those are forks of the same snapshot as the volume that was just opened.
+    def _open_beside(self, name: str = "") -> bool:
+        """Open what clients wait for, where those are forks of the same snapshot as the one that was opened last.
 
-        What cannot be opened so is opened in the turn of each, which says what is wrong.
+        Returns whether the fork `name` was opened so. What cannot be opened so is opened in the turn of its client, which
+        says what is wrong.
         """
-        waiting = {turn.wanted: turn for turn in others if "@" not in turn.wanted}
+        wanted = [one for one in (name, *self._nbd.asked()) if one and "@" not in one][:TOGETHER_MAX]
         with self.table.guard:
-            first = self.table.served.get(name)
-        if not waiting or first is None or first.volume.store not in self._whole_stores[:1]:
-            return  # of stores that have volumes of the same name, the first is meant
-        with suppress(OnionskinError, OSError, ValueError), self.table.being_made_together(waiting) as mine:
+            first = self.table.served.get(self._latest)
+        if not wanted or first is None or first.volume.store not in self._whole_stores[:1]:
+            return False  # of stores that have volumes of the same name, the first is meant
+        if name and not stands_beside(first.volume, name):
+            return False
+        is_opened = False
+        with suppress(OnionskinError, OSError, ValueError), self.table.being_made_together(wanted) as mine:
             volumes = open_beside(first.volume, mine)
             try:
                 while volumes:
                     called, volume = volumes.popitem()
                     self._offer(volume, called, is_found=True)
-                    waiting[called].is_done = True
+                    self._nbd.found(called)
+                    is_opened |= called == name
             finally:
                 call_all([volume.close for volume in volumes.values()])
+        return is_opened
 
     def _is_new(self, name: str) -> bool:
         """Whether this is the name of a volume that no export stands for, under whatever label.

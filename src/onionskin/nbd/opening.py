@@ -6,6 +6,7 @@ starts at that moment waits for it, for a bounded time. A volume that is served 
 Forks of one snapshot that clients ask for at once are opened together.
 """
 
+import os
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -16,7 +17,7 @@ from onionskin.base.naming import is_text
 from onionskin.catalog.rows import LayerRow, VolumeRow
 from onionskin.errors import OnionskinError, StateError
 from onionskin.storage.layout import bytes_in
-from onionskin.storage.locks import VolumeLock, volume_holder
+from onionskin.storage.locks import VolumeLock, open_lock_file, volume_holder
 from onionskin.storage.open_head import OpenHead, is_unwritten
 from onionskin.storage.open_store import OpenStore
 from onionskin.storage.shared_paths import OpenChain
@@ -46,6 +47,14 @@ def open_to_serve(store: Store, name: str, *, is_one_of_many: bool = False) -> V
                 raise
             was_free = was_free or not is_held  # given up meanwhile; if the next try fails too, that is not why
         time.sleep(_AGAIN_SECONDS)
+
+
+def stands_beside(first: Volume, name: str) -> bool:
+    """Whether a volume of the same store stands on the snapshot that `first` is read through, since nothing was written."""
+    catalog, below = first.store._opened.catalog, first._opened.read_through
+    row = catalog.volume_named(name) if below is not None and is_text(name) else None
+    head = catalog.layer_with_id(row.head) if row else None  # it may have been replaced since
+    return head is not None and head.parent == below
 
 
 def open_beside(first: Volume, names: Iterable[str]) -> dict[str, Volume]:
@@ -79,10 +88,14 @@ def open_beside(first: Volume, names: Iterable[str]) -> dict[str, Volume]:
 def _lock_all(of: OpenStore, names: Iterable[str], locks: dict[str, tuple[bytes, VolumeLock]]) -> None:
     """Lock volumes, whose ids and locks are put into `locks`. Those that are locked or not there are left out."""
     owned = of.catalog.owned_volumes()  # these have rules of their own
-    for row in of.catalog.volumes_named(filter(is_text, names)):
-        if row.id not in owned:
+    rows = [row for row in of.catalog.volumes_named(filter(is_text, names)) if row.id not in owned]
+    lock_file = open_lock_file(of.layout.lock)
+    try:
+        for row in rows:
             with suppress(OnionskinError):
-                locks[row.name] = row.id, VolumeLock(of.layout, row.id, row.name)
+                locks[row.name] = row.id, VolumeLock(of.layout, row.id, row.name, lock_file=lock_file)
+    finally:
+        os.close(lock_file)
 
 
 def _open_locked(

@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ from onionskin.nbd.tls_carrier import TlsCarrier
 from onionskin.operations import load_all
 
 TIDY_SECONDS = 5.0
+LINES_SECONDS = (
+    0.01  # by which a line of the log may be late: lines of many clients are no hurry, and their clients are
+)
+TURN_SECONDS = 0.2  # for which clients wait while another one's export is opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,7 @@ class Server:
             bytes_in_flight_max=limits.bytes_in_flight_max,
             idle_seconds=limits.idle_seconds,
             request_bytes_max=limits.request_bytes_max,
+            turn_seconds=TURN_SECONDS,
             list_exports=lambda after: self.exports.names_behind(after),
             list_contexts=lambda export, after: self.exports.contexts_behind(export, after),
         )
@@ -159,15 +165,31 @@ class Server:
 
     def _accept(self) -> None:
         by_descriptor = {listener.socket.fileno(): listener for listener in self._listeners}
-        poll = select.poll()
-        for descriptor in (*by_descriptor, self._wake.fileno(), self._nbd.event_fd):
-            poll.register(descriptor, select.POLLIN)
+        clients, everything = select.poll(), select.poll()
+        for descriptor in (*by_descriptor, self._wake.fileno()):
+            clients.register(descriptor, select.POLLIN)
+            everything.register(descriptor, select.POLLIN)
+        everything.register(self._nbd.event_fd, select.POLLIN)
+        unsaid_since = 0.0
         while not self._stopping.is_set():
-            for descriptor, _ in poll.poll():
+            for descriptor, _ in everything.poll() if not unsaid_since else clients.poll(LINES_SECONDS * 1000):
                 if descriptor in by_descriptor:
-                    self._take(by_descriptor[descriptor])
+                    self._take_all(by_descriptor[descriptor])
                 elif descriptor == self._nbd.event_fd:
-                    self._log_events()
+                    unsaid_since = time.monotonic()
+            if unsaid_since and time.monotonic() - unsaid_since >= LINES_SECONDS:
+                unsaid_since = 0.0
+                self._log_events()
+
+    def _take_all(self, listener: Listener) -> None:
+        """Take the clients that wait: without TLS and over a Unix socket, there is nothing to decide here."""
+        if listener.tls is not None or listener.socket.family != socket.AF_UNIX:
+            self._take(listener)
+            return
+        try:
+            self._nbd.accept(listener.socket.fileno())
+        except OSError as error:
+            self._wait_a_little(error)
 
     def _log_events(self) -> None:
         for line in self._nbd.events():
@@ -178,9 +200,8 @@ class Server:
             connection, _ = listener.socket.accept()
         except (BlockingIOError, ConnectionError):
             return
-        except OSError as error:  # no descriptors or no memory: wait a little, because poll returns at once meanwhile
-            self._log(f"a client could not be accepted: {os.strerror(error.errno or 0)}")
-            self._stopping.wait(0.2)
+        except OSError as error:
+            self._wait_a_little(error)
             return
         try:
             connection.setblocking(True)
@@ -199,6 +220,11 @@ class Server:
         except (OnionskinError, OSError) as error:
             self._log(f"{peer}: refused: {error}")
             connection.close()
+
+    def _wait_a_little(self, error: OSError) -> None:
+        """Wait, where no descriptors or no memory are left: poll returns at once meanwhile."""
+        self._log(f"a client could not be accepted: {os.strerror(error.errno or 0)}")
+        self._stopping.wait(0.2)
 
     def serve(self, connection: socket.socket, peer: str, *, is_tls: bool = False) -> None:
         """Hand a connected stream socket to the C server."""

@@ -310,16 +310,23 @@ class VolumeLock:
         Another handle, of this process or of another one, holds the volume.
     """
 
-    def __init__(self, layout: Layout, volume_id: bytes, volume_name: str) -> None:
+    def __init__(self, layout: Layout, volume_id: bytes, volume_name: str, *, lock_file: int = -1) -> None:
+        """Lock the byte, by an opening of the lock file that locks of other volumes may have too, where one is given.
+
+        Locks of the same volume must not have the same one: those would not keep each other out.
+        """
         self._path, self._volume_name = layout.volume_lock(volume_id), volume_name
         self._left_socket = layout.volume_control_path(volume_id)
+        self._byte = _writer_byte(volume_id)
         self._descriptor = self._byte_descriptor = -1
         self._shared: SharedFile | None = None  # the file, where it is no file of the volume's own
         try:
-            self._byte_descriptor = open_lock_file(layout.lock)
-            if not _set_lock(self._byte_descriptor, fcntl.F_WRLCK, _writer_byte(volume_id), 1):
+            self._byte_descriptor = open_lock_file(layout.lock) if lock_file < 0 else os.dup(lock_file)
+            if not _set_lock(self._byte_descriptor, fcntl.F_WRLCK, self._byte, 1):
                 _refuse_taken(self._byte_descriptor, self._path, volume_id, volume_name)
         except BaseException:
+            if lock_file >= 0 and self._byte_descriptor >= 0:  # it stays open, and the lock with it
+                _set_lock(lock_file, fcntl.F_UNLCK, self._byte, 1)
             self.after_fork()
             raise
         forking.register(self)
@@ -370,7 +377,8 @@ class VolumeLock:
                 finally:
                     try:
                         if byte_descriptor >= 0:
-                            _set_lock(byte_descriptor, fcntl.F_UNLCK, 0, 0)
+                            # Others may hold their bytes by the same opening.
+                            _set_lock(byte_descriptor, fcntl.F_UNLCK, self._byte, 1)
                     finally:
                         if byte_descriptor >= 0:
                             os.close(byte_descriptor)
@@ -403,6 +411,7 @@ class SharedFile:
         self._guard = threading.RLock()
         self._paths: set[FilePath] = set()
         self._descriptor = -1
+        self._is_one_file = False  # whether a second name was seen to lead to it
         forking.register(self)
 
     def add(self, path: FilePath) -> bool:
@@ -424,10 +433,14 @@ class SharedFile:
 
     def _link(self, path: FilePath) -> bool:
         """Give the file one more name. False: who looks there does not find the locked file."""
-        with suppress(FileExistsError):  # it may be a name that could not be removed, or a file of the volume's own
+        try:
             # Without a directory, Python makes the call that does not follow the link.
             os.link(f"/proc/self/fd/{self._descriptor}", path, src_dir_fd=self._descriptor, follow_symlinks=True)
-        return is_file_at(self._descriptor, path)  # some file systems in user space have an inode for each name
+        except FileExistsError:  # it may be a name that could not be removed, or a file of the volume's own
+            return is_file_at(self._descriptor, path)
+        if not self._is_one_file:  # some file systems in user space have an inode for each name
+            self._is_one_file = is_file_at(self._descriptor, path)
+        return self._is_one_file
 
     def _begin(self, path: FilePath) -> bool:
         """Make the file, as that of its first volume."""

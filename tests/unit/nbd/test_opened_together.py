@@ -1,5 +1,7 @@
 """Forks of one snapshot that clients ask for at once are opened together, and only those that can be."""
 
+import fcntl
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -12,10 +14,12 @@ from support.nbd_client import NbdClient
 
 import onionskin
 from onionskin import StateError, Store
-from onionskin.nbd import exports, opening, turns
+from onionskin.base.waiting import within
+from onionskin.nbd import exports, opening
+from onionskin.nbd import server as servers
 from onionskin.nbd.opening import open_beside
 from onionskin.nbd.server import Limits, Server
-from onionskin.nbd.turns import Turn
+from onionskin.storage import locks
 from onionskin.storage.locks import VolumeLock, volume_holder
 
 NAMES = [f"job-{number}" for number in range(8)]
@@ -100,13 +104,13 @@ def test_a_name_that_means_another_volume_once_it_is_locked_is_left_out(
     store: Store, at: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Late(VolumeLock):
-        def __init__(self, layout: Any, id: bytes, name: str) -> None:
+        def __init__(self, layout: Any, id: bytes, name: str, **how: Any) -> None:
             with Store(at) as other:
                 other.rename("job-0", "renamed")
                 other.fork("web@clean", names=["job-0"])
                 other.delete("job-1")
             monkeypatch.setattr(opening, "VolumeLock", VolumeLock)
-            super().__init__(layout, id, name)
+            super().__init__(layout, id, name, **how)
 
     monkeypatch.setattr(opening, "VolumeLock", Late)
     assert _together(store, "job-0", "job-1", "job-2") == {"job-2"}
@@ -152,62 +156,65 @@ def test_an_interrupt_closes_what_was_opened(store: Store, monkeypatch: pytest.M
     assert not store._opened.views._open
 
 
-class _Awaited(list[Turn]):
-    """A list that says when it is as long as it should be."""
-
-    def __init__(self, length: int) -> None:
-        self.is_full = threading.Event()
-        self._length = length
-
-    def append(self, turn: Turn) -> None:
-        super().append(turn)
-        if len(self) == self._length:
-            self.is_full.set()
-
-
 def _read_when_all_wait(server: Server, asked: list[str]) -> dict[str, bytes]:
     """Read from exports for which all clients wait at once."""
     found: dict[str, bytes] = {}
+    nbd = server._nbd
+    find = nbd.on_unknown_export
+
+    def find_when_all_wait(name: str) -> bool:
+        nbd.on_unknown_export = find
+        assert find
+        return within(300, lambda: len(nbd.asked()) == len(asked) - 1) and find(name)
 
     def read(name: str) -> None:
-        ours, theirs = socket.socketpair()
-        ours.settimeout(300)
-        server.serve(theirs, "test")
-        with NbdClient(ours, name) as client:
-            found[name] = client.read(0, 4096)
+        found[name] = _read(server, name)
 
+    nbd.on_unknown_export = find_when_all_wait
     threads = [threading.Thread(target=read, args=(name,)) for name in asked]
-    waiting = server.exports._turns._waiting = _Awaited(len(asked))
-    with server.exports._turns._taken:
-        for thread in threads:
-            thread.start()
-        assert waiting.is_full.wait(300)
+    for thread in threads:
+        thread.start()
     for thread in threads:
         thread.join()
     return found
 
 
-def test_clients_that_wait_are_served_by_one_opening_of_all_their_forks(
-    at: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(turns, "TURN_SECONDS", 300)
-    by_themselves: list[str] = []
+def _read(server: Server, name: str) -> bytes:
+    ours, theirs = socket.socketpair()
+    ours.settimeout(300)
+    server.serve(theirs, "test")
+    with NbdClient(ours, name) as client:
+        return client.read(0, 4096)
+
+
+@pytest.fixture
+def by_themselves(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of volumes that a server opened each by itself."""
+    names: list[str] = []
     open_it = exports.open_to_serve
 
     def note(store: Store, name: str, **how: bool) -> "onionskin.Volume":
-        by_themselves.append(name)
+        names.append(name)
         return open_it(store, name, **how)
 
+    monkeypatch.setattr(exports, "open_to_serve", note)
+    return names
+
+
+def test_clients_that_wait_are_served_by_one_opening_of_all_their_forks(
+    at: Path, by_themselves: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "TURN_SECONDS", 300)
     with closing(Server(limits=Limits(), allow_revert=False, log=lambda line: None)) as server:
         with Store(at) as store:
             store.delete("later-1", "later-2", *NAMES)
             server.exports.add_store(at)
             store.fork("web@clean", names=NAMES)
             store.fork("web@later", names=["later-1"])
-        monkeypatch.setattr(exports, "open_to_serve", note)
+        by_themselves.clear()
         found = _read_when_all_wait(server, [*NAMES, "later-1"])
         assert found == dict.fromkeys(NAMES, b"a" * 4096) | {"later-1": b"b" * 4096}
-        assert len(by_themselves) <= 3  # one of each snapshot, and `later-1` may have had the first turn
+        assert len(by_themselves) == 2  # one of each snapshot
         assert set(NAMES) <= server.exports.table.served.keys()
         for name in NAMES:
             with onionskin.connect(at, name) as live:
@@ -216,3 +223,58 @@ def test_clients_that_wait_are_served_by_one_opening_of_all_their_forks(
         for name in NAMES:
             with store.open(name, snapshot="mine") as view:
                 assert view.read(0, 4096) == b"a" * 4096
+
+
+def test_a_fork_is_opened_beside_the_one_that_was_opened_before_if_it_stands_on_the_same_snapshot(
+    at: Path, by_themselves: list[str]
+) -> None:
+    with closing(Server(limits=Limits(), allow_revert=False, log=lambda line: None)) as server:
+        with Store(at) as store:
+            store.delete("first", "later-1", "later-2", *NAMES)
+            server.exports.add_store(at)
+            store.fork("web@clean", names=["a", "b", "c", "d"])
+            store.fork("web@later", names=["e", "f"])
+            store.create("own", size="1M").close()
+        by_themselves.clear()
+        assert [_read(server, name)[:1] for name in ("a", "b", "e", "f", "c", "own", "d")] == [
+            *(b"a", b"a", b"b", b"b", b"a", b"\0", b"a")
+        ]
+        assert by_themselves == ["a", "e", "c", "own", "d"]
+
+
+def test_one_of_those_that_were_opened_together_is_given_up_without_the_others(store: Store) -> None:
+    with store._open_to_write("first", is_one_of_many=True) as first, ExitStack() as stack:
+        opened = open_beside(first, NAMES)
+        opened.pop("job-3").close()
+        for volume in opened.values():
+            stack.enter_context(volume)
+        for name in NAMES:
+            lock = store._opened.layout.volume_lock(store._opened.catalog.volume(name).id)
+            lock.unlink(missing_ok=True)  # the byte alone must keep others out
+            if name in opened:
+                with pytest.raises(StateError, match="open for writing"):
+                    store.open(name)
+            else:
+                store.open(name).close()
+
+
+def test_an_interrupt_behind_the_locking_of_one_leaves_it_to_others(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_lock, id = locks._set_lock, store._opened.catalog.volume("job-3").id
+
+    def interrupted(descriptor: int, kind: int, start: int, count: int) -> bool:
+        is_set = set_lock(descriptor, kind, start, count)
+        if (kind, start) == (fcntl.F_WRLCK, locks._writer_byte(id)):
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        return is_set
+
+    descriptor = locks.open_lock_file(store._opened.layout.lock)
+    try:
+        monkeypatch.setattr(locks, "_set_lock", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            VolumeLock(store._opened.layout, id, "job-3", lock_file=descriptor)
+        store.open("job-3").close()
+    finally:
+        os.close(descriptor)
