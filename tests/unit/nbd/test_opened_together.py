@@ -278,3 +278,25 @@ def test_an_interrupt_behind_the_locking_of_one_leaves_it_to_others(
         store.open("job-3").close()
     finally:
         os.close(descriptor)
+
+
+def test_an_interrupt_before_the_unlocking_of_one_leaves_it_to_others(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_lock, id = locks._set_lock, store._opened.catalog.volume("job-3").id
+
+    def interrupted(descriptor: int, kind: int, start: int, count: int) -> bool:
+        if (kind, start) == (fcntl.F_UNLCK, locks._writer_byte(id)):
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        return set_lock(descriptor, kind, start, count)
+
+    descriptor = locks.open_lock_file(store._opened.layout.lock)
+    try:
+        lock = VolumeLock(store._opened.layout, id, "job-3", lock_file=descriptor)
+        monkeypatch.setattr(locks, "_set_lock", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            lock.close()
+        store.open("job-3").close()
+    finally:
+        os.close(descriptor)
