@@ -15,7 +15,8 @@
 #include "nbd/internal.h"
 
 #define STACK_BYTES (512 << 10)
-#define LEAVING_MS 2000 /* for so long a new connection waits for one that gives way to be gone */
+#define LEAVING_MS 2000       /* for so long a new connection waits for one that gives way to be gone */
+#define ACCEPTING_NS 10000000 /* behind so long, no further client is taken by the same call */
 
 /* ---- life ---- */
 
@@ -223,7 +224,9 @@ int64_t onion_nbd_serve(struct onion_nbd_server *server, int fd, const char *pee
 }
 
 int onion_nbd_accept(struct onion_nbd_server *server, int listener) {
-    for (int count = 0;; count++) {
+    int64_t until = onion_nbd_now_ns() + ACCEPTING_NS;
+    int count = 0;
+    do {
         char peer[64];
         struct ucred other = {0};
         socklen_t length = sizeof other;
@@ -232,6 +235,7 @@ int onion_nbd_accept(struct onion_nbd_server *server, int listener) {
             continue;
         if (fd < 0)
             return errno == EAGAIN ? count : -errno;
+        count++;
         getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &other, &length);
         snprintf(peer, sizeof peer, "process %d of user %u", (int)other.pid, (unsigned)other.uid);
         int64_t id = onion_nbd_serve(server, fd, peer, 0, 0);
@@ -240,7 +244,8 @@ int onion_nbd_accept(struct onion_nbd_server *server, int listener) {
                             server->options.connections_max);
         else if (id < 0)
             onion_nbd_event(server, "%s: refused: %s", peer, strerror((int)-id));
-    }
+    } while (onion_nbd_now_ns() < until);
+    return count;
 }
 
 uint32_t onion_nbd_connections(struct onion_nbd_server *server, struct onion_nbd_connection_info *infos,

@@ -166,8 +166,9 @@ int onion_nbd_list_context(struct onion_nbd_context_listing *listing, const char
  * closed. -EMFILE: connections_max are open. -ESHUTDOWN: stopped. */
 int64_t onion_nbd_serve(struct onion_nbd_server *server, int fd, const char *peer, int flags, uint32_t client_flags);
 
-/* Takes all clients that wait at a listening Unix socket, which does not block, and serves each. Returns how many came, or
- * the error of accept; one for whom there is no room, memory or thread is sent away, with an event. */
+/* Takes clients that wait at a listening Unix socket, which does not block, and serves each. Returns how many came, or
+ * the error of accept; one for whom there is no room, memory or thread is sent away, with an event. It returns when none
+ * waits any more, and soon where more and more come or one had to wait for room: the caller may want to end. */
 int onion_nbd_accept(struct onion_nbd_server *server, int listener);
 
 /* Returns the number of connections, and describes as many of them as fit. */

@@ -636,7 +636,7 @@ cdef class NbdServer:
         return id
 
     def accept(self, listener):
-        """Take all clients that wait at a listening Unix socket, and serve each as `serve` does.
+        """Take clients that wait at a listening Unix socket, and serve each as `serve` does; of very many, some.
 
         One that cannot be served is sent away, with an event. What goes wrong with the socket itself raises OSError.
 

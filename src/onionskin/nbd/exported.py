@@ -155,6 +155,7 @@ class ServedVolume(Exported):
         self._guard = guard
         self._log = log
         self.name = name  # under the table's guard
+        self._is_refused = False  # the export of that name is another volume's
         self.switching = 0  # how many threads are giving the C server another data path for it; under the table's guard
         self.views_changing = 0  # the number of its views that are being opened or closed; under the table's guard
         self._bars: Counter[str | None] = Counter()  # snapshots of which no view may be opened; None: all
@@ -166,8 +167,9 @@ class ServedVolume(Exported):
                     path.unlink()  # this process holds the volume, so the process that made the socket is gone
             self.control = ControlSocket(path, self, log, is_shared=is_found)
         except BaseException:
-            with suppress(KeyError, StateError):
-                nbd.remove_export(name)
+            if not self._is_refused:
+                with suppress(KeyError, StateError):
+                    nbd.remove_export(name)
             volume.close()
             raise
 
@@ -179,13 +181,17 @@ class ServedVolume(Exported):
         """
         with self.opened.guard:
             self.opened.follow(self._switch)
-            self._nbd.add_export(
-                self.name,
-                self.opened.reading_path,
-                read_only=False,
-                unwritten=self.opened.is_unwritten,
-                description=f"volume {self.name}",
-            )
+            try:
+                self._nbd.add_export(
+                    self.name,
+                    self.opened.reading_path,
+                    read_only=False,
+                    unwritten=self.opened.is_unwritten,
+                    description=f"volume {self.name}",
+                )
+            except FileExistsError:  # another volume was given the name meanwhile, and goes on with its clients
+                self._is_refused = True
+                raise
 
     def begin_writing(self) -> None:
         """Open the head, before the first request that needs it."""
@@ -243,6 +249,8 @@ class ServedVolume(Exported):
         No request is under way in the old one. The label stays the same meanwhile: by another one the C server would find
         nothing, or even another volume.
         """
+        if self._is_refused:
+            return
         with self._guard:
             self.switching += 1
         try:

@@ -377,8 +377,12 @@ class VolumeLock:
                 finally:
                     try:
                         if byte_descriptor >= 0:
-                            # Others may hold their bytes by the same opening.
-                            _set_lock(byte_descriptor, fcntl.F_UNLCK, self._byte, 1)
+                            # Others may hold their bytes by the same opening, so to close it may not unlock this one.
+                            try:
+                                _set_lock(byte_descriptor, fcntl.F_UNLCK, self._byte, 1)
+                            except BaseException:
+                                _set_lock(byte_descriptor, fcntl.F_UNLCK, self._byte, 1)
+                                raise
                     finally:
                         if byte_descriptor >= 0:
                             os.close(byte_descriptor)

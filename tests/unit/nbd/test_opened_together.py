@@ -278,3 +278,52 @@ def test_an_interrupt_behind_the_locking_of_one_leaves_it_to_others(
         store.open("job-3").close()
     finally:
         os.close(descriptor)
+
+
+def test_an_interrupt_before_the_unlocking_of_one_leaves_it_to_others(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_lock, id = locks._set_lock, store._opened.catalog.volume("job-3").id
+
+    def interrupted(descriptor: int, kind: int, start: int, count: int) -> bool:
+        if (kind, start) == (fcntl.F_UNLCK, locks._writer_byte(id)):
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        return set_lock(descriptor, kind, start, count)
+
+    descriptor = locks.open_lock_file(store._opened.layout.lock)
+    try:
+        lock = VolumeLock(store._opened.layout, id, "job-3", lock_file=descriptor)
+        monkeypatch.setattr(locks, "_set_lock", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            lock.close()
+        store.open("job-3").close()
+    finally:
+        os.close(descriptor)
+
+
+def test_a_volume_whose_name_another_one_was_given_meanwhile_takes_nothing_away_from_that(
+    at: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_it = exports.open_to_serve
+
+    def late(store: Store, name: str, **how: bool) -> "onionskin.Volume":
+        volume = open_it(store, name, **how)
+        store.rename(name, "renamed")
+        store.rename("web", name)
+        server.exports.table.follow_names()
+        return volume
+
+    with closing(Server(limits=Limits(), allow_revert=False, log=lambda line: None)) as server:
+        server.exports.add_volume(at, "web")
+        ours, theirs = socket.socketpair()
+        ours.settimeout(300)
+        server.serve(theirs, "test")
+        with NbdClient(ours, "web") as client:
+            monkeypatch.setattr(exports, "open_to_serve", late)
+            with pytest.raises(FileExistsError):
+                server.exports.add_volume(at, "job-0")
+            assert client.read(0, 4096) == b"b" * 4096
+            assert _read(server, "job-0") == b"b" * 4096
+        with Store(at) as store:
+            store.open("renamed").close()
