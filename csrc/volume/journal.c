@@ -95,8 +95,11 @@ static int sysfs_name(int fd, dev_t device, const char *type, char *name, size_t
     if (length < 0)
         return -errno;
     target[length] = 0;
-    const char *slash = strrchr(target, '/');
-    snprintf(name, size, "%s", slash ? slash + 1 : target);
+    const char *slash = strrchr(target, '/'), *last = slash ? slash + 1 : target;
+    size_t bytes = strlen(last) + 1;
+    if (bytes > size)
+        return -ENAMETOOLONG;
+    memcpy(name, last, bytes);
     return 0;
 }
 
