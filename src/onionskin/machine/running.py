@@ -298,6 +298,7 @@ class Stop:
 
     def refuse_went_on(self, what: str) -> None:
         """Raise StateError where somebody else let it go on since it was stopped: it is as at no instant."""
+        _ = self._process.is_paused  # with the answer, all that the hypervisor reported until now is heard
         if self._standstill.went_on:
             raise StateError(
                 f"somebody else let the machine go on, by a monitor of their own, while it stood still for {what}; try again"
