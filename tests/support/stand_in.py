@@ -41,7 +41,8 @@ class StandIn:
         directory.mkdir(exist_ok=True)
         self.ram_file = ram_file
         self.devices = "as it booted"
-        self.is_paused = True
+        self.reported: list[str] = []  # what is read with the next answer
+        self._is_paused = True
         self.guest_has_ended = False
         self.sizes: list[int] = []
         self.plugged_now = ["disk0 (virtio-blk-pci)"]
@@ -111,15 +112,22 @@ class StandIn:
     def ram(self) -> Preload | None:
         return self._preload
 
+    @property
+    def is_paused(self) -> bool:
+        reported, self.reported = self.reported, []
+        for event in reported:
+            self.standstill.hear(event)
+        return self._is_paused
+
     def pause(self, *, runs: bool = False) -> bool:
         self._fail("pause")
         with self._guard:
-            ran, self.is_paused = not self.is_paused, True
+            ran, self._is_paused = not self.is_paused, True
             self.standstill.hear("STOP")
         return ran
 
     def resume(self) -> None:
-        self.is_paused = False
+        self._is_paused = False
 
     def watch(self, *, stands: bool) -> Standstill:
         self.standstill = Standstill(stands=stands)

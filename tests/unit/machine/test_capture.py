@@ -228,7 +228,7 @@ def test_a_paused_machine_stays_paused(running: Running, process: StandIn) -> No
 def test_a_machine_that_somebody_else_disturbs_while_it_stands_still_is_not_taken(
     running: Running, process: StandIn, event: str, said: str
 ) -> None:
-    process.when_stopped = lambda: process.standstill.hear(event)
+    process.when_stopped = lambda: process.reported.append(event)
     with pytest.raises(StateError, match=f"{said}.* while it stood still .* nothing was taken"):
         capture.snapshot(running, "a")
     assert snapshots_of(running) == [] and not process.is_paused

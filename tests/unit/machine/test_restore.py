@@ -222,7 +222,7 @@ def test_a_machine_that_somebody_else_lets_go_on_in_a_revert_is_stopped_until_it
     with monkeypatch.context() as patched:
 
         def load(path: Path) -> None:
-            process.standstill.hear("RESUME")
+            process.reported.append("RESUME")
             process.resume()
 
         patched.setattr(process, "load_state", load)
