@@ -86,7 +86,7 @@ class Supervisor:
         self._wake_reader, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._ends.callback(os.close, self._wake_reader)
         self._ends.callback(os.close, self._wake_writer)
-        self._guard = threading.Lock()  # over the record, and what follows
+        self._guard = threading.RLock()  # over the record, and what follows
         self._event: dict[str, Any] | None = None  # the last error of a disk
         self._tries: list[float] = []
         self._is_stopped = False  # the hypervisor reported that the machine stands still
@@ -195,14 +195,14 @@ class Supervisor:
             if prepared is not None:
                 restore.settle(self.running, prepared.saved)
                 self.running.is_frozen = was.is_frozen
-            self._note(self._record_of(configuration, now, identity, mapped, paused))
+            self._begin_record(self._record_of(configuration, now, identity, mapped, paused))
             if self._pool is None:
                 # From here on the guest may write: RAM that it began from is older than its disks.
                 machines.note_running(store._opened, machine)
         (self._directory / record.ENDED).unlink(missing_ok=True)
         if self._pool is None and not paused:
             self._process.resume()
-            self._note_what_is(replace(self.record, is_standing=False))
+            self._note_what_is(is_standing=False)
             self._thaw_or_say_why_not()
             if mapped is None and isinstance(self.running.guest_ram, GuestRam):
                 self.running.guest_ram.touch_rooms()  # while the guest boots: all that it writes is to be saved
@@ -240,7 +240,7 @@ class Supervisor:
                 f"thaw them: {error}; thaw them from inside, or revert it to another snapshot"
             ) from error
         self.running.is_frozen = False
-        self._note_what_is(replace(self.record, is_frozen=False))
+        self._note_what_is(is_frozen=False)
 
     def _thaw_or_say_why_not(self) -> None:
         try:
@@ -311,12 +311,12 @@ class Supervisor:
         self.running.is_broken = found.is_reverting
         self.running.goes_on = found.is_reverting and found.is_standing and not found.is_paused
         self.running.is_frozen = found.is_frozen
-        self._note(replace(found, supervisor=ProcessId.of(os.getpid()), server=self._server.process))
+        self._begin_record(replace(found, supervisor=ProcessId.of(os.getpid()), server=self._server.process))
         self._is_stopped = self._process.is_paused
         if self._is_stopped and found.is_standing and not (found.is_paused or found.is_reverting):
             self._log("it stood still in the middle of what its supervisor did; it goes on")
             self._process.resume()
-            self._note_what_is(replace(self.record, is_standing=False))
+            self._note_what_is(is_standing=False)
         elif self._is_stopped and not (found.is_paused or found.is_reverting):
             self._log(f"it stands still ({self._process.status}), and not for its supervisor; it stays so")
         if not self._process.is_paused:
@@ -324,18 +324,26 @@ class Supervisor:
         if was_waiting:
             self._tell_fork(self.running.configuration, self.running.identity)
 
-    def _note(self, what: Record) -> None:
+    def _begin_record(self, what: Record) -> None:
         with self._guard:
             what.write(self._directory)
             self.record = what
 
-    def _note_what_is(self, what: Record) -> None:
+    def _note(self, **what: Any) -> None:
+        """Note of the machine what has changed. Several threads do, each of something else."""
+        with self._guard:
+            noted = replace(self.record, **what)
+            noted.write(self._directory)
+            self.record = noted
+
+    def _note_what_is(self, **what: Any) -> None:
         """Note what has happened already. Where that cannot be written, the disk may be full, this process knows it."""
-        try:
-            self._note(what)
-        except OSError as error:
-            self.record = what
-            self._log(f"{self._directory / record.RECORD} could not be written: {error}")
+        with self._guard:
+            try:
+                self._note(**what)
+            except OSError as error:
+                self.record = replace(self.record, **what)
+                self._log(f"{self._directory / record.RECORD} could not be written: {error}")
 
     def _listen(self) -> None:
         verbs: dict[str, Callable[..., Any]] = {
@@ -378,10 +386,10 @@ class Supervisor:
                 raise StateError(f"machine {self._name!r} does not wait in a pool for a fork that has taken it")
             self._name = self.running.name = self._process.name = row.name
             self._server.rename([one.name for one in machines.volumes_of(self._store._opened.catalog, row)[:-1]])
-            self._note_what_is(replace(self.record, is_paused=False, is_waiting=False))
+            self._note_what_is(is_paused=False, is_waiting=False)
             self._pool = None  # from here on it is left alone, whatever becomes of the pool
             self._process.resume()
-            self._note_what_is(replace(self.record, is_standing=False))
+            self._note_what_is(is_standing=False)
             self._thaw_or_say_why_not()
         self._log(f"a fork took it from the pool; it is machine {row.name!r}")
         self._tell_fork(self.running.configuration, self.running.identity)
@@ -466,7 +474,7 @@ class Supervisor:
                 time.sleep(RESTART_SECONDS)
                 self.wake()
             return
-        self._note_what_is(replace(self.record, server=self._server.process))
+        self._note_what_is(server=self._server.process)
 
     def _look_at_guest(self) -> None:
         """Let a machine go on that the hypervisor stopped for an error of a disk, now that the disks are served.
@@ -484,7 +492,7 @@ class Supervisor:
             if self.record.is_standing and status == "paused":
                 self._log("it was to go on, and did not; it does now")
                 self._process.resume()
-                self._note_what_is(replace(self.record, is_standing=False))
+                self._note_what_is(is_standing=False)
             if status == "io-error" and not (self._event or {}).get("nospace"):
                 self._tries.append(now)
                 self._log("a disk had an error, and the machine was stopped; it goes on")
@@ -591,7 +599,7 @@ class Supervisor:
         with self.running.guard:
             ran = self._process.pause()
             try:
-                self._note(replace(self.record, is_paused=True))
+                self._note(is_paused=True)
             except BaseException:
                 if ran:
                     self._process.resume()
@@ -607,7 +615,7 @@ class Supervisor:
                 )
             self._process.resume()
             self._tries.clear()
-            self._note_what_is(replace(self.record, is_paused=False))
+            self._note_what_is(is_paused=False)
             self._thaw()
 
     def stop(self, has_gone: Callable[[], None], timeout: float | None, force: bool) -> str:
@@ -636,7 +644,7 @@ class Supervisor:
                 return
             if self._process.is_paused:  # a guest that stands still hears nothing
                 self._process.resume()
-                self._note_what_is(replace(self.record, is_paused=False))
+                self._note_what_is(is_paused=False)
                 self._thaw_or_say_why_not()
             self._process.power_down()
         deadline = time.monotonic() + seconds
@@ -686,21 +694,18 @@ class Supervisor:
         """Put the machine back to a snapshot, in place: see `restore.revert`."""
         with self.running.guard, self._held():
             goes_on = self.running.goes_on if self.running.is_broken else not self._process.is_paused
-            self._note(replace(self.record, is_reverting=True, is_standing=goes_on))
+            self._note(is_reverting=True, is_standing=goes_on)
             try:
                 restore.revert(self.running, name, stays=self.record.is_paused)
             finally:
                 now, told = self.running.recorded.to_json(), self.running.generation
                 is_broken, is_frozen = self.running.is_broken, self.running.is_frozen
                 self._note_what_is(
-                    replace(
-                        self.record,
-                        is_reverting=is_broken,
-                        is_standing=is_broken and self.running.goes_on,
-                        recorded=now,
-                        told=told,
-                        is_frozen=is_frozen,
-                    )
+                    is_reverting=is_broken,
+                    is_standing=is_broken and self.running.goes_on,
+                    recorded=now,
+                    told=told,
+                    is_frozen=is_frozen,
                 )
             if not self._process.is_paused:
                 self._thaw()
@@ -727,9 +732,7 @@ class Supervisor:
             yield
             return
         before = self.record
-        self._note(
-            replace(before, is_frozen=is_frozen or before.is_frozen, is_standing=is_standing or before.is_standing)
-        )
+        self._note(is_frozen=is_frozen or before.is_frozen, is_standing=is_standing or before.is_standing)
         stays = False
         try:
             yield
@@ -738,7 +741,7 @@ class Supervisor:
             raise
         finally:
             is_standing = before.is_standing or stays
-            self._note_what_is(replace(self.record, is_frozen=self.running.is_frozen, is_standing=is_standing))
+            self._note_what_is(is_frozen=self.running.is_frozen, is_standing=is_standing)
 
     def _may_stand(self) -> bool:
         try:

@@ -21,6 +21,7 @@ from onionskin.machine import qemu_command
 from onionskin.machine.control import VERSION, ControlServer, MachineControl
 from onionskin.machine.hypervisor import Configuration, Recorded
 from onionskin.machine.qemu import QemuHypervisor
+from onionskin.machine.record import Record
 from onionskin.machine.supervisor import Supervisor
 from onionskin.operations import machines
 
@@ -247,3 +248,46 @@ def test_a_disk_that_has_errors_again_and_again_is_served_by_another_process(
     finally:
         supervisor._ends.close()
     assert done == ["resume", "resume", "end", "resume"]
+
+
+class _Told:
+    """A lock that says when somebody comes to it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.comes = threading.Event()
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            self.comes.set()
+        self.lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.lock.release()
+
+
+def test_what_two_threads_note_of_a_machine_at_once_is_all_noted(
+    store: onionskin.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervisor = Supervisor(store, "lab", lambda line: None)
+    try:
+        guard = supervisor._guard = _Told()  # type: ignore[assignment]
+        supervisor._directory = tmp_path
+        supervisor.record = Record(None, None, None, "{}", "{}", "", "", "", False, None)
+        other = threading.Thread(target=lambda: supervisor._note_what_is(is_paused=True))
+        written: list[Record] = []
+
+        def write(one: Record, _: Path) -> None:
+            if not written:
+                written.append(one)
+                other.start()
+                assert guard.comes.wait(60)
+            written.append(one)
+
+        monkeypatch.setattr(Record, "write", write)
+        supervisor._note_what_is(is_frozen=True)
+        other.join()
+    finally:
+        supervisor._ends.close()
+    for one in (supervisor.record, written[-1]):
+        assert (one.is_frozen, one.is_paused) == (True, True)
