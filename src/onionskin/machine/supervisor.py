@@ -320,6 +320,7 @@ class Supervisor:
         elif self._is_stopped and not (found.is_paused or found.is_reverting):
             self._log(f"it stands still ({self._process.status}), and not for its supervisor; it stays so")
         if not self._process.is_paused:
+            self._note_what_is(is_paused=False)  # its user let it go on, and it was not noted any more
             self._thaw_or_say_why_not()
         if was_waiting:
             self._tell_fork(self.running.configuration, self.running.identity)
