@@ -50,12 +50,25 @@ def end(directory: Path) -> None:
             path.unlink()
 
 
-def processes(directories: Iterable[Path]) -> dict[Path, list[ProcessId]]:
-    """Return the hypervisors and the servers of disks that were started in directories of machines, in that order."""
+def end_servers(directory: Path) -> None:
+    """End the servers of disks that were started in the directory of a machine, whose hypervisor runs.
+
+    The caller has the machine, and has started none yet.
+    """
+    for process in processes([directory], SERVER_LOG)[directory]:
+        process.end(END_SECONDS)
+
+
+def processes(directories: Iterable[Path], only: str | None = None) -> dict[Path, list[ProcessId]]:
+    """Return the hypervisors and the servers of disks that were started in directories of machines, in that order.
+
+    With `only`, those that write to a log of that name.
+    """
     found: dict[Path, list[ProcessId]] = {directory: [] for directory in directories}
-    logs = {os.path.realpath(one / log): (one, log) for one in found for log in LOGS if (one / log).exists()}
+    kinds = [(name, log) for name, log in zip(SOCKETS, LOGS, strict=True) if only in (None, log)]
+    logs = {os.path.realpath(one / log): (one, log) for one in found for _, log in kinds if (one / log).exists()}
     writers = list(_writers(logs))
-    for name, log in zip(SOCKETS, LOGS, strict=True):
+    for name, log in kinds:
         for directory, those in found.items():
             listener = _listener(directory / name)
             new = [] if listener is None else [listener]

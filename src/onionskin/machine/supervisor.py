@@ -290,6 +290,7 @@ class Supervisor:
             found = replace(found, is_paused=False, is_waiting=False, is_standing=True)
         self._log(f"the supervisor of machine {self._name!r} was killed; taking it over")
         if self._server.process is None:
+            orphans.end_servers(self._directory)  # one was started, and its supervisor killed before it was recorded
             self._server.start()  # QEMU may wait for it, and then answers nothing
         self._process = qemu.adopt(
             *(hypervisor.pid, hypervisor.ticks, self._name, self._directory, Path(found.ram_file)),

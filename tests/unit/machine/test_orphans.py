@@ -53,6 +53,20 @@ def test_what_was_started_and_listens_nowhere_yet_is_found_by_its_log_and_ended(
     assert not orphans.are_there(tmp_path)
 
 
+def test_servers_of_disks_are_ended_and_the_hypervisor_is_left(tmp_path: Path) -> None:
+    hypervisor, server = orphans.LOGS
+    with (
+        (tmp_path / hypervisor).open("w") as qemu_log,
+        (tmp_path / server).open("w") as server_log,
+        subprocess.Popen(["sleep", "inf"], stderr=qemu_log) as stays,
+        subprocess.Popen(["sleep", "inf"], stderr=server_log) as goes,
+    ):
+        orphans.end_servers(tmp_path)
+        assert goes.wait() != 0
+        assert stays.poll() is None
+        stays.kill()
+
+
 def test_a_machine_is_not_deleted_while_a_process_of_it_is_there(tmp_path: Path) -> None:
     with onionskin.Store(tmp_path / "vms") as store:
         store.create("web", size="1M").close()
