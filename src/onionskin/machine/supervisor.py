@@ -87,6 +87,7 @@ class Supervisor:
         self._ends.callback(os.close, self._wake_reader)
         self._ends.callback(os.close, self._wake_writer)
         self._guard = threading.RLock()  # over the record, and what follows
+        self._serving = threading.Lock()  # over the start of the server of the disks
         self._event: dict[str, Any] | None = None  # the last error of a disk
         self._tries: list[float] = []
         self._is_stopped = False  # the hypervisor reported that the machine stands still
@@ -135,17 +136,20 @@ class Supervisor:
         self._server = DiskServer(
             self._store.path, disks, self._directory, trust=self._store._trust, found=serving, labels=labels
         )
-        if found is not None and is_there:
-            self._take_over(found, volume)
-        else:
-            orphans.end(self._directory)
-            self._ends.callback(self._server.end)
-            self._start(row.id, volume, paused, only_from)
+        with self._kept_served() as keep_served:
+            if found is not None and is_there:
+                self._take_over(found, volume, keep_served)
+            else:
+                orphans.end(self._directory)
+                self._ends.callback(self._server.end)
+                self._start(row.id, volume, paused, only_from, keep_served)
         self._ends.callback(self.running.close)
         self.running.has_server = bool(self._server.uris)
         self._listen()
 
-    def _start(self, machine: bytes, volume: "Volume", paused: bool, only_from: str | None) -> None:
+    def _start(
+        self, machine: bytes, volume: "Volume", paused: bool, only_from: str | None, keep_served: Callable[[], None]
+    ) -> None:
         store = self._store
         begins = machines.beginning(store._opened, self._name)
         if begins.is_reverting and begins.snapshot is not None:
@@ -173,7 +177,7 @@ class Supervisor:
                 if prepared is not None:
                     saved = prepared.saved
                     differ.append(differing_pages(store, volume, saved.layer, saved.ram_bytes))
-                self._server.wait_ready()
+                keep_served()
 
             self._process = hypervisor.launch(
                 configuration,
@@ -264,7 +268,7 @@ class Supervisor:
         return Record(
             ProcessId.of(os.getpid()),
             ProcessId.of(self._process.pid),
-            self._server.process,
+            None,
             configuration.to_json(),
             now.to_json(),
             identity.generation,
@@ -280,7 +284,7 @@ class Supervisor:
             plugged=self.running.plugged,
         )
 
-    def _take_over(self, found: Record, volume: "Volume") -> None:
+    def _take_over(self, found: Record, volume: "Volume", keep_served: Callable[[], None]) -> None:
         """Go on with a machine whose supervisor was killed. Where that fails, its processes stay as they are recorded."""
         hypervisor = found.hypervisor
         assert hypervisor is not None
@@ -291,7 +295,8 @@ class Supervisor:
         self._log(f"the supervisor of machine {self._name!r} was killed; taking it over")
         if self._server.process is None:
             orphans.end_servers(self._directory)  # one was started, and its supervisor killed before it was recorded
-            self._server.start()  # QEMU may wait for it, and then answers nothing
+            self._server.begin()
+        keep_served()  # QEMU may wait for its disks, and then answers nothing
         self._process = qemu.adopt(
             *(hypervisor.pid, hypervisor.ticks, self._name, self._directory, Path(found.ram_file)),
             is_tracked=found.is_tracked,
@@ -312,7 +317,7 @@ class Supervisor:
         self.running.is_broken = found.is_reverting
         self.running.goes_on = found.is_reverting and found.is_standing and not found.is_paused
         self.running.is_frozen = found.is_frozen
-        self._begin_record(replace(found, supervisor=ProcessId.of(os.getpid()), server=self._server.process))
+        self._begin_record(replace(found, supervisor=ProcessId.of(os.getpid())))
         self._is_stopped = self._process.is_paused
         if self._is_stopped and found.is_standing and not (found.is_paused or found.is_reverting):
             self._log("it stood still in the middle of what its supervisor did; it goes on")
@@ -328,6 +333,7 @@ class Supervisor:
 
     def _begin_record(self, what: Record) -> None:
         with self._guard:
+            what = replace(what, server=self._server.process)  # which may have been started again a moment ago
             what.write(self._directory)
             self.record = what
 
@@ -460,6 +466,43 @@ class Supervisor:
             return
         self.wake()
 
+    @contextmanager
+    def _kept_served(self) -> Iterator[Callable[[], None]]:
+        """Give what waits until the disks are served, and has their server started again where it dies within the block.
+
+        A hypervisor that waits for its disks answers nothing, and `run`, which sees to the server later, has not begun.
+        """
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        thread = threading.Thread(target=self._keep_served, args=(reader,), name="onionskin disks", daemon=True)
+
+        def begin() -> None:
+            with self._serving:
+                self._server.wait_ready()
+            if self._server.uris and thread.ident is None:
+                thread.start()
+
+        try:
+            yield begin
+        finally:
+            os.close(writer)
+            if thread.ident is not None:
+                thread.join()
+            os.close(reader)
+
+    def _keep_served(self, over: int) -> None:
+        """Start the server again where it dies, until the other end of a pipe is closed."""
+        poll = select.poll()
+        poll.register(over, 0)
+        while not poll.poll(0) and not self._fault:
+            process = self._server.process
+            if process is None or (descriptor := _open_process(process)) is None:
+                self._look_at_server()
+                continue
+            poll.register(descriptor, select.POLLIN)
+            poll.poll()
+            poll.unregister(descriptor)
+            os.close(descriptor)
+
     def _look_at_server(self) -> None:
         self._server.reap()
         process = self._server.process
@@ -467,7 +510,8 @@ class Supervisor:
             return
         self._log("the server of the disks ended; starting it again")
         try:
-            self._server.restart()
+            with self._serving:
+                self._server.restart()
         except (OSError, OnionskinError) as error:
             self._log(str(error))
             if self._server.is_given_up:
@@ -476,7 +520,9 @@ class Supervisor:
                 time.sleep(RESTART_SECONDS)
                 self.wake()
             return
-        self._note_what_is(server=self._server.process)
+        with self._guard:
+            if hasattr(self, "record"):  # else the machine begins, and it is not recorded yet
+                self._note_what_is(server=self._server.process)
 
     def _look_at_guest(self) -> None:
         """Let a machine go on that the hypervisor stopped for an error of a disk, now that the disks are served.
