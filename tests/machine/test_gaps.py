@@ -1,8 +1,12 @@
-"""A process of a machine that is killed in a gap between two steps of a snapshot, or of the start of forks.
+"""A process of a machine that is killed in a gap between two steps of what is done to the machine.
 
 `support/gaps` kills, in the supervisor itself. What must hold afterwards is as in test_kills.py, which draws the instants.
 """
 
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,13 +14,14 @@ from pathlib import Path
 
 import pytest
 from support.gap import Gap
-from support.guests import SECONDS_MAX, Console, configuration
+from support.guests import SECONDS_MAX, Console, configuration, until
 from support.rounds import ALL
 
 import onionskin
 from onionskin.errors import OnionskinError
 from onionskin.machine import pool as pools
 from onionskin.machine.machine import Machine
+from onionskin.machine.record import Record
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 VICTIMS = ("supervisor", "server", "hypervisor")
@@ -24,6 +29,8 @@ OF_A_SNAPSHOT = (
     *("GuestRam.stream", "MachineCut.check", "QemuProcess.prepare_state", "GuestRam.collect", "QemuProcess.pause"),
     *("MachineCut.seal", "QemuProcess.save_state", "QemuProcess.resume", "QemuProcess.finish_state"),
     *("UnsavedRam.save", "StateFile.save", "MachineCut._insert_pins", "MachineCut._write", "MachineCut.commit"),
+    *("Record.write", "QemuProcess._add_node", "QemuProcess._run_on_state", "QemuProcess._remove_node"),
+    *("Stop.refuse_disturbed", "Running.refuse_other_devices", "RamFiles.make_soon"),
 )
 OF_A_START = (
     *("QemuHypervisor.check", "RamFiles.use", "fork", "be_supervisor", "Prepared.__init__", "DiskServer.begin"),
@@ -35,17 +42,65 @@ OF_A_START = (
         "QemuProcess.load_state",
     ),
     *("settle", "Record.write", "note_running", "QemuProcess.resume", "ControlServer.__init__"),
+    *("QemuProcess.meet_library", "QemuProcess._add_node", "QemuProcess._run_on_state", "Running.attach"),
 )
+# From where on the hypervisor has its disks, and waits for a server of them that has died.
+WITH_DISKS = [
+    f"QemuProcess.{one}" for one in ("_connect after", "note_writes before", "note_writes after", "load_state before")
+]
+OF_A_POOL = ("Supervisor.adopt", "DiskServer.rename", "QemuProcess.resume", "Record.write")
+OF_A_REVERT = (
+    *("Record.write", "Running.refuse_other_devices", "QemuProcess._add_node", "QemuProcess.pause"),
+    *("GuestRam.note_written", "RevertInPlace.put_disks_back", "GuestRam.drop", "QemuProcess._run_on_state", "_settle"),
+    *("renew_generation", "Stop.refuse_went_on", "RevertInPlace.put_ram_back", "QemuProcess.resume"),
+    "QemuProcess._remove_node",
+)
+OF_A_PAUSE = ("QemuProcess.pause", "Record.write")
+OF_A_RESUME = ("QemuProcess.resume", "Record.write")
+OF_A_STOP = ("QemuProcess.quit", "ControlServer.close", "Running.close", "QemuProcess.close", "DiskServer.end")
+OF_A_TAKEOVER = (
+    *("QemuProcess._connect", "QemuProcess.drop_leftovers", "QemuProcess.meet_library"),
+    *("QemuProcess.note_writes", "Running.attach", "Record.write", "ControlServer.__init__"),
+)
+OF_A_RESTART = ("DiskServer.restart", "DiskServer.begin", "DiskServer.wait_ready", "Record.write")
+# Of a command itself, whose machine runs meanwhile, or is off.
+OF_COMMANDS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("running", "fork", "@ready"): ("fork_machine", "start_all", "_ask"),
+    ("running", "merge", "@ready"): ("merge",),
+    ("off", "start", ""): ("start",),
+    ("off", "revert", "@ready", "--yes"): ("note_reverting", "revert", "note_reverted", "start"),
+    ("off", "snapshot", "@off"): (
+        "MachineCut.seal",
+        "MachineCut._insert_pins",
+        "MachineCut._write",
+        "MachineCut.commit",
+    ),
+    ("off", "discard", "@ready", "--yes"): ("discard",),
+    ("off", "delete", "", "--recursive", "--yes"): ("delete",),
+}
+OF_A_SERVER_THAT_CUTS = (
+    "seal_for_caller",
+    "_enter",
+    "MemberSealing.give",
+    "MemberSealing.resolve",
+    "MemberSealing.settle",
+)
+OF_A_SERVER_THAT_REVERTS = ("_Restart.prepare_on", "_Restart.change", "_Restart.remove_old", "_Restart.resolve")
 
-OF_A_POOL = ("Supervisor.adopt", "DiskServer.rename", "QemuProcess.resume")
+
+def places_of(steps: tuple[str, ...]) -> list[str]:
+    return [f"{step} {when}" for step in steps for when in ("before", "after")]
 
 
-def gaps(steps: tuple[str, ...], few: int) -> list[str]:
-    """Return all gaps, or a few of them that are spread over all. Behind the end of a supervisor nobody can be met."""
-    found = [
-        f"{step} {when}" for step in steps for when in ("before", "after") if f"{step} {when}" != "be_supervisor after"
-    ]
-    return found if ALL else found[:: -(-len(found) // few)]
+def in_gaps(steps: tuple[str, ...], *, few: int) -> pytest.MarkDecorator:
+    """Run a test in a few gaps that are spread over all, on one machine; or, with all rounds, in each gap on its own.
+
+    Behind the end of a supervisor nobody can be met.
+    """
+    found = [one for one in places_of(steps) if one != "be_supervisor after"]
+    if ALL:
+        return pytest.mark.parametrize("places", [pytest.param((one,), id=one.replace(" ", "-")) for one in found])
+    return pytest.mark.parametrize("places", [pytest.param(found[:: -(-len(found) // few)], id="few")])
 
 
 @pytest.fixture
@@ -79,8 +134,22 @@ def check_runs(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
-def test_a_kill_in_a_gap_of_a_snapshot_leaves_all_of_it_or_nothing(lab: Machine, gap: Gap, victim: str) -> None:
-    for number, where in enumerate(gaps(OF_A_SNAPSHOT, 4)):
+@in_gaps(OF_A_SNAPSHOT, few=4)
+def test_a_kill_in_a_gap_of_a_snapshot_leaves_all_of_it_or_nothing(
+    lab: Machine, gap: Gap, places: tuple[str, ...], victim: str
+) -> None:
+    check_snapshots(lab, gap, places, victim)
+
+
+@in_gaps(OF_A_SERVER_THAT_CUTS, few=2)
+def test_a_server_that_dies_in_a_gap_of_a_cut_leaves_all_of_the_snapshot_or_nothing(
+    lab: Machine, gap: Gap, places: tuple[str, ...]
+) -> None:
+    check_snapshots(lab, gap, places, "itself")
+
+
+def check_snapshots(lab: Machine, gap: Gap, places: tuple[str, ...], victim: str) -> None:
+    for number, where in enumerate(places):
         if number % 4 == 3:
             restart(lab)  # a server that dies more often within a minute is given up
         gap.arm(where, victim)
@@ -104,8 +173,11 @@ def restart(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
-def test_a_kill_in_a_gap_of_the_start_of_forks_leaves_whole_forks_or_none(lab: Machine, gap: Gap, victim: str) -> None:
-    for where in gaps(OF_A_START, 4):
+@in_gaps(OF_A_START, few=5)
+def test_a_kill_in_a_gap_of_the_start_of_forks_leaves_whole_forks_or_none(
+    lab: Machine, gap: Gap, places: tuple[str, ...], victim: str
+) -> None:
+    for where in places:
         gap.arm(where, victim)
         made: list[Machine] = []
         try:
@@ -118,6 +190,7 @@ def test_a_kill_in_a_gap_of_the_start_of_forks_leaves_whole_forks_or_none(lab: M
         known = {one._directory.name for one in (lab, *made)}
         assert directories == known, where
         wait_for_ends(lab._store, known, where)
+        assert made or victim != "server" or where not in WITH_DISKS, where  # the server is started again
         for fork in made:
             check_fork(fork, where)
             fork.stop(force=True)
@@ -127,11 +200,12 @@ def test_a_kill_in_a_gap_of_the_start_of_forks_leaves_whole_forks_or_none(lab: M
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
+@in_gaps(OF_A_POOL, few=2)
 def test_a_kill_in_a_gap_of_a_fork_from_a_pool_leaves_whole_forks_or_none(
-    lab: Machine, gap: Gap, victim: str, monkeypatch: pytest.MonkeyPatch
+    lab: Machine, gap: Gap, places: tuple[str, ...], victim: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pools, "TAKE_SECONDS", float(SECONDS_MAX))  # on a busy host forks would do without the pool
-    for where in gaps(OF_A_POOL, 2):
+    for where in places:
         made: list[Machine] = []
         with lab.pool("ready", warm=2):
             gap.arm(where, victim)
@@ -151,14 +225,177 @@ def test_a_kill_in_a_gap_of_a_fork_from_a_pool_leaves_whole_forks_or_none(
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
-def test_a_kill_in_a_gap_of_the_start_of_a_pool_leaves_no_process_behind(lab: Machine, gap: Gap, victim: str) -> None:
-    for where in gaps(OF_A_START, 3):
+@in_gaps(OF_A_START, few=3)
+def test_a_kill_in_a_gap_of_the_start_of_a_pool_leaves_no_process_behind(
+    lab: Machine, gap: Gap, places: tuple[str, ...], victim: str
+) -> None:
+    for where in places:
         gap.arm(where, victim)
         with suppress(OnionskinError, OSError), lab.pool("ready", warm=2):
             pass
         gap.disarm()
         wait_for_ends(lab._store, {lab._directory.name}, where)
     check_runs(lab)
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+@in_gaps(OF_A_REVERT, few=4)
+def test_a_kill_in_a_gap_of_a_revert_leaves_a_machine_that_can_be_put_back_again(
+    lab: Machine, gap: Gap, places: tuple[str, ...], victim: str
+) -> None:
+    check_reverts(lab, gap, places, victim)
+
+
+@in_gaps(OF_A_SERVER_THAT_REVERTS, few=2)
+def test_a_server_that_dies_in_a_gap_of_a_revert_leaves_a_machine_that_can_be_put_back_again(
+    lab: Machine, gap: Gap, places: tuple[str, ...]
+) -> None:
+    check_reverts(lab, gap, places, "itself")
+
+
+def check_reverts(lab: Machine, gap: Gap, places: tuple[str, ...], victim: str) -> None:
+    for number, where in enumerate(places):
+        if number % 4 == 0:
+            restart(lab)  # it has its RAM over the file of the snapshot then
+        gap.arm(where, victim)
+        with suppress(OnionskinError, OSError):
+            lab.revert("ready")
+        assert gap.disarm(), f"{where}: a revert does not come there"
+        check_runs(lab)
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+@in_gaps(OF_A_PAUSE, few=2)
+def test_a_kill_in_a_gap_of_a_pause_leaves_a_machine_that_says_how_it_is(
+    lab: Machine, gap: Gap, places: tuple[str, ...], victim: str
+) -> None:
+    for where in places:
+        gap.arm(where, victim)
+        with suppress(OnionskinError, OSError):
+            lab.pause()
+        assert gap.disarm(), f"{where}: a pause does not come there"
+        status = lab.status()
+        assert status["state"] in ("paused", "running", "failed", "off"), (where, status)
+        if status["state"] == "paused":
+            assert status["why"], (where, status)
+            lab.resume()
+        check_runs(lab)
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+@in_gaps(OF_A_RESUME, few=2)
+def test_a_machine_that_was_resumed_goes_on_behind_kills_in_gaps_of_that_and_of_a_snapshot(
+    lab: Machine, gap: Gap, places: tuple[str, ...], victim: str
+) -> None:
+    for number, where in enumerate(places):
+        lab.pause()
+        gap.arm(where, victim)
+        with suppress(OnionskinError, OSError):
+            lab.resume()
+        assert gap.disarm(), f"{where}: a resume does not come there"
+        if lab.state == "paused":  # it was killed before that
+            lab.resume()
+        if lab.state == "running":
+            gap.arm("QemuProcess.save_state before", "supervisor")
+            with suppress(OnionskinError, OSError):
+                lab.snapshot(f"behind-{number}")
+            assert gap.disarm()
+            assert lab.state == "running", where
+        check_runs(lab)
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+@in_gaps(OF_A_STOP, few=2)
+def test_a_kill_in_a_gap_of_a_stop_leaves_no_process_that_nobody_ends(
+    lab: Machine, gap: Gap, places: tuple[str, ...], victim: str
+) -> None:
+    for where in places:
+        gap.arm(where, victim)
+        with suppress(OnionskinError, OSError):
+            lab.stop(force=True)
+        gap.disarm()  # where the victim has ended already, nobody is killed
+        lab.stop(force=True)
+        assert lab.state in ("off", "failed"), where
+        wait_for_ends(lab._store, set(), where)
+        check_runs(lab)
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+@in_gaps(OF_A_TAKEOVER, few=3)
+def test_a_kill_in_a_gap_of_a_takeover_leaves_a_machine_that_can_be_put_back(
+    lab: Machine, gap: Gap, places: tuple[str, ...], victim: str
+) -> None:
+    for where in places:
+        kill(lab, "supervisor")
+        gap.arm(where, victim)
+        with suppress(OnionskinError, OSError):
+            lab.status()
+        assert gap.disarm(), f"{where}: a takeover does not come there"
+        check_runs(lab)
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+@in_gaps(OF_A_RESTART, few=3)
+def test_a_kill_in_a_gap_of_the_restart_of_a_server_leaves_a_machine_that_can_be_put_back(
+    lab: Machine, gap: Gap, places: tuple[str, ...], victim: str
+) -> None:
+    for where in places:
+        gap.arm(where, victim)
+        kill(lab, "server")
+        if (where, victim) not in (("DiskServer.restart before", "server"), ("DiskServer.begin before", "server")):
+            until(lambda: gap.is_met)  # else there is none to kill
+        gap.disarm()
+        check_runs(lab)
+        restart(lab)
+
+
+@pytest.mark.parametrize(
+    ("command", "where"),
+    [
+        pytest.param(command, where, id=f"{command[1]}-{where}".replace(" ", "-"))
+        for command, steps in OF_COMMANDS.items()
+        for where in (places_of(steps) if ALL else places_of(steps)[-2:-1])
+    ],
+)
+def test_a_command_that_is_killed_in_a_gap_leaves_all_or_nothing(
+    lab: Machine, gap: Gap, command: tuple[str, ...], where: str
+) -> None:
+    store, (state, verb, at, *flags) = lab._store, command
+    if state == "off":
+        lab.stop(force=True)
+    gap.arm(where, "itself")
+    line = [sys.executable, "-m", "onionskin", "machine", verb, f"{store.path}/lab{at}", *flags]
+    ended = subprocess.run(line, capture_output=True, text=True)
+    assert (ended.returncode, gap.disarm()) == (-signal.SIGKILL, True), ended
+    there = {info.name: store.open_machine(info.name) for info in store.machines()}
+    assert "lab" in there or where == "delete after"
+    wait_for_ends(store, {one._directory.name for one in there.values()}, where)
+    for fork in (one for name, one in there.items() if name != "lab"):
+        assert fork.state in ("running", "off"), fork.status()
+        fork.stop(force=True)
+        fork.delete()
+    if "lab" in there:
+        taken = {one.name for one in lab.snapshots}
+        assert taken <= {"ready", "off"}
+        assert "ready" in taken or where in ("merge after", "discard after")
+        (check_runs if "ready" in taken else check_starts)(lab)
+    assert [problem for problem in store.check() if problem.severity == "error"] == []
+
+
+def check_starts(machine: Machine) -> None:
+    """The machine runs, or boots."""
+    if machine.state == "off":
+        machine.start()
+    with Console(machine._directory / "console") as screen:
+        screen.wait_ticks(2)
+
+
+def kill(machine: Machine, victim: str) -> None:
+    record = Record.read(machine._directory)
+    assert record is not None
+    process = getattr(record, victim)
+    os.kill(process.pid, signal.SIGKILL)
+    until(lambda: not process.is_alive)
 
 
 def check_fork(fork: Machine, where: str) -> None:

@@ -1,7 +1,8 @@
 """Kills a process of a machine in a gap between two steps of its supervisor. It is for supervisors that tests start.
 
 Python loads this at its start where PYTHONPATH names this directory. ONIONSKIN_GAP names a file; while it has a line
-"STEP WHEN VICTIM", such as "MachineCut.seal before server", whoever comes there first takes the file away and kills.
+"STEP WHEN VICTIM", such as "MachineCut.seal before server", whoever comes there first takes the file away and kills. Steps of
+the server of the disks are there too, and of the command line: whoever is there can kill itself.
 """
 
 import functools
@@ -16,26 +17,48 @@ from typing import Any
 
 STEPS = {
     "os": ("fork",),
-    "onionskin.machine.daemon": ("be_supervisor",),
-    "onionskin.machine.control": ("ControlServer.__init__",),
-    "onionskin.machine.disk_server": ("DiskServer.begin", "DiskServer.wait_ready", "DiskServer.rename"),
+    "onionskin.machine.daemon": ("be_supervisor", "start"),
+    "onionskin.machine.control": ("ControlServer.__init__", "ControlServer.close"),
+    "onionskin.machine.disk_server": (
+        *("DiskServer.begin", "DiskServer.wait_ready", "DiskServer.rename", "DiskServer.restart", "DiskServer.end"),
+    ),
     "onionskin.machine.qemu": (
         *("QemuHypervisor.check", "QemuHypervisor.launch", "QemuProcess.note_writes", "QemuProcess.load_state"),
         *("QemuProcess.prepare_state", "QemuProcess.pause", "QemuProcess.save_state", "QemuProcess.resume"),
-        *("QemuProcess.finish_state", "QemuProcess._connect"),
+        *("QemuProcess.finish_state", "QemuProcess._connect", "QemuProcess.meet_library", "QemuProcess.drop_leftovers"),
+        *("QemuProcess._add_node", "QemuProcess._run_on_state", "QemuProcess._remove_node", "QemuProcess.quit"),
+        *("QemuProcess.plugged", "QemuProcess.close"),
     ),
-    "onionskin.machine.ram": ("GuestRam.stream", "GuestRam.collect", "UnsavedRam.save", "fill_file"),
-    "onionskin.machine.ram_files": ("RamFiles._make", "RamFiles.use"),
+    "onionskin.machine.ram": (
+        *("GuestRam.stream", "GuestRam.collect", "UnsavedRam.save", "GuestRam.note_written", "GuestRam.drop"),
+        "fill_file",
+    ),
+    "onionskin.machine.ram_files": ("RamFiles._make", "RamFiles.use", "RamFiles.make_soon"),
     "onionskin.machine.record": ("Record.write",),
-    "onionskin.machine.restore": ("Prepared.__init__", "settle"),
-    "onionskin.machine.supervisor": ("Supervisor.adopt",),
-    "onionskin.machine.running": ("StateFile.save",),
+    "onionskin.machine.restore": ("Prepared.__init__", "settle", "_settle", "renew_generation"),
+    "onionskin.machine.supervisor": ("Supervisor.adopt", "Supervisor._take_over"),
+    "onionskin.machine.running": (
+        *("StateFile.save", "Stop.refuse_disturbed", "Stop.refuse_went_on", "Running.attach", "Running.close"),
+        "Running.refuse_other_devices",
+    ),
     "onionskin.operations.machine_snapshots": (
         *("MachineCut.check", "MachineCut.seal", "MachineCut.commit", "MachineCut._insert_pins", "MachineCut._write"),
     ),
-    "onionskin.operations.machines": ("note_running",),
+    "onionskin.operations.machine_tree": (
+        *("RevertInPlace.put_disks_back", "RevertInPlace.put_ram_back", "revert", "merge", "discard"),
+    ),
+    "onionskin.operations.machines": ("note_running", "note_reverting", "note_reverted"),
+    "onionskin.operations.machine_forks": ("fork_machine",),
+    "onionskin.operations.machine_removal": ("delete",),
+    "onionskin.machine.fork": ("start_all", "_ask"),
+    # In the server of the disks:
+    "onionskin.control.groups": ("seal_for_caller", "_enter", "_seal", "_sync"),
+    "onionskin.operations.group_member": ("MemberSealing.give", "MemberSealing.resolve", "MemberSealing.settle"),
+    "onionskin.operations.restart": (
+        *("_Restart.prepare_on", "_Restart.change", "_Restart.remove_old", "_Restart.resolve"),
+    ),
 }
-_found: dict[str, Callable[[], int]] = {"supervisor": os.getpid}
+_found: dict[str, Callable[[], int]] = {"supervisor": os.getpid, "itself": os.getpid}
 
 
 def _meet(label: str) -> None:
@@ -45,11 +68,15 @@ def _meet(label: str) -> None:
         where, victim = path.read_text().rsplit(" ", 1)
         if where != label or victim not in _found:
             return
-        path.rename(path.with_suffix(".met"))
+        pid = _found[victim]()
+        descriptor = os.pidfd_open(pid)
     except (OSError, ValueError):
-        return  # nobody is to be killed, or another process came first
-    pid = _found[victim]()
-    descriptor = os.pidfd_open(pid)
+        return  # nobody is to be killed, or is there
+    try:
+        path.rename(path.with_suffix(".met"))
+    except OSError:
+        os.close(descriptor)
+        return  # another process came first
     os.kill(pid, signal.SIGKILL)
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
@@ -60,27 +87,26 @@ def _meet(label: str) -> None:
 def _with_gaps(step: str, inner: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(inner)
     def call(*given: Any, **named: Any) -> Any:
+        _remember(*given[:1])
         _meet(f"{step} before")
         try:
             return inner(*given, **named)
         finally:
+            _remember(*given[:1])
             _meet(f"{step} after")
 
     return call
 
 
-def _remember(owner: Any, method: str, victim: str, pid_of: Callable[[Any], int]) -> None:
-    inner = getattr(owner, method)
-
-    @functools.wraps(inner)
-    def call(self: Any, *given: Any, **named: Any) -> Any:
-        try:
-            return inner(self, *given, **named)
-        finally:
-            if pid_of(self):
-                _found[victim] = lambda: pid_of(self)
-
-    setattr(owner, method, call)
+def _remember(one: Any = None) -> None:
+    """Take note of who can be killed from here on."""
+    kind = type(one).__name__
+    if kind == "QemuProcess":
+        _found["hypervisor"] = lambda: one.pid
+    elif kind == "DiskServer":
+        _found["server"] = lambda: one.process.pid if one.process else -1
+    elif kind == "Supervisor":
+        _remember(one._server)
 
 
 def _prepare() -> None:
@@ -90,10 +116,6 @@ def _prepare() -> None:
             owner, _, name = step.rpartition(".")
             holder = getattr(loaded, owner) if owner else loaded
             setattr(holder, name, _with_gaps(step, getattr(holder, name)))
-    disk_server, qemu = (importlib.import_module(f"onionskin.machine.{name}") for name in ("disk_server", "qemu"))
-    for method in ("__init__", "begin"):
-        _remember(disk_server.DiskServer, method, "server", lambda one: one.process.pid if one.process else 0)
-    _remember(qemu.QemuProcess, "_connect", "hypervisor", lambda one: one.pid)
 
 
 if "ONIONSKIN_GAP" in os.environ:
