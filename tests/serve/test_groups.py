@@ -228,7 +228,7 @@ def test_the_connection_to_a_volume_that_is_renamed_while_it_is_sought_is_closed
         asked += 1
         return volumes(names if asked < 2 else ["another name"])
 
-    monkeypatch.setattr("onionskin.control.client.connect_unix", note)
+    monkeypatch.setattr("onionskin.control.client.connect_if_listening", note)
     monkeypatch.setattr(catalog, "volumes_called", rename)
     with pytest.raises(onionskin.VolumeNotFoundError):
         Caller(store, "web")

@@ -14,6 +14,7 @@ from functools import wraps
 from socket import socket
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from onionskin.base.files import CANNOT_LOOK
 from onionskin.base.signals import DeferredInterrupt
 from onionskin.base.sockets import connect_unix
 from onionskin.errors import FormatError, OnionskinError, StateError
@@ -141,7 +142,9 @@ class Machine:
         """Return how it ended at last."""
         try:
             value = record.read_json(self._directory / record.ENDED)
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in CANNOT_LOOK:
+                raise
             return {}
         return value if isinstance(value, dict) and isinstance(value.get("status"), int) else {}
 
