@@ -14,8 +14,9 @@ import socket
 import stat
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
+from onionskin.base.held import held
 from onionskin.base.paths import FilePath
 from onionskin.errors import StateError
 
@@ -25,7 +26,7 @@ _CREDENTIALS = struct.Struct("3i")
 _NOBODY_LISTENS = (errno.ECONNREFUSED, errno.ENOENT, errno.ENOTDIR, errno.ENOTSOCK)
 
 
-@contextmanager
+@held
 def short_path(path: "str | os.PathLike[str]") -> Iterator[str]:
     """Name a file by a descriptor of its directory. Such a name fits in an address, however long the path is."""
     descriptor = os.open(FilePath(path).absolute().parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -14,10 +14,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
+from onionskin.base.held import held
 from onionskin.base.sockets import connect_if_listening
 from onionskin.control import frames
 from onionskin.errors import OnionskinError, StateError
@@ -155,7 +156,7 @@ def _call(connection: socket.socket, request: dict[str, Any], seconds: float) ->
 # ---- for forks ----
 
 
-@contextmanager
+@held
 def taken(directory: Path, snapshot: bytes, count: int) -> Iterator[list[bytes]]:
     """Take up to so many machines out of a pool, for the time of the block. Gives their ids; none, where there is no pool.
 
