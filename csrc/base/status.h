@@ -25,7 +25,8 @@ enum onion_status {
     ONION_E_MAPPINGS = -5015,     /* the process has as many mappings as the system allows it */
     ONION_E_JOURNAL_FULL = -5016, /* no room for a dirty record: a flush makes some. Stays inside the volume */
     ONION_E_MOVED = -5017,        /* another store, or none, is where the store was when it was opened */
-    ONION_E_WHICH_BOOT = -5018 /* a process cannot tell whether a file is of this boot and mount: /proc, /sys hidden */
+    ONION_E_WHICH_BOOT = -5018, /* a process cannot tell whether a file is of this boot and mount: /proc, /sys hidden */
+    ONION_E_OTHER_MOUNT = -5019 /* a file is of this boot, and of a mount that cannot be compared with this one */
 };
 
 #endif

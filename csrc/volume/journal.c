@@ -160,9 +160,14 @@ static int is_same_place(const struct onion_journal_header *found, const struct 
            found->filesystem == here->filesystem && found->filesystem_kind == here->filesystem_kind;
 }
 
+/* Returns whether `fs` says itself which of its mountings it is, so that a file of another one can be told from this. */
+static int is_known(const struct statfs *fs) { return fs->f_type == TMPFS || sysfs_type(fs) != NULL; }
+
 /* Returns whether a file was written in this boot and mount, or -errno. ONION_E_WHICH_BOOT: this process cannot tell,
  * because /proc or /sys is not there. Its writer may have seen more of the system than it does, or less, so the number
- * of the kind that is in the file is compared. */
+ * of the kind that is in the file is compared. ONION_E_OTHER_MOUNT: it is of this boot, and was written through a mount
+ * that cannot be compared with this one (of an overlayfs, NFS, FUSE, or of what lies below one): what was written may
+ * well be here, and nobody can prove it. */
 static int is_of_here(int fd, const struct onion_journal_header *found) {
     unsigned char boot_id[sizeof found->boot_id];
     uint64_t here = 0;
@@ -171,29 +176,29 @@ static int is_of_here(int fd, const struct onion_journal_header *found) {
     struct statfs fs;
     if (fstat(fd, &info) || fstatfs(fd, &fs))
         return -errno;
-    if (found->device != info.st_dev)
-        return 0;
     int status = read_boot_id(boot_id);
     if (status < 0)
         return status == -ENOSYS ? ONION_E_WHICH_BOOT : status;
     if (memcmp(found->boot_id, boot_id, sizeof boot_id))
         return 0;
+    int is_same_device = found->device == info.st_dev;
     switch (found->filesystem_kind) {
     case FILESYSTEM_MEMORY:
-        return fs.f_type == TMPFS;
+        return !is_known(&fs) ? ONION_E_OTHER_MOUNT : is_same_device && fs.f_type == TMPFS;
     case FILESYSTEM_SYSFS:
+        if (!is_known(&fs))
+            return ONION_E_OTHER_MOUNT;
+        if (!is_same_device)
+            return 0;
         status = sysfs_inode(fd, info.st_dev, &fs, &here);
-        break;
+        return status < 0 ? status : here ? here == found->filesystem : ONION_E_WHICH_BOOT;
     case FILESYSTEM_UNIQUE_MOUNT:
     case FILESYSTEM_MOUNT:
         here = mount_id(fd, &kind);
-        if (here && kind != found->filesystem_kind)
-            return 0;
-        break;
+        return is_same_device && kind == found->filesystem_kind && here == found->filesystem ? 1 : ONION_E_OTHER_MOUNT;
     default:
         return 0;
     }
-    return status < 0 ? status : here ? here == found->filesystem : ONION_E_WHICH_BOOT;
 }
 
 static uint64_t monotonic_ns(void) {

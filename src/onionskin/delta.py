@@ -29,9 +29,11 @@ from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from onionskin.base import states
 from onionskin.base.files import data_ranges
+from onionskin.base.held import held, held_together
 from onionskin.base.limits import BLOCK_SIZE_MAX, NAME_BYTES_MAX, NOTE_BYTES_MAX, VOLUME_BYTES_MAX
 from onionskin.base.naming import check_name
 from onionskin.base.progress import Progress
+from onionskin.base.signals import DeferredInterrupt
 from onionskin.catalog import SnapshotRow
 from onionskin.catalog.tree import Snapshot
 from onionskin.errors import ChainError, FormatError, SnapshotExistsError, StateError
@@ -364,7 +366,7 @@ class _Ends:
     opened_a: OpenChain | None = None
 
 
-@contextmanager
+@held
 def _ends(store: Store, volume: str | None, a: str | None, b: str) -> Iterator[_Ends]:
     """Find both snapshots in one state of the catalog and pin what they read.
 
@@ -373,9 +375,10 @@ def _ends(store: Store, volume: str | None, a: str | None, b: str) -> Iterator[_
     names = None if a is None else snapshot_of(volume, a), snapshot_of(volume, b)
     while True:
         rows = _rows(store, *names)
-        with ExitStack() as stack:
+        with held_together() as stack:
             try:
-                ends = _pin(store, names, rows, stack)
+                with DeferredInterrupt():
+                    ends = _pin(store, names, rows, stack)
             except StateError:  # perhaps a layer was removed meanwhile: begin again if the rows changed
                 if rows == _rows(store, *names):
                     raise

@@ -16,6 +16,7 @@ from datetime import UTC, timedelta, tzinfo
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from onionskin.base.held import enter, held_together
 from onionskin.base.keyed_locks import KeyedLocks
 from onionskin.base.lazy import logger
 from onionskin.base.limits import HEADER_BYTES, VOLUME_BYTES_MAX, WIPE_POLICIES
@@ -1976,7 +1977,7 @@ class Store:
 
         catalog = self._opened.catalog
         machine = machines.find(catalog, name)
-        with self._open_ram(machine), ExitStack() as stack:
+        with self._open_ram(machine), held_together() as stack:
             machines.find_snapshot(catalog, machine, snapshot)
             for disk in machines.disks_of(catalog, machine).values():
                 self._hold_to_put_back(disk, stack)  # so that what is in the way is found before anything is noted
@@ -1993,7 +1994,7 @@ class Store:
         import onionskin
 
         if self._open_here(volume) is None and not onionskin.agrees_to_revert(self, volume):
-            stack.enter_context(self._open_to_write(volume, for_machine=True))
+            enter(stack, partial(self._open_to_write, volume, for_machine=True))
 
     def _put_machine_back_to_beginning(self, name: str) -> None:
         """Put a fork that is off back to the snapshot that it was made from, from whose RAM the next start goes on."""

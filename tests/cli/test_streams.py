@@ -1,6 +1,8 @@
 """Images that come from stdin or a FIFO and go to stdout, a FIFO or a block device."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import re
@@ -15,7 +17,7 @@ from click.testing import Result
 import onionskin
 from onionskin.cli.output import StandardStream
 from onionskin.exchange.block_devices import BlockDevice
-from onionskin.images import export_to_device
+from onionskin.images import export_to_device, refuse_device
 
 Run = Callable[..., Result]
 Spawn = Callable[..., "subprocess.Popen[bytes]"]
@@ -236,6 +238,35 @@ def test_a_head_that_is_written_to_is_on_a_block_device_as_it_was(
         web.write(6 << 20, b"as it was")
         export_to_device(web, target, progress=lambda done, total: web.write(6 << 20, b"later    "))
     assert target.path.read_bytes()[6 << 20 : (6 << 20) + 9] == b"as it was"
+
+
+def test_a_block_device_is_not_written_where_nobody_sees_what_it_stands_on(
+    vms: Path, tmp_path: Path, device: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a loop device over the base of a volume."""
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: not str(path).startswith("/sys/") and exists(path))
+    with (
+        onionskin.Store(vms) as store,
+        store.open("web") as web,
+        BlockDevice(device(8 << 20)) as target,
+        pytest.raises(onionskin.StateError, match="mount /sys"),
+    ):
+        refuse_device(web, target)
+
+
+def test_a_block_device_that_cannot_be_asked_for_its_size_is_not_kept(
+    device: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    target = device(1 << 20)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(errno.EIO)) as refused:
+        patch.setattr(fcntl, "ioctl", refuse)
+        BlockDevice(target)
+    BlockDevice(target).close()  # nobody claims it any more, also while the error is kept
+    assert refused.value.errno == errno.EIO
 
 
 def test_a_block_device_is_not_written_without_a_yes(run: Run, vms: Path, device: Callable[..., Path]) -> None:

@@ -228,7 +228,7 @@ def test_the_connection_to_a_volume_that_is_renamed_while_it_is_sought_is_closed
         asked += 1
         return volumes(names if asked < 2 else ["another name"])
 
-    monkeypatch.setattr("onionskin.control.client.connect_unix", note)
+    monkeypatch.setattr("onionskin.control.client.connect_if_listening", note)
     monkeypatch.setattr(catalog, "volumes_called", rename)
     with pytest.raises(onionskin.VolumeNotFoundError):
         Caller(store, "web")
@@ -943,6 +943,41 @@ def test_a_server_that_was_stopped_fails_the_group_and_all_go_on(
         other.process.send_signal(signal.SIGCONT)
         monkeypatch.undo()
         cut_in_the_end(store, "s")
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+@pytest.mark.parametrize("step", Caller.STEPS)
+def test_a_group_is_tried_again_whose_server_was_stopped_or_died_at_a_step(
+    at: Path,
+    store: onionskin.Store,
+    here: Here,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    is_killed: bool,
+) -> None:
+    server = here("web")
+    with Serve(at / "db", "--socket", tmp_path / "s", log=tmp_path / "log") as other, other.client("db") as client:
+        stamp(client, 1)
+        caller = Caller(store, "db")
+        caller.go_to(step)
+        stop(other)
+        caller.close()
+        with monkeypatch.context() as patch:
+            lose_patience_with(patch, "db")
+            for _ in range(2):  # as long as it is stopped
+                with pytest.raises(onionskin.StateError, match=f"process {other.process.pid}"):
+                    store.snapshot_group({"web": "s", "db": "s"})
+        goes_on(store, server, "web")
+        other.process.send_signal(signal.SIGKILL if is_killed else signal.SIGCONT)
+        if is_killed:
+            other.process.wait()
+        cut_in_the_end(store, "s")
+        if not is_killed:
+            stamp(client, 2)  # which goes on
+    assert number_in(store, "db", "s") == 1
+    store.finish_work()
+    assert [problem for problem in store.check() if problem.severity != "notice"] == []
 
 
 class Phony:

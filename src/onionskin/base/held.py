@@ -10,9 +10,11 @@ block, nor as it calls an `__exit__` in C. `io.IOBase` has one, which calls `clo
 
 import io
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import wraps
 from typing import ParamSpec, TypeVar, cast
+
+from onionskin.base.signals import DeferredInterrupt
 
 Given = ParamSpec("Given")
 Held = TypeVar("Held")
@@ -43,3 +45,31 @@ def held(steps: Callable[Given, Iterator[Held]]) -> Callable[Given, AbstractCont
         return cast("AbstractContextManager[Held]", _Holding(steps(*given, **named)))
 
     return hold
+
+
+@held
+def held_together() -> Iterator[ExitStack]:
+    """Hold several things by a stack of contexts, which is left as a whole: an interrupt waits for that.
+
+    They are put on the stack by `enter`, or with interrupts held back: a stack takes and leaves them in Python.
+    """
+    stack = ExitStack()
+    try:
+        yield stack
+    finally:
+        try:
+            _leave(stack)
+        except BaseException:  # an interrupt, before it was held back
+            _leave(stack)
+            raise
+
+
+def enter(stack: ExitStack, context: Callable[[], AbstractContextManager[Held]]) -> Held:
+    """Make and enter a context, and put it on a stack: where an interrupt comes, it is there, or nothing is held."""
+    with DeferredInterrupt():
+        return stack.enter_context(context())
+
+
+def _leave(stack: ExitStack) -> None:
+    with DeferredInterrupt():
+        stack.close()

@@ -14,17 +14,19 @@ import socket
 import stat
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
+from onionskin.base.held import held
 from onionskin.base.paths import FilePath
 from onionskin.errors import StateError
 
 PORT = 10809
 BACKLOG = 128
 _CREDENTIALS = struct.Struct("3i")
+_NOBODY_LISTENS = (errno.ECONNREFUSED, errno.ENOENT, errno.ENOTDIR, errno.ENOTSOCK)
 
 
-@contextmanager
+@held
 def short_path(path: "str | os.PathLike[str]") -> Iterator[str]:
     """Name a file by a descriptor of its directory. Such a name fits in an address, however long the path is."""
     descriptor = os.open(FilePath(path).absolute().parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -178,6 +180,19 @@ def connect_unix(path: "str | os.PathLike[str]", *, seconds: float = 0) -> socke
         connection.close()
         raise
     return connection
+
+
+def connect_if_listening(path: "str | os.PathLike[str]", *, seconds: float = 0) -> socket.socket | None:
+    """Connect to a Unix socket as `connect_unix` does, or return None where no process listens there.
+
+    Then it is not there, or it was left by a process that is gone. Any other error says nothing of that, and is raised.
+    """
+    try:
+        return connect_unix(path, seconds=seconds)
+    except OSError as error:
+        if error.errno not in _NOBODY_LISTENS:
+            raise
+        return None
 
 
 def has_hung_up(connection: socket.socket) -> bool:

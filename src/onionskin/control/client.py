@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from errno import EAGAIN, ECONNREFUSED, ENOENT, ENOTSOCK
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from onionskin.base.lazy import dtypes, logger
 from onionskin.base.naming import several
 from onionskin.base.progress import Progress
-from onionskin.base.sockets import connect_unix, credentials_of
+from onionskin.base.sockets import connect_if_listening, credentials_of
 from onionskin.catalog import VolumeRow
 from onionskin.catalog.tree import Snapshot
 from onionskin.control import frames
@@ -104,13 +103,10 @@ def reach(store: OpenStore, row: VolumeRow, name: str) -> socket.socket | None:
     if holder is None:
         return None
     try:
-        return connect_unix(store.layout.volume_control(row.id), seconds=frames.SILENCE_SECONDS)
-    except OSError as error:
-        if error.errno in (ECONNREFUSED, ENOENT, ENOTSOCK):
-            return None  # held by a process that does not serve it, or left by a crash
-        if error.errno == EAGAIN:
-            raise StateError(_silent(name, holder.pid)) from None
-        raise
+        # None: it is held by a process that does not serve it.
+        return connect_if_listening(store.layout.volume_control(row.id), seconds=frames.SILENCE_SECONDS)
+    except BlockingIOError:
+        raise StateError(_silent(name, holder.pid)) from None
 
 
 def flush_served(store: Store, name: str) -> None:

@@ -29,9 +29,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from errno import ETIME
 from typing import TYPE_CHECKING, Any
 
+from onionskin.base.held import held_together
 from onionskin.base.lazy import logger
 from onionskin.base.limits import WIPE_POLICIES
 from onionskin.base.naming import some_of
+from onionskin.base.signals import DeferredInterrupt
 from onionskin.base.sockets import credentials_of
 from onionskin.catalog import VolumeRow
 from onionskin.control import frames
@@ -551,12 +553,13 @@ def find_served_heads(store: "Store", holders: Mapping[str, int], stack: ExitSta
     catalog = store._opened.catalog
     while True:
         rows = catalog.volumes_called(holders)
-        with ExitStack() as connections:
+        with held_together() as connections:
             found = _ask_servers(store._opened, rows, holders, connections)
             # The servers know ids alone; the names may mean other volumes by now.
             now = catalog.volumes_called(holders)
             if all(now[name].id == row.id for name, row in rows.items()):
-                stack.push(connections.pop_all())
+                with DeferredInterrupt():
+                    stack.push(connections.pop_all())
                 return found
 
 
@@ -571,16 +574,17 @@ def _ask_servers(
         for of_process in _by_process(left, holders):
             first = of_process[0]
             row = rows[left[first]]
-            connection = reach(store, row, left[first])
-            if connection is None:
-                del left[first]  # its holder serves nothing
-                continue
-            # The greeting is waited for later, so that all servers greet at the same time.
-            live = LiveVolume(connection, left[first], row.id, greet=False)
-            connections.callback(live.close)
-            candidates = {id: rows[left[id]] for id in of_process}
-            servers[first] = server = GroupServer(store, live, candidates)
-            connections.callback(server.close)
+            with DeferredInterrupt():
+                connection = reach(store, row, left[first])
+                if connection is None:
+                    del left[first]  # its holder serves nothing
+                    continue
+                # The greeting is waited for later, so that all servers greet at the same time.
+                live = LiveVolume(connection, left[first], row.id, greet=False)
+                connections.callback(live.close)
+                candidates = {id: rows[left[id]] for id in of_process}
+                servers[first] = server = GroupServer(store, live, candidates)
+                connections.callback(server.close)
         for first, server in servers.items():
             heads = server.heads()
             if first not in heads:

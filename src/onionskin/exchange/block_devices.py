@@ -46,13 +46,16 @@ class BlockDevice:
             raise StateError(
                 f"{path} is in use: it is mounted, swapped to, or part of another device; end that first"
             ) from None
-        found = os.fstat(self._descriptor)
-        if not stat.S_ISBLK(found.st_mode):
+        try:
+            found = os.fstat(self._descriptor)
+            if not stat.S_ISBLK(found.st_mode):
+                raise StateError(f"{path} is no block device any more; look at it, and try again")
+            self._number = found.st_rdev
+            self.size_bytes = os.lseek(self._descriptor, 0, os.SEEK_END)
+            (self._sector_bytes,) = struct.unpack("i", fcntl.ioctl(self._descriptor, _BLKSSZGET, bytes(4)))
+        except BaseException:  # it would stay claimed
             self.close()
-            raise StateError(f"{path} is no block device any more; look at it, and try again")
-        self._number = found.st_rdev
-        self.size_bytes = os.lseek(self._descriptor, 0, os.SEEK_END)
-        (self._sector_bytes,) = struct.unpack("i", fcntl.ioctl(self._descriptor, _BLKSSZGET, bytes(4)))
+            raise
 
     def __enter__(self) -> "BlockDevice":
         return self
@@ -92,9 +95,21 @@ class BlockDevice:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def files_below(self) -> list[Path]:
-        """Return the backing files of all loop devices among this device and the devices below it."""
+        """Return the backing files of all loop devices among this device and the devices below it.
+
+        Raises
+        ------
+        StateError
+            The system does not say what it stands on.
+        """
         found = []
-        pending = [Path(f"/sys/dev/block/{os.major(self._number)}:{os.minor(self._number)}").resolve()]
+        directory = Path(f"/sys/dev/block/{os.major(self._number)}:{os.minor(self._number)}")
+        if not directory.exists():
+            raise StateError(
+                f"what {self.path} stands on cannot be seen, since {directory} is not there, and it might be a file that is "
+                "needed; mount /sys, and try again"
+            )
+        pending = [directory.resolve()]
         while pending:
             directory = pending.pop()
             if (directory / "partition").exists():

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from onionskin.errors import FormatError, OnionskinError
 from onionskin.exchange.image_formats import VHD_COOKIE, VHD_FOOTER_BYTES
+from onionskin.exchange.programs import running, status_of
 
 AnyPath = str | os.PathLike[str]
 Percent = Callable[[float], object]
@@ -261,24 +262,13 @@ def run(
     """
     verb, *rest = arguments
     command = [program(), verb, *(["-p"] if percent else []), *rest]
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=said,
-            env=os.environ | {"LC_ALL": "C"},
-            pass_fds=keep,
-        )
-        try:
-            printed = _printed_by(process, percent)
-            status = process.wait()
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
+    environment = os.environ | {"LC_ALL": "C"}
+    with (
+        tempfile.TemporaryFile() as said,
+        running(command, stdin=subprocess.DEVNULL, stderr=said, env=environment, pass_fds=keep) as process,
+    ):
+        printed = _printed_by(process, percent)
+        status = status_of(process)
         said.seek(0)
         errors = said.read(_SAID_BYTES_MAX).decode(errors="replace").strip()
     if status and status not in fine:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from onionskin.base.lazy import Later
 from onionskin.errors import FormatError, OnionskinError
+from onionskin.exchange.programs import running, status_of
 
 if TYPE_CHECKING:
     import select
@@ -150,25 +151,15 @@ def unpacked(source: Source, kind: str) -> Iterator[Source]:
             os.lseek(source.descriptor, -len(ahead), os.SEEK_CUR)
         else:
             feeder = stack.enter_context(_Feeder(ahead, source.descriptor))
-        process = subprocess.Popen(
-            [found, *options],
-            stdin=feeder.output if feeder else source.descriptor,
-            stdout=subprocess.PIPE,
-            stderr=said,
-            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} | {"LC_ALL": "C"},
-        )
-        assert process.stdout is not None
-        try:
+        input = feeder.output if feeder else source.descriptor
+        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} | {"LC_ALL": "C"}
+        with running([found, *options], stdin=input, stderr=said, env=environment) as process:
+            assert process.stdout is not None
             if feeder:
                 feeder.start()
             yield Source(process.stdout.fileno(), source.name)
             _refuse_rest(process, source.name)
-            status = process.wait()
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-            process.stdout.close()
+            status = status_of(process)
         if feeder:
             feeder.finish()
         said.seek(0)

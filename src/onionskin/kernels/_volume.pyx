@@ -203,6 +203,7 @@ cdef extern from "base/status.h" nogil:
         ONION_E_NOT_A_FILE
         ONION_E_MOVED
         ONION_E_WHICH_BOOT
+        ONION_E_OTHER_MOUNT
         ONION_E_NUMBERS
         ONION_E_MAPPINGS
 
@@ -286,6 +287,12 @@ def error_of(status, what, path=None, offset=0):
         return StateError(
             f"{path}: a process that was killed may have left changes there, and this one cannot tell whether they are of "
             "this boot and mount, because it sees no /proc or no /sys: open the volume once where both are mounted"
+        )
+    if status == ONION_E_OTHER_MOUNT:
+        return StateError(
+            f"{path}: a process that was killed left changes there, since this machine was started, through another mount "
+            "than this one, or this is a copy; on this file system nobody can tell whether all of their data is here: open "
+            "the volume once through that mount, or remove that file, which gives up what was not flushed"
         )
     if status == ONION_E_VERIFY:
         return OSError(EIO, f"{what}: bytes that were overwritten with zeros do not read back as zeros; the "

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-from onionskin.base.sockets import connect_unix
+from onionskin.base.sockets import connect_if_listening
 from onionskin.errors import StateError
 
 SYNC_SECONDS = 10.0  # a guest of a busy host is slow, and one call at a time has the agent: the others wait for it
@@ -46,9 +46,12 @@ class GuestAgent:
         self._name = name
         self._pending = b""
         try:
-            self._socket = connect_unix(path, seconds=seconds)
-        except OSError:
-            raise NoAgent(f"machine {name!r} has no port for a guest agent, or somebody else uses it") from None
+            found = connect_if_listening(path, seconds=seconds)
+        except BlockingIOError:
+            found = None
+        if found is None:
+            raise NoAgent(f"machine {name!r} has no port for a guest agent, or somebody else uses it")
+        self._socket = found
         try:
             self._sync(seconds)
         except BaseException:

@@ -14,12 +14,11 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from errno import EAGAIN, ECONNREFUSED, ENOENT, ENOTSOCK
 from pathlib import Path
 from types import NoneType
 from typing import Any, Self
 
-from onionskin.base.sockets import UnixListener, connect_unix, credentials_of, has_hung_up, may_connect
+from onionskin.base.sockets import UnixListener, connect_if_listening, credentials_of, has_hung_up, may_connect
 from onionskin.base.threads import SureThread
 from onionskin.control import frames
 from onionskin.control.client import is_stopped
@@ -241,17 +240,13 @@ class MachineControl:
     def find(cls, path: Path, name: str) -> Self | None:
         """Connect to the supervisor of a machine, or return None where there is none."""
         try:
-            connection = connect_unix(path, seconds=frames.SILENCE_SECONDS)
-        except OSError as error:
-            if error.errno in (ECONNREFUSED, ENOENT, ENOTSOCK):
-                return None
-            if error.errno == EAGAIN:
-                raise StateError(
-                    f"the supervisor of machine {name!r} does not take connections; it was stopped, or hangs"
-                ) from None
-            raise
+            connection = connect_if_listening(path, seconds=frames.SILENCE_SECONDS)
+        except BlockingIOError:
+            raise StateError(
+                f"the supervisor of machine {name!r} does not take connections; it was stopped, or hangs"
+            ) from None
         try:
-            return cls(connection, name)
+            return None if connection is None else cls(connection, name)
         except WentAway:  # it was ending, or being killed, while it still listened
             return None
 

@@ -7,13 +7,15 @@ found by whatever is asked of it next, and has one again before anything else ha
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from functools import wraps
 from socket import socket
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from onionskin.base.files import CANNOT_LOOK
+from onionskin.base.held import held
 from onionskin.base.signals import DeferredInterrupt
 from onionskin.base.sockets import connect_unix
 from onionskin.errors import FormatError, OnionskinError, StateError
@@ -141,7 +143,9 @@ class Machine:
         """Return how it ended at last."""
         try:
             value = record.read_json(self._directory / record.ENDED)
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in CANNOT_LOOK:
+                raise
             return {}
         return value if isinstance(value, dict) and isinstance(value.get("status"), int) else {}
 
@@ -790,14 +794,14 @@ class Machine:
             self._store.path, self._name, directory, paused=paused, trust=self._store._trust, only_from=only_from
         )
 
-    @contextmanager
+    @held
     def _running(self, what: str) -> Iterator[MachineControl]:
         with self._supervisor() as control:
             if control is None:
                 raise StateError(f"machine {self._name!r} is off, so it {what}; start it first")
             yield control
 
-    @contextmanager
+    @held
     def _supervisor(self) -> Iterator[MachineControl | None]:
         """Connect to its supervisor, or yield None where it is off. One that was killed is followed by another."""
         control = self._find()

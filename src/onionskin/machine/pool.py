@@ -14,11 +14,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-from onionskin.base.sockets import connect_unix
+from onionskin.base.held import held
+from onionskin.base.sockets import connect_if_listening
 from onionskin.control import frames
 from onionskin.errors import OnionskinError, StateError
 from onionskin.machine import daemon
@@ -103,8 +104,13 @@ class MachinePool:
         StateError
             It does not answer.
         """
-        with suppress(_Gone):
+        try:
             self._ask("stop", STOP_SECONDS)
+        except _Gone:
+            if self.is_there:
+                raise StateError(
+                    f"the pool of snapshot {self.snapshot!r} gave no answer, and has not ended; try again"
+                ) from None
 
     def _ask(self, verb: str, seconds: float) -> Any:
         connection = _connect(self._path)
@@ -126,9 +132,9 @@ def socket_path(directory: Path, snapshot: bytes) -> Path:
 def _connect(path: Path) -> socket.socket | None:
     """Connect to a pool, or return None where there is none."""
     try:
-        return connect_unix(path, seconds=TAKE_SECONDS)
-    except OSError:
-        return None
+        return connect_if_listening(path, seconds=TAKE_SECONDS)
+    except BlockingIOError:
+        raise StateError(f"the pool at {path} does not take connections; was its process stopped?") from None
 
 
 def _call(connection: socket.socket, request: dict[str, Any], seconds: float) -> Any:
@@ -138,7 +144,7 @@ def _call(connection: socket.socket, request: dict[str, Any], seconds: float) ->
         reply = frames.receive(connection, bytes_max=frames.REPLY_BYTES_MAX)
     except TimeoutError:
         raise StateError(f"the pool has not answered for {seconds:.0f} s; was its process stopped?") from None
-    except OSError:
+    except ConnectionError:
         reply = None
     if reply is None:
         raise _Gone("the pool has ended")
@@ -150,13 +156,15 @@ def _call(connection: socket.socket, request: dict[str, Any], seconds: float) ->
 # ---- for forks ----
 
 
-@contextmanager
+@held
 def taken(directory: Path, snapshot: bytes, count: int) -> Iterator[list[bytes]]:
     """Take up to so many machines out of a pool, for the time of the block. Gives their ids; none, where there is no pool.
 
     At its end the pool lets go of them: what no fork has taken until then ends.
     """
-    connection = _connect(socket_path(directory, snapshot))
+    connection = None
+    with suppress(OSError, StateError):  # whatever it is, the fork does without
+        connection = _connect(socket_path(directory, snapshot))
     if connection is None:
         yield []
         return

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 QUIET_SECONDS = 1.0
 AGAIN_SECONDS = 10.0  # after a machine could not be started
 CLIENT_SECONDS = 5.0
+ACCEPT_AGAIN_SECONDS = 0.2  # where no descriptor or no memory is left
 END_SECONDS = 60.0
 BEGIN_SECONDS = 10.0  # for which another pool that begins in the same directory is waited for
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -200,8 +201,11 @@ class Pool:
         except (OSError, OnionskinError) as error:
             self._note_failure(error)
             return
-        for name, id in made.items():
-            self._start(name, bytes.fromhex(id))
+        try:
+            for name, id in made.items():
+                self._start(name, bytes.fromhex(id))
+        except OSError as error:  # no process could be forked; the rows that are left have an end of life
+            self._note_failure(error)
 
     def _note_failure(self, error: BaseException) -> None:
         self._failure = str(error)
@@ -223,7 +227,7 @@ class Pool:
     def _in_child(self, work: "Callable[[Store], Any]") -> Any:
         """Return what is found in a process that may open the store, or raise its error."""
         reader, writer = os.pipe2(os.O_CLOEXEC)
-        if (child := os.fork()) == 0:
+        if (child := _forked(reader, writer)) == 0:
             try:
                 self._forget()
                 answer = {"found": self._in_store(work)}
@@ -246,9 +250,15 @@ class Pool:
 
     def _start(self, name: str, id: bytes) -> None:
         """Fork the supervisor of a machine."""
-        reader, writer = os.pipe2(os.O_CLOEXEC)
         here, there = socket.socketpair()
-        if (pid := os.fork()) == 0:
+        try:
+            reader, writer = os.pipe2(os.O_CLOEXEC)
+            pid = _forked(reader, writer)
+        except BaseException:
+            here.close()
+            there.close()
+            raise
+        if pid == 0:
             status = 1
             try:
                 here.close()
@@ -393,13 +403,19 @@ class Pool:
                 store.open_machine(row.name).stop(force=True)
                 store._delete_machines([row.name], recursive=False, agreed={row.name: row.id})
 
-        if (pid := os.fork()) == 0:
+        stays = "what a machine of the pool left stays until it expires"
+        try:
+            pid = os.fork()
+        except OSError as error:
+            daemon.log_line(f"{stays}: {error}")
+            return
+        if pid == 0:
             try:
                 self._forget()
                 self._in_store(clean)
             except BaseException as error:
                 with suppress(BaseException):
-                    daemon.log_line(f"what a machine of the pool left stays until it expires: {error}")
+                    daemon.log_line(f"{stays}: {error}")
             os._exit(0)
         self._cleaning.add(pid)
 
@@ -409,7 +425,9 @@ class Pool:
         assert self._listener is not None
         try:
             connection, _ = self._listener.socket.accept()
-        except OSError:
+        except OSError as error:
+            daemon.log_line(f"a connection to the pool could not be accepted: {error}")
+            time.sleep(ACCEPT_AGAIN_SECONDS)  # it waits still, and nothing else would be done meanwhile but to try
             return
         try:
             _, uid, _ = credentials_of(connection)
@@ -510,13 +528,26 @@ def _wait_for_ends(children: Iterable[int]) -> None:
     """Wait until these children have ended; one that hangs is left, and ends by itself when it goes on."""
     deadline = time.monotonic() + END_SECONDS
     for child in children:
-        with suppress(ProcessLookupError):
-            descriptor = os.pidfd_open(child)
-            poll = select.poll()
-            poll.register(descriptor, select.POLLIN)
-            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                daemon.log_line(f"process {child}, which supervises a machine of the pool, does not end")
-            os.close(descriptor)
+        if not within(max(0.0, deadline - time.monotonic()), partial(_has_ended, child)):
+            daemon.log_line(f"process {child}, which supervises a machine of the pool, does not end")
+
+
+def _has_ended(child: int) -> bool:
+    """Whether a child has ended. It takes no descriptor, of which none may be left."""
+    try:
+        return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
+
+
+def _forked(reader: int, writer: int) -> int:
+    """Fork, as os.fork. Where that fails, close a pipe that was made for the child."""
+    try:
+        return os.fork()
+    except BaseException:
+        os.close(reader)
+        os.close(writer)
+        raise
 
 
 def main(text: str) -> int:

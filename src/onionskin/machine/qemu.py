@@ -19,11 +19,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from errno import EAGAIN
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onionskin.base.files import data_ranges, read_all, write_all
+from onionskin.base.files import CANNOT_LOOK, data_ranges, read_all, write_all
 from onionskin.base.sizes import format_size
 from onionskin.base.sockets import connect_unix
 from onionskin.errors import StateError
@@ -153,8 +154,10 @@ def _start_tracked(start: "Callable[..., QemuProcess]", ram_file: Path) -> "Qemu
     try:
         process.meet_library()
         process.note_writes()
-    except (OSError, StateError):
+    except (OSError, StateError) as error:
         process.quit(0)
+        if isinstance(error, OSError) and error.errno in CANNOT_LOOK:
+            raise
         return None
     except BaseException:
         process.quit(0)
@@ -755,7 +758,9 @@ def _probe(program: str, changed_ns: int) -> tuple[str, dict[str, str]]:
         answers = [json.loads(line) for line in ended.stdout.splitlines()]
         greeting = next(one["QMP"]["version"]["qemu"] for one in answers if "QMP" in one)
         machines = next(one["return"] for one in answers if isinstance(one.get("return"), list))
-    except (subprocess.TimeoutExpired, ValueError, StopIteration, OSError):
+    except (subprocess.TimeoutExpired, ValueError, StopIteration, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (*CANNOT_LOOK, EAGAIN):
+            raise
         raise StateError(f"{program} does not answer as QEMU does; is it one, and does it start?") from None
     version = ".".join(str(greeting[part]) for part in ("major", "minor", "micro"))
     types = {one["name"]: one["name"] for one in machines}

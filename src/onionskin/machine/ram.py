@@ -482,14 +482,8 @@ class ComparedRam(UnsavedRam):
 
     def _held(self) -> NDArray[np.bool_]:
         held = np.zeros(len(self._unsaved), np.bool_)
-        at = 0
-        while at < self.length:
-            try:
-                start = os.lseek(self._descriptor, at, os.SEEK_DATA)
-            except OSError:  # ENXIO: nothing is behind it
-                break
-            at = os.lseek(self._descriptor, start, os.SEEK_HOLE)
-            held[start // PAGE_BYTES : -(-at // PAGE_BYTES)] = True
+        for start, end in data_ranges(self._descriptor, 0, self.length):
+            held[start // PAGE_BYTES : -(-end // PAGE_BYTES)] = True
         return held
 
     def put_back(self, pages: NDArray[Any], volume: "Volume") -> None:

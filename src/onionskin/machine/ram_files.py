@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from onionskin.base import modes
+from onionskin.base.files import data_ranges
 from onionskin.base.lazy import logger
 from onionskin.base.waiting import within
 from onionskin.errors import OnionskinError, StateError
@@ -260,7 +261,8 @@ class RamFiles:
             os.close(descriptor)
 
     def _empty(self, descriptor: int, is_wiped: bool) -> None:
-        if is_wiped and (ranges := list(_data_ranges(descriptor))):
+        found = data_ranges(descriptor, 0, os.fstat(descriptor).st_size) if is_wiped else ()
+        if ranges := [(start, end - start) for start, end in found]:
             self._store.note_unwipeable(wipe(descriptor, ranges, zero=True, punch=False).bytes_unwipeable)
         os.ftruncate(descriptor, 0)
 
@@ -380,7 +382,7 @@ def was_written_to(path: Path) -> bool:
     """Whether somebody wrote to a RAM file that a machine maps; false where that is not known, as its name is gone."""
     try:
         return _TIMED in path.name.split(".")[1][8:] and int(path.stat().st_mtime) != _WHOLE_SECONDS
-    except (OSError, IndexError):
+    except (FileNotFoundError, NotADirectoryError, IndexError):
         return False
 
 
@@ -398,14 +400,3 @@ def _used_last(path: Path) -> float:
     with suppress(FileNotFoundError):
         return path.stat(follow_symlinks=False).st_atime
     return 0.0
-
-
-def _data_ranges(descriptor: int) -> Iterator[tuple[int, int]]:
-    end, at = os.fstat(descriptor).st_size, 0
-    while at < end:
-        try:
-            start = os.lseek(descriptor, at, os.SEEK_DATA)
-        except OSError:  # ENXIO: nothing is behind it
-            return
-        at = os.lseek(descriptor, start, os.SEEK_HOLE)
-        yield start, at - start

@@ -93,6 +93,7 @@ class Supervisor:
         self._is_stopped = False  # the hypervisor reported that the machine stands still
         self._is_forced = False
         self._fault = ""  # why its disks are not served any more
+        self._said_of_looking = ""  # what the log says already of why nothing could be seen
         self._untold: list[str] = []  # what a fork does not know of itself
         self._stopping: threading.Thread | None = None
         self._is_recorded = True  # whether the record is this supervisor's to remove
@@ -426,16 +427,29 @@ class Supervisor:
     def run(self) -> int:
         """Wait for the end of the machine, and tidy up. Return the exit status of the hypervisor."""
         try:
-            while (status := self._process.wait(0)) is None:
-                self._wait_for_news()
-                if self._process.wait(0) is None:
-                    self._look_at_pool()
-                    self._look_at_server()
-                    self._look_at_guest()
+            while (status := self._look_around()) is None:
+                pass
             self._report(status)
             return status
         finally:
             self.end()
+
+    def _look_around(self) -> int | None:
+        """Wait for news, and see to them. Return the exit status of the hypervisor where it has ended."""
+        try:
+            if (status := self._process.wait(0)) is not None:
+                return status
+            self._wait_for_news()
+            if self._process.wait(0) is None:
+                self._look_at_pool()
+                self._look_at_server()
+                self._look_at_guest()
+        except OSError as error:  # no descriptor or no memory is left to look with: the guest goes on, and is not ended
+            if str(error) != self._said_of_looking:
+                self._said_of_looking = str(error)
+                self._log(f"what became of the machine's processes cannot be seen now, and is looked at again: {error}")
+            time.sleep(RESTART_SECONDS)
+        return None
 
     def _wait_for_news(self) -> None:
         poll = select.poll()

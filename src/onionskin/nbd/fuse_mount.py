@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from onionskin.base.signals import DeferredInterrupt
 from onionskin.errors import OnionskinError, StateError
 
 READY_SECONDS = 30.0
@@ -29,16 +30,20 @@ def mount(name: str, directory: Path, file_name: str, *, trust: bool = False) ->
     file = directory.absolute() / file_name
     server = [sys.executable, "-m", "onionskin", "serve", "--stdio", *["--trust"][:trust], name]
     with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(
-            [nbdfuse, "--readonly", str(file), "--command", *server],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=said,
-            start_new_session=True,  # so that it outlives this command, and Ctrl-C in its terminal
-        )
+        process = None
         try:
+            with DeferredInterrupt():
+                process = subprocess.Popen(
+                    [nbdfuse, "--readonly", str(file), "--command", *server],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=said,
+                    start_new_session=True,  # so that it outlives this command, and Ctrl-C in its terminal
+                )
             _wait(process, file)
         except BaseException as error:
+            if process is None:
+                raise
             process.terminate()
             process.wait()
             said.seek(0)

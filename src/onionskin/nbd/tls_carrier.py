@@ -49,8 +49,10 @@ class TlsCarrier:
 
     def serve(self, connection: socket.socket, peer: str, terms: Terms) -> None:
         """Carry a client in a thread of its own, which closes the socket at the end."""
+        second = connection.dup()  # `tls.accept` takes `connection` over; before the place, which would stay taken
         if not self._take_place():
             self._log(f"{peer}: refused: {self._connections_max} clients are connected")
+            second.close()
             connection.close()
             return
 
@@ -69,7 +71,7 @@ class TlsCarrier:
         carrier = threading.Thread(target=carry, name=f"onionskin tls {peer}", daemon=True)
         with self._guard:
             self._carriers.add(carrier)
-            self._handshakes[carrier] = connection.dup()  # `tls.accept` takes `connection` over
+            self._handshakes[carrier] = second
         try:
             carrier.start()
         except RuntimeError:  # the process may start no more threads, or has no memory: only this client is refused

@@ -10,8 +10,10 @@ is set forward, volumes go early; where it is set back, late.
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
+from functools import partial
 
+from onionskin.base.held import enter, held_together
 from onionskin.catalog import VolumeRow
 from onionskin.errors import StateError
 from onionskin.operations import forks, reclaim
@@ -58,11 +60,11 @@ def drop(store: OpenStore, rows: Sequence[VolumeRow]) -> list[str]:
 
 def _drop(store: OpenStore, rows: Sequence[VolumeRow]) -> tuple[list[str], list[bytes]]:
     catalog = store.catalog
-    with ExitStack() as stack:
+    with held_together() as stack:
         locked = []
         for row in rows:
             with suppress(StateError):  # it is open
-                stack.enter_context(locked_to_remove(store.layout, {row.id: row.name}))
+                enter(stack, partial(locked_to_remove, store.layout, {row.id: row.name}))
                 locked.append(row.id)
 
         def change() -> tuple[list[VolumeRow], list[bytes]]:

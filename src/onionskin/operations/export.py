@@ -244,7 +244,7 @@ def _is_base(store: OpenStore, found: os.stat_result) -> bool:
             if lock and lock.descriptor >= 0 and os.path.samestat(os.fstat(lock.descriptor), found):
                 return True
     for base in store.catalog.bases():
-        with suppress(OSError):
+        with suppress(FileNotFoundError, NotADirectoryError):  # else it may be that file
             if os.path.samestat(Path(base.path).stat(), found):
                 return True
     return False
@@ -254,7 +254,7 @@ def _is_in_use(directory: int, name: str) -> bool:
     """Whether some volume of any store has the file open as its base now: such a volume holds a lock on it."""
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
-    except OSError:
+    except FileNotFoundError:
         return False
     return _is_locked(descriptor)
 

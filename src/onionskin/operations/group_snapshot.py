@@ -7,9 +7,11 @@ that another process holds is cut by that process (`seal.RemoteHead`); where tha
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
+from onionskin.base.held import held, held_together
 from onionskin.base.naming import check_name, check_note
+from onionskin.base.signals import DeferredInterrupt
 from onionskin.catalog import new_id
 from onionskin.catalog.tree import Snapshot
 from onionskin.errors import StateError
@@ -45,13 +47,13 @@ def take(
     return {}
 
 
-@contextmanager
+@held
 def open_heads(store: OpenStore, volumes: Iterable[str], opener: Opener, finder: Finder) -> Iterator["Heads"]:
     """Find or open the heads of volumes, for the time of the block.
 
     Those that nobody holds by their ids, so that of two groups that meet one gets all.
     """
-    with ShortTurns(), ExitStack() as stack:  # the writers of all wait for the slowest of the processes
+    with ShortTurns(), held_together() as stack:  # the writers of all wait for the slowest of the processes
         heads = Heads(store, opener, finder, stack)
         heads.find({name: row.id for name, row in store.catalog.volumes_called(volumes).items()})
         yield heads
@@ -104,14 +106,14 @@ class Heads:
         deadline = time.monotonic() + _OPEN_SECONDS
         while True:
             try:
-                opened = self._opener(volume)
+                with DeferredInterrupt():
+                    opened = self._opener(volume)
+                    self._stack.callback(opened.close)
+                    return opened
             except StateError:
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(0.01)  # another group may hold it for a moment
-            else:
-                self._stack.callback(opened.close)
-                return opened
+            time.sleep(0.01)  # another group may hold it for a moment
             if (open_here := self._open_here(id)) is not None:
                 return open_here
             if remote := self._served([volume], {volume: id}).get(volume):

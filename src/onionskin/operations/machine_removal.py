@@ -7,9 +7,10 @@ snapshots of the machine gave them.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
+from functools import partial
 
-from onionskin.base.held import held
+from onionskin.base.held import enter, held, held_together
 from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.naming import some_of
 from onionskin.catalog import Catalog, MachineRow, VolumeRow
@@ -103,15 +104,15 @@ def loss_of_delete(store: OpenStore, names: Sequence[str], *, recursive: bool) -
 def _kept_off(store: OpenStore, ids: Sequence[bytes]) -> Iterator[None]:
     """Keep machines off, and the disks that go with them closed."""
     catalog = store.catalog
-    with ExitStack() as stack:
+    with held_together() as stack:
         for id in sorted(ids):
             machine = catalog.machine_with_id(id)
             if machine is None:
                 raise StateError(f"a machine of {store.path} was deleted meanwhile; try again")
-            stack.enter_context(machines.kept_off(store, machine))
+            enter(stack, partial(machines.kept_off, store, machine))
             owned = [disk.volume for disk in catalog.disks_of_machine(id) if disk.owned]
             names = {row.id: row.name for row in catalog.volumes_with_ids(owned)}
-            stack.enter_context(locked_to_remove(store.layout, names))
+            enter(stack, partial(locked_to_remove, store.layout, names))
         yield
 
 

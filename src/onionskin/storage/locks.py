@@ -256,10 +256,17 @@ def locked_directory(path: FilePath, *, alone: bool) -> Iterator[bool]:
     A shared lock is waited for, for `DIRECTORY_SECONDS`. A lock `alone` is taken only if that is possible without
     waiting. The lock needs no block on a full disk. Each caller has a descriptor of its own, so threads exclude each other
     too. If there is no directory, or its file system cannot lock directories, it counts as locked.
+
+    Raises
+    ------
+    OSError
+        It cannot be looked at now, so somebody may have it.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
+    except OSError as error:
+        if error.errno in CANNOT_LOOK:
+            raise
         yield True
         return
     try:
@@ -283,8 +290,9 @@ def _flock(descriptor: int, operation: int) -> bool:
         fcntl.flock(descriptor, operation)
     except BlockingIOError:
         return False
-    except OSError:
-        return True
+    except OSError as error:
+        if error.errno in CANNOT_LOOK:
+            raise
     return True
 
 

@@ -3,23 +3,27 @@
 import gc
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from support.strikes import Strikes
 
 import onionskin
+from onionskin import delta
 from onionskin.base.background import Background
-from onionskin.base.held import held
+from onionskin.base.held import enter, held, held_together
 from onionskin.base.keyed_locks import KeyedLocks
 from onionskin.base.paths import FilePath
 from onionskin.base.signals import DEFERRED, DeferredInterrupt
 from onionskin.catalog import Catalog, new_id
 from onionskin.errors import StateError
-from onionskin.operations import export, snapshots, staged_volumes
+from onionskin.exchange.programs import running
+from onionskin.operations import expiry, export, group_snapshot, snapshots, staged_volumes
 from onionskin.storage.layout import Layout
 from onionskin.storage.locks import BaseLock, ByteLocks, SharedFile, VolumeLock, is_being_merged_into, locked_directory
 from onionskin.storage.open_head import OpenHead
@@ -329,3 +333,97 @@ def test_a_disk_whose_writers_were_stopped_is_written_again_behind_an_interrupt(
             assert ends_in_another_thread(write), interrupt
             at -= 1
         assert raised == 20
+
+
+def test_what_is_held_together_is_let_go_of_wherever_an_interrupt_comes() -> None:
+    held_now: set[int] = set()
+
+    @held
+    def one(number: int) -> Iterator[None]:
+        held_now.add(number)
+        try:
+            yield
+        finally:
+            held_now.discard(number)
+            len("an event behind it")
+
+    def hold() -> None:
+        with held_together() as stack:
+            for number in range(3):
+                enter(stack, lambda: one(number))  # noqa: B023
+            assert len(held_now) == 3
+
+    raised = 0
+    for interrupt in at_each_event(hold):
+        raised += interrupt is not None
+        assert not held_now, interrupt
+    assert raised > 20
+
+
+def test_a_program_has_ended_wherever_an_interrupt_comes() -> None:
+    kept = []  # an interrupt in the finalizer of one is only written to stderr
+
+    def run() -> None:
+        with running(["sleep", "inf"], stdin=subprocess.DEVNULL) as process:
+            kept.append(process)
+
+    raised = 0
+    for interrupt in at_each_event(run):
+        raised += interrupt is not None
+        with pytest.raises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
+    assert raised > 5
+
+
+class Opened:
+    """A head that was opened for a group."""
+
+    there: ClassVar[set["Opened"]] = set()
+
+    def __init__(self) -> None:
+        self.there.add(self)
+
+    def close(self) -> None:
+        self.there.discard(self)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[onionskin.Store]:
+    with onionskin.Store(tmp_path / "store") as store:
+        for name in ("a", "b"):
+            with store.create(name, size="1M") as volume:
+                volume.write(0, name.encode())
+                volume.snapshot("s")
+        yield store
+
+
+def test_what_was_opened_for_a_group_is_closed_wherever_an_interrupt_comes(store: onionskin.Store) -> None:
+    def take() -> None:
+        opener, finder = (lambda name: Opened()), (lambda holders, stack: {})
+        with group_snapshot.open_heads(store._opened, ["a", "b"], opener, finder) as found:  # type: ignore[arg-type,return-value]
+            assert len(found.heads) == len(Opened.there) == 2
+
+    for interrupt in at_each_event(take):
+        assert not Opened.there, interrupt
+
+
+def _compare(store: onionskin.Store) -> None:
+    with delta._ends(store, None, "a@s", "b@s"):
+        pass
+
+
+HOLDERS_OF_SEVERAL: dict[str, Callable[[onionskin.Store], object]] = {
+    "a delta": _compare,
+    "expire": lambda store: expiry.drop(store._opened, store._opened.catalog.volumes_named(["a", "b"])),
+}
+
+
+# What is raised as a weak reference to something dies is only written to stderr.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("how", HOLDERS_OF_SEVERAL)
+def test_several_volumes_are_free_wherever_an_interrupt_comes(store: onionskin.Store, how: str) -> None:
+    layout, rows = store._opened.layout, store._opened.catalog.volumes_named(["a", "b"])
+    for interrupt in at_each_event(lambda: HOLDERS_OF_SEVERAL[how](store)):
+        for row in rows:
+            VolumeLock(layout, row.id, row.name).close()
+        assert not store._opened.views._open, interrupt

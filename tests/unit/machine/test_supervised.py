@@ -1,5 +1,7 @@
 """What is decided about a machine before any process of it runs."""
 
+import errno
+import os
 import socket
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from onionskin.base import threads
 from onionskin.control import frames
 from onionskin.errors import StateError
 from onionskin.machine import qemu_command
+from onionskin.machine import supervisor as supervisor_module
 from onionskin.machine.control import VERSION, ControlServer, MachineControl
 from onionskin.machine.hypervisor import Configuration, Recorded
 from onionskin.machine.qemu import QemuHypervisor
@@ -229,6 +232,29 @@ def test_what_a_caller_that_has_gone_asked_for_is_given_up(tmp_path: Path) -> No
     server.join(300)
     server.close()
     assert ended == ["given up"]
+
+
+def test_a_guest_is_not_ended_because_nobody_can_look_at_its_processes(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    supervisor = Supervisor(store, "lab", said.append)
+    statuses = iter([None, None, None, 0])
+    ended: list[bool] = []
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    supervisor._process = SimpleNamespace(wait=lambda seconds: next(statuses))  # type: ignore[assignment]
+    monkeypatch.setattr(supervisor_module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(supervisor, "_wait_for_news", refuse)
+    monkeypatch.setattr(supervisor, "_report", lambda status: said.append(f"ended with {status}"))
+    monkeypatch.setattr(supervisor, "end", lambda: ended.append(True))
+    assert supervisor.run() == 0
+    supervisor._ends.close()
+    assert ended == [True]
+    assert said[1:] == ["ended with 0"]  # that it cannot be looked at is said once
+    assert os.strerror(errno.EMFILE) in said[0]
 
 
 def test_a_disk_that_has_errors_again_and_again_is_served_by_another_process(

@@ -47,6 +47,24 @@ def test_a_client_with_tls_is_refused_and_its_place_is_free_again(no_threads: Ca
     assert said == ["somebody: refused: no thread could be started for it"] * 3
 
 
+def test_a_client_with_tls_for_which_there_is_no_descriptor_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    carrier = TlsCarrier(1, hand_over=lambda connection, peer: None, log=said.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(socket.socket, "dup", lambda self: refuse(errno.EMFILE))
+        for _ in range(3):
+            ours, its = socket.socketpair()
+            with ours, its, pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+                carrier.serve(its, "somebody", None)  # type: ignore[arg-type]
+    carrier.join()  # it waits for no thread that was never started
+    assert carrier._take_place()
+    assert not said
+
+
+def refuse(number: int) -> None:
+    raise OSError(number, os.strerror(number))
+
+
 def ask(path: Path) -> Any:
     with socket.socket(socket.AF_UNIX) as ours:
         ours.connect(str(path))

@@ -156,3 +156,35 @@ def test_what_a_writer_left_that_saw_no_sys_is_found(ext4_mount: Callable[[], Pa
     both = 'mount -t tmpfs none /sys && "$1" -c "$2" "$3"; umount /sys && exec "$1" -c "$4" "$3" w'
     command = ["unshare", "-m", "sh", "-c", both, "sh", sys.executable, WRITE_AND_DIE, str(store), LOOK]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == KEPT
+
+
+@pytest.mark.parametrize("way", ["mounted again", "below", "above"])
+def test_what_a_writer_left_that_another_mount_may_hold_is_refused_and_not_dropped(
+    ext4_mount: Callable[[], Path], way: str
+) -> None:
+    """An overlayfs does not say which of its mountings it is: nobody can prove that what was written is there still."""
+    disk = ext4_mount()
+    for name in ("lower", "upper", "work", "merged"):
+        (disk / name).mkdir()
+    options = f"lowerdir={disk}/lower,upperdir={disk}/upper,workdir={disk}/work"
+    mount = ["mount", "-t", "overlay", "overlay", "-o", options, str(disk / "merged")]
+    unmount = ["umount", str(disk / "merged")]
+    through = {"mounted again": "merged", "below": "merged", "above": "upper"}[way]
+    if through == "merged":
+        subprocess.run(mount, check=True)
+    write_and_die(disk / through / "store")
+    if through == "merged":
+        subprocess.run(unmount, check=True)
+    if way != "below":
+        subprocess.run(mount, check=True)
+    store = disk / {"mounted again": "merged", "below": "upper", "above": "merged"}[way] / "store"
+    try:
+        for mode in "rwr":
+            told = look(store, mode)
+            assert ".dirty" in told
+            assert "another mount" in told
+        next((store / "volumes").glob("*.dirty")).unlink()  # as it says: what was not flushed is given up
+        assert look(store, "w") == f"{b'changed'} {bytes(7)}"  # in a block of its own, `changed` needs no record
+    finally:
+        if way != "below":
+            subprocess.run(unmount, check=True)
