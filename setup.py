@@ -30,12 +30,14 @@ def _all_of(room: str, but: str = "") -> list[str]:
 
 # Extension module -> the kernels in csrc/ that it links.
 _INDEX = ["index/blockmap", "index/bulk_build"]
-_MAP = [*_INDEX, "layer/layer_map", "layer/map_log", "base/crc32c", "base/linux_io", "base/store_file", "base/whole_io"]
+_EXTENTS = ["base/extents"]
+_MAP = [*_INDEX, *_EXTENTS, "layer/layer_map", "layer/map_log", "base/crc32c", "base/linux_io", "base/store_file", "base/whole_io"]
 _BASE = [f"base/{kernel}" for kernel in ("barrier", "epoch", "mappings", "short_turns", "sigbus", "site")]
 _VOLUME = [*_all_of("volume", but="read_plan"), *_BASE, "bulk/wipe", *_MAP]
 EXTENSIONS = {
     "kernels._blockmap": _INDEX,
     "kernels._copy": ["bulk/copy", "bulk/zero_runs", "base/linux_io", "base/whole_io"],
+    "kernels._extents": _EXTENTS,
     "kernels._ram": ["machine/pages", "machine/tracking"],
     "kernels._maplog": [*_MAP, "layer/provenance"],
     # Its own copy of the volume's code, which keeps all state in the volumes that _volume makes.

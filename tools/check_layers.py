@@ -27,7 +27,7 @@ INCLUDES = {
 # Of the volume the server knows the contract, and nothing else.
 ONLY = {("nbd", "volume"): {"volume/volume.h"}}
 # Room of src/onionskin -> what its extension modules may import, beside other packages.
-IMPORTS = {"kernels": {"errors", "base"}, "nbd": {"errors", "base", "kernels"}}
+IMPORTS = {"kernels": {"errors", "base", "kernels"}, "nbd": {"errors", "base", "kernels"}}
 
 INCLUDE = re.compile(r'^\s*#\s*include "(?P<header>[^"]+)"')
 COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)

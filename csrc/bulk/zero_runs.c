@@ -21,3 +21,17 @@ size_t onion_zero_run(const unsigned char *data, size_t length, size_t block_siz
     } while (done < length);
     return done;
 }
+
+size_t onion_same_run(const unsigned char *a, const unsigned char *b, size_t length, size_t block_size, int *is_same) {
+    size_t done = 0;
+    do {
+        size_t block = length - done < block_size ? length - done : block_size;
+        int same = memcmp(a + done, b + done, block) == 0;
+        if (done == 0)
+            *is_same = same;
+        else if (same != *is_same)
+            break;
+        done += block;
+    } while (done < length);
+    return done;
+}

@@ -177,31 +177,6 @@ uint64_t onion_layer_runs(const struct onion_layer *layer, struct onion_layer_ru
     return count;
 }
 
-uint64_t onion_layer_touched(const struct onion_layer *a, const struct onion_layer *b, struct onion_stretch *out) {
-    uint64_t count = 0, begin = 0, end = 0;
-    struct onion_run run_a, run_b;
-    int more_a = next_run(a, 0, &run_a), more_b = next_run(b, 0, &run_b);
-    while (more_a || more_b) {
-        int take_a = more_a && (!more_b || run_a.block_index <= run_b.block_index);
-        const struct onion_run *run = take_a ? &run_a : &run_b;
-        uint64_t run_end = run->block_index + run->block_count;
-        if (count == 0 || run->block_index > end) {
-            count++;
-            begin = run->block_index;
-            end = run_end;
-        } else if (run_end > end) {
-            end = run_end;
-        }
-        if (out)
-            out[count - 1] = (struct onion_stretch){begin, end - begin};
-        if (take_a)
-            more_a = next_run(a, run_end, &run_a);
-        else
-            more_b = next_run(b, run_end, &run_b);
-    }
-    return count;
-}
-
 uint64_t onion_layer_slots(const struct onion_layer *layer, uint32_t segment, struct onion_stretch *out) {
     uint64_t count = 0;
     struct onion_run run;

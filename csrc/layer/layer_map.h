@@ -63,9 +63,8 @@ struct onion_stretch {
     uint64_t count;
 };
 
-/* These three return how many entries there are and write them to `out`, unless that is NULL. */
+/* These two return how many entries there are and write them to `out`, unless that is NULL. */
 uint64_t onion_layer_runs(const struct onion_layer *layer, struct onion_layer_run *out);
-uint64_t onion_layer_touched(const struct onion_layer *a, const struct onion_layer *b, struct onion_stretch *out);
 uint64_t onion_layer_slots(const struct onion_layer *layer, uint32_t segment, struct onion_stretch *out);
 /* Sorts stretches and joins those that meet or overlap, in place. Returns how many are left. */
 uint64_t onion_stretches_join(struct onion_stretch *stretches, uint64_t count);

@@ -37,8 +37,9 @@ from onionskin.base.signals import DeferredInterrupt
 from onionskin.catalog import SnapshotRow
 from onionskin.catalog.tree import Snapshot
 from onionskin.errors import ChainError, FormatError, SnapshotExistsError, StateError
-from onionskin.kernels._copy import split_zeros
-from onionskin.operations import staged_volumes
+from onionskin.kernels._copy import split_same, split_zeros
+from onionskin.kernels._extents import Extents
+from onionskin.operations import copy, staged_volumes
 from onionskin.operations.differences import State, are_related, diff_of_chains, snapshot_of
 from onionskin.operations.pinned import pinned
 from onionskin.operations.resize import resize
@@ -51,12 +52,7 @@ from onionskin.store import Store
 from onionskin.volume import Volume
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from onionskin.operations.staged_volumes import StagedVolume
-else:
-    from onionskin.base.lazy import numpy as np
 
 MAGIC = b"ONIONDLT"
 VERSION = 1
@@ -72,8 +68,6 @@ FEATURES_KNOWN = FEATURE_FULL
 NO_GUID = bytes(16)
 
 DATA_BYTES_MAX = 1 << 20
-
-Extents = list[tuple[int, int, bool]]  # offset, length, whether it is zero
 
 
 class Writable(Protocol):
@@ -215,9 +209,8 @@ def estimate(store: Store, volume: str | None, a: str | None, b: str) -> Delta:
     """
     with _ends(store, volume, a, b) as ends:
         extents = _extents(store, ends)
-        zero_bytes = sum(length for _, length, is_zero in extents if is_zero)
-        data_bytes = sum(length for _, length, is_zero in extents if not is_zero)
-        return replace(_header(ends), data_bytes=data_bytes, zero_bytes=zero_bytes)
+        zero_bytes = extents.only(states.ZERO).total_bytes
+        return replace(_header(ends), data_bytes=extents.total_bytes - zero_bytes, zero_bytes=zero_bytes)
 
 
 def _header(ends: "_Ends") -> Delta:
@@ -234,10 +227,11 @@ def _header(ends: "_Ends") -> Delta:
     )
 
 
-def _extents(store: Store, ends: "_Ends") -> "Extents":
-    """Return the extents that a stream has to say something about."""
+def _extents(store: Store, ends: "_Ends") -> Extents:
+    """Return the extents that a stream has to say something about. Those that are not ZERO have to be read."""
     extents = _full_extents(ends) if ends.chain_a is None else _changed_extents(store, ends, ends.chain_a)
-    return _clipped(extents, ends.opened.chain.top.size_bytes)
+    # They are of whole blocks, and the disk may have shrunk.
+    return extents.within(Extents([(0, ends.opened.chain.top.size_bytes)]))
 
 
 def apply(stream: Readable, volume: Volume, *, progress: Progress | None = None) -> Snapshot:
@@ -323,10 +317,9 @@ def _zero(disk: Volume, offset: int, length: int, base_bytes: int) -> None:
         offset = min(end, base_bytes)
     if offset == end:
         return
-    for run in disk._path.runs(offset, end - offset):
-        if int(run["state"]) == states.DATA:
-            first = max(offset, int(run["offset"]))
-            disk.zero(first, min(end, int(run["offset"]) + int(run["length"])) - first)
+    held = disk._path.extents(offset, end - offset).only(states.DATA)
+    for first, length, *_ in held.within(Extents([(offset, end)])):
+        disk.zero(first, length)
 
 
 def read_header(stream: Readable) -> Delta:
@@ -430,54 +423,26 @@ def _changed_extents(store: Store, ends: _Ends, chain_a: Chain) -> Extents:
     The two chains may be read at different times, because a layer that is in both reads the same at both times.
     """
     found = diff_of_chains(store._opened, chain_a, ends.opened.chain)
-    compared = ends.view_a is not None  # the bytes are compared, so the zeros that the maps name are not used
-    return [(int(offset), int(length), int(state) == states.ZERO and not compared) for offset, length, state in found]
+    # Where the bytes are compared, the zeros that the maps name are not used.
+    return found if ends.view_a is None else found.ranges()
 
 
 def _full_extents(ends: _Ends) -> Extents:
     """Return the extents that may hold something other than zeros: data of the layers, and data of the base between."""
-    covered = [(int(o), int(n), int(s)) for o, n, s in ends.view.extents() if int(s) != states.HOLE]
-    extents = [(offset, length, False) for offset, length, state in covered if state == states.DATA]
+    found = copy.extents(ends.view._opened)
     base, lock = ends.opened.chain.base, ends.opened.base_lock
     if base is not None and lock is not None:
-        inside = list(data_ranges(lock.descriptor, 0, min(ends.view.size_bytes, base.size_bytes)))
-        extents += [(start, stop - start, False) for start, stop in _minus(inside, covered)]
-    return sorted(extents)
-
-
-def _minus(ranges: list[tuple[int, int]], covered: list[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield the parts of sorted ranges that no sorted extent covers, in one walk over both."""
-    which = 0
-    for first, stop in ranges:
-        start = first
-        while which < len(covered) and covered[which][0] + covered[which][1] <= start:
-            which += 1
-        at = which
-        while at < len(covered) and covered[at][0] < stop:
-            if covered[at][0] > start:
-                yield start, covered[at][0]
-            start = covered[at][0] + covered[at][1]
-            at += 1
-        if start < stop:
-            yield start, stop
-
-
-def _clipped(extents: Extents, size_bytes: int) -> Extents:
-    """Cut the extents off at the end of the disk: they are of whole blocks, and the disk may have shrunk."""
-    return [
-        (offset, min(length, size_bytes - offset), is_zero)
-        for offset, length, is_zero in extents
-        if offset < size_bytes
-    ]
+        inside = data_ranges(lock.descriptor, 0, min(ends.view.size_bytes, base.size_bytes))
+        found = found.over(Extents(inside, state=states.DATA, source=copy.BASE))
+    return found.only(states.DATA)
 
 
 def _write_records(writer: "_Writer", ends: _Ends, extents: Extents, progress: Progress | None) -> None:
-    total = sum(length for _, length, _ in extents)
-    done = 0
-    buffer = np.empty(DATA_BYTES_MAX, dtype=np.uint8)
-    before = np.empty(DATA_BYTES_MAX if ends.view_a else 0, dtype=np.uint8)
-    for offset, length, is_zero in extents:
-        if is_zero:
+    total, done = extents.total_bytes, 0
+    buffer = memoryview(bytearray(DATA_BYTES_MAX))
+    before = memoryview(bytearray(DATA_BYTES_MAX if ends.view_a else 0))
+    for offset, length, state, *_ in extents:
+        if state == states.ZERO:
             writer.zero(offset, length)
             done += length
             continue
@@ -491,23 +456,20 @@ def _write_records(writer: "_Writer", ends: _Ends, extents: Extents, progress: P
                 progress(done, total)
 
 
-def _differing(
-    ends: _Ends, at: int, piece: "npt.NDArray[np.uint8]", buffer: "npt.NDArray[np.uint8]"
-) -> Iterator[tuple[int, int]]:
+def _differing(ends: _Ends, at: int, piece: memoryview, buffer: memoryview) -> Iterator[tuple[int, int]]:
     """Yield the runs of blocks of a piece that differ from a. Past the end of a, a counts as zero."""
     assert ends.view_a is not None
-    old, block_size = buffer[: len(piece)], ends.view.block_size
+    old = buffer[: len(piece)]
     inside = min(max(ends.view_a.size_bytes - at, 0), len(piece))
     if inside:
         ends.view_a.readinto(at, old[:inside])
-    old[inside:] = 0  # because `apply` zeroes what is past the end of a
-    same = ~np.logical_or.reduceat(piece != old, np.arange(0, len(piece), block_size))
-    borders = np.flatnonzero(np.diff(same, prepend=True, append=True))
-    for first, behind in borders.reshape(-1, 2).tolist():
-        yield first * block_size, min(behind * block_size, len(piece))
+    old[inside:] = bytes(len(old) - inside)  # because `apply` zeroes what is past the end of a
+    for start, stop, is_same in split_same(piece, old, ends.view.block_size):
+        if not is_same:
+            yield start, stop
 
 
-def _write_piece(writer: "_Writer", offset: int, piece: "npt.NDArray[np.uint8]", block_size: int) -> None:
+def _write_piece(writer: "_Writer", offset: int, piece: memoryview, block_size: int) -> None:
     for start, stop, is_zero in split_zeros(piece, block_size):
         if is_zero:
             writer.zero(offset + start, stop - start)
@@ -558,7 +520,7 @@ def _check_start(volume: Volume, header: Delta) -> SnapshotRow | None:
 
 
 def _holds_data(volume: Volume) -> bool:
-    return any(int(state) == states.DATA for _, _, state in volume.extents())
+    return len(copy.extents(volume._opened).only(states.DATA)) > 0
 
 
 class _Writer:

@@ -2393,10 +2393,9 @@ class Store:
         ValueError
             The arguments do not name two states.
         """
-
         from onionskin.operations import differences
 
-        return differences.diff(self._opened, name, a, b)
+        return differences.diff(self._opened, name, a, b).array()
 
     def layering(self, name: str, snapshot: str | None = None) -> "Layering":
         """Return which layer each part of a snapshot, or of the durable part of the head, comes from.

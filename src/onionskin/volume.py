@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     import onionskin
     from onionskin.base.annotations import AnyPath, Bytes, Extents, ReadableBuffer, WritableBuffer
+    from onionskin.kernels import _extents
     from onionskin.kernels._volume import DataPath
     from onionskin.operations.layering import Layering
     from onionskin.operations.usage import Usage
@@ -397,7 +398,7 @@ class Volume:
         """
         from onionskin.operations import copy
 
-        return copy.extents(self._opened)
+        return copy.extents(self._opened).array()
 
     # ---- snapshots ----
 
@@ -645,6 +646,9 @@ class Volume:
         StateError
             The head is only read, and a writer that died left something unflushed, which is in no map yet.
         """
+        return self._diff(a, b).array()
+
+    def _diff(self, a: str, b: str | None = None) -> "_extents.Extents":
         from onionskin.operations import differences, unflushed
 
         if b is None and self.writable:

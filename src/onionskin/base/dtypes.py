@@ -2,11 +2,10 @@
 
 import numpy
 
-# The entries of a data path's index, in bytes of the disk; state 1 is DATA, 2 ZERO.
-RUN = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("state", "u1"), ("segment", "<u2"), ("slot", "<u4")])
 EXTENT = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("state", "u1")])
+# As onion_extent_row in csrc/base/extents.h.
+EXTENT_ROW = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("place", "<u8"), ("source", "<u4"), ("state", "<u4")])
 SLOTS = numpy.dtype([("slot", "<u8"), ("count", "<u8")])
-STRETCH = numpy.dtype([("block_index", "<u8"), ("block_count", "<u8")])
 # As onion_run in csrc/index/blockmap.h, onion_layer_run in csrc/layer/layer_map.h, and the records of docs/format.md.
 LOCATION_RUN = numpy.dtype([("block_index", "<u8"), ("block_count", "<u8"), ("location", "<u8")])
 LAYER_RUN = numpy.dtype(
@@ -14,15 +13,6 @@ LAYER_RUN = numpy.dtype(
         "names": ["block_index", "block_count", "state", "segment", "slot"],
         "formats": ["<u8", "<u8", "u1", "<u2", "<u4"],
         "offsets": [0, 8, 16, 18, 20],
-        "itemsize": 24,
-    }
-)
-# As onion_provenance_run in csrc/layer/provenance.h; state 1 is DATA, 2 ZERO.
-PROVENANCE_RUN = numpy.dtype(
-    {
-        "names": ["block_index", "block_count", "layer", "state"],
-        "formats": ["<u8", "<u8", "<u4", "u1"],
-        "offsets": [0, 8, 16, 20],
         "itemsize": 24,
     }
 )

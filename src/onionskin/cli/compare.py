@@ -68,9 +68,11 @@ class OpenVolume:
 
     def ranges(self) -> Iterable[tuple[int, int]]:
         """Give what the layers hold; over a base, all of it."""
+        from onionskin.operations.copy import extents
+
         if self.volume._opened.base_lock is not None:
             return [(0, self.size_bytes)]
-        return [(int(offset), int(offset + length)) for offset, length, _ in self.volume.extents()]
+        return [(offset, offset + length) for offset, length, *_ in extents(self.volume._opened)]
 
 
 @click.command()

@@ -85,11 +85,12 @@ def _snapshot_below(store: "Store", name: Name) -> str:
 
 
 def _diff(store: "Store", a: Name, b: Name) -> list[tuple[int, int, int]]:
+    from onionskin.operations import differences
     from onionskin.operations.unflushed import refuse_unflushed
 
     start = f"{a.volume}@{a.required_snapshot}"
     if b.snapshot is not None:
-        found = store.diff(start, f"{b.volume}@{b.snapshot}")
+        found = differences.diff(store._opened, start, f"{b.volume}@{b.snapshot}")
     else:
         find_snapshot(store.snapshots(a.volume), a)
         # An open head does not change meanwhile; a served one goes on changing, and what was written to it is flushed.
@@ -98,12 +99,12 @@ def _diff(store: "Store", a: Name, b: Name) -> list[tuple[int, int, int]]:
             if not served:  # diff only looks, so it does not make durable what a writer that died left
                 refuse_unflushed(store._opened, store._opened.catalog.volume(b.volume).id, b.volume)
             if a.volume == b.volume:
-                found = volume.diff(a.required_snapshot, None)
+                found = volume._diff(a.required_snapshot)
             else:
                 if served:
                     served.flush()
-                found = store.diff(start, b.volume)
-    return [(int(offset), int(length), int(state)) for offset, length, state in found]
+                found = differences.diff(store._opened, start, b.volume)
+    return [extent[:3] for extent in found]
 
 
 @click.command()

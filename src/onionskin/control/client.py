@@ -19,7 +19,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onionskin.base.lazy import dtypes, logger
+from onionskin.base.lazy import logger
 from onionskin.base.naming import several
 from onionskin.base.progress import Progress
 from onionskin.base.sockets import connect_if_listening, credentials_of
@@ -27,19 +27,16 @@ from onionskin.catalog import VolumeRow
 from onionskin.catalog.tree import Snapshot
 from onionskin.control import frames
 from onionskin.errors import FormatError, StateError
+from onionskin.kernels._extents import Extents
 from onionskin.operations.usage import Usage
 from onionskin.storage.locks import volume_holder
 from onionskin.storage.open_store import OpenStore
 from onionskin.store import Store
 
 if TYPE_CHECKING:
-    import numpy
     import numpy.typing
 
     from onionskin.operations.forks import Wanted
-
-else:
-    from onionskin.base.lazy import numpy
 
 
 _log = logger(__name__)
@@ -319,7 +316,10 @@ class LiveVolume:
         SnapshotNotFoundError
             There is none of that name.
         """
-        return numpy.array([tuple(extent) for extent in self._call("diff", a=a, b=b)], dtype=dtypes.EXTENT)
+        return self._diff(a, b).array()
+
+    def _diff(self, a: str, b: str | None = None) -> Extents:
+        return Extents.of((offset, length, state, 0, 0) for offset, length, state in self._call("diff", a=a, b=b))
 
     def read(self, offset: int, length: int) -> bytes:
         """Return a range as bytes.

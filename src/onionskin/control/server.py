@@ -523,7 +523,7 @@ class _Session:
         return [asdict(usage) for usage in self._volume.usage()]
 
     def diff(self, a: str, b: str | None) -> list[Any]:
-        extents = self._volume.diff(a, b).tolist()
+        extents = [extent[:3] for extent in self._volume._diff(a, b)]
         for first in range(0, len(extents), EXTENTS_IN_FRAME):
             self._send({"part": extents[first : first + EXTENTS_IN_FRAME]})
         return []

@@ -8,18 +8,17 @@ sizes differ, the shorter disk reads zero past its end.
 import os
 from collections.abc import Iterable, Iterator
 from errno import EIO
-from typing import TYPE_CHECKING, Any, Protocol
+from itertools import compress, count
+from operator import ne
+from typing import Any, Protocol
 
 from onionskin.base.files import data_ranges, refuse_shorter
 from onionskin.base.progress import Progress
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-else:
-    from onionskin.base.lazy import numpy as np
+from onionskin.kernels._copy import split_same
+from onionskin.kernels._extents import Extents
 
 _CHUNK_BYTES = 4 << 20
+_BLOCK_BYTES = 4096  # where one of them differs, its bytes are looked at one by one
 
 
 class Disk(Protocol):
@@ -76,35 +75,23 @@ def first_difference(a: Disk, b: Disk, progress: Progress | None = None) -> int 
         One of the disks cannot be read.
     """
     total = max(a.size_bytes, b.size_bytes)
-    buffers = np.empty((2, _CHUNK_BYTES), dtype=np.uint8)
-    for start, stop in _union([*a.ranges()], [*b.ranges()]):
-        for at in range(start, stop, _CHUNK_BYTES):
-            length = min(_CHUNK_BYTES, stop - at)
-            ours, theirs = (_fill(disk, at, row[:length]) for disk, row in zip((a, b), buffers, strict=True))
-            if not np.array_equal(ours, theirs):
-                return at + int(np.flatnonzero(ours != theirs)[0])
+    buffers = [memoryview(bytearray(_CHUNK_BYTES)) for _ in (a, b)]
+    ranges_a, ranges_b = Extents(a.ranges()), Extents(b.ranges())
+    for start, length, *_ in ranges_a.over(ranges_b).ranges():
+        for at in range(start, start + length, _CHUNK_BYTES):
+            wanted = min(_CHUNK_BYTES, start + length - at)
+            ours, theirs = (_fill(disk, at, buffer[:wanted]) for disk, buffer in zip((a, b), buffers, strict=True))
+            different = [one for one, _, is_same in split_same(ours, theirs, _BLOCK_BYTES) if not is_same]
+            if different:
+                return at + next(compress(count(different[0]), map(ne, ours[different[0] :], theirs[different[0] :])))
             if progress is not None:
-                progress(at + length, total)
+                progress(at + wanted, total)
     return None
 
 
-def _fill(disk: Disk, at: int, row: "npt.NDArray[np.uint8]") -> "npt.NDArray[np.uint8]":
-    inside = max(0, min(len(row), disk.size_bytes - at))
+def _fill(disk: Disk, at: int, room: memoryview) -> memoryview:
+    inside = max(0, min(len(room), disk.size_bytes - at))
     if inside:
-        disk.readinto(at, row[:inside])
-    row[inside:] = 0
-    return row
-
-
-def _union(*lists: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield the union of the ranges of all lists, in order and without overlap."""
-    ranges = sorted(one for listed in lists for one in listed)
-    if not ranges:
-        return
-    start, stop = ranges[0]
-    for first, last in ranges[1:]:
-        if first > stop:
-            yield start, stop
-            start, stop = first, last
-        stop = max(stop, last)
-    yield start, stop
+        disk.readinto(at, room[:inside])
+    room[inside:] = bytes(len(room) - inside)
+    return room

@@ -1,12 +1,9 @@
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
-
-import numpy as np
+from typing import NamedTuple, Self
 
 from onionskin.base.annotations import ReadableBuffer
 
 DEFAULT_THREADS: int
-EXTENT_FIELDS: list[tuple[str, str]]
 
 class CopyCancelled(Exception): ...
 
@@ -21,7 +18,7 @@ class CopyJob:
     bytes_per_second: int
     def __new__(
         cls,
-        extents: Sequence[tuple[int, int, int, int, int]] | np.ndarray[Any, Any],
+        extents: Sequence[tuple[int, int, int, int, int]] | bytes,
         *,
         threads: int = 0,
         reflink: bool = False,
@@ -30,6 +27,8 @@ class CopyJob:
         bytes_per_second: int = 0,
     ) -> Self: ...
     @property
+    def descriptors(self) -> tuple[list[int], list[int]]: ...
+    @property
     def bytes_done(self) -> int: ...
     @property
     def bytes_total(self) -> int: ...
@@ -37,3 +36,4 @@ class CopyJob:
     def cancel(self) -> None: ...
 
 def split_zeros(data: ReadableBuffer, block_size: int) -> list[tuple[int, int, bool]]: ...
+def split_same(a: ReadableBuffer, b: ReadableBuffer, block_size: int) -> list[tuple[int, int, bool]]: ...

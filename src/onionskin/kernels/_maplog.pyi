@@ -1,10 +1,13 @@
 """The types of _maplog.pyx: block maps of layers, the layer that each block comes from, and headers and map logs."""
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from onionskin.kernels._extents import Extents
 
 _Buffer: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 
@@ -105,6 +108,9 @@ class LayerMap:
     def runs(self) -> npt.NDArray[np.void]:
         """Return all runs that are not HOLE."""
 
+    def extents(self) -> Extents:
+        """Return which bytes of the disk are DATA and which are ZERO here."""
+
     def count(self) -> tuple[int, int]:
         """Return (DATA blocks, ZERO blocks)."""
 
@@ -113,9 +119,6 @@ class LayerMap:
 
     def count_shadowed(self, upper: LayerMap) -> int:
         """Return how many blocks a merge of the two maps frees."""
-
-    def touched(self, other: LayerMap) -> npt.NDArray[np.void]:
-        """Return the blocks that are not HOLE in at least one of the two maps."""
 
     def live_slots(self, segment: bytes) -> npt.NDArray[np.void]:
         """Return the slots of a segment that the map names."""
@@ -172,8 +175,8 @@ class ProvenanceMap:
     ) -> int | None:
         """Lay the layer of a map file, and return the size that the file gives the layer."""
 
-    def runs(self) -> npt.NDArray[np.void]:
-        """Return the blocks that some layer has."""
+    def extents(self, sources: Sequence[int]) -> Extents:
+        """Return which bytes of the disk are DATA and which are ZERO, and of which layer."""
 
     def close(self) -> None:
         """Free the memory."""

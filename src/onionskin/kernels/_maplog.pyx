@@ -13,6 +13,9 @@ from onionskin.errors import FormatError, StateError
 from onionskin.base.lazy import dtypes
 from onionskin.base.lazy import numpy as np
 from onionskin.base.modes import make_file
+from onionskin.kernels._extents cimport (
+    ONION_EXTENT_STATE_DATA, ONION_EXTENT_STATE_ZERO, Extents, onion_extent_row, onion_extents_add, onion_extents_join
+)
 
 from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize
 from cpython.bytes cimport PyBytes_FromStringAndSize
@@ -35,6 +38,11 @@ cdef extern from "index/blockmap.h" nogil:
     struct onion_map:
         uint64_t block_count
     uint64_t onion_map_memory(const onion_map *map)
+    struct onion_run:
+        uint64_t block_index
+        uint64_t block_count
+        onion_location location
+    int onion_map_next(const onion_map *map, uint64_t block_index, uint64_t block_end, onion_run *run)
     onion_location onion_map_lookup(const onion_map *map, uint64_t block_index)
     int onion_map_set(onion_map *map, uint64_t block_index, uint64_t block_count, onion_location location)
     int onion_map_fold(onion_map *lower, const onion_map *upper, const uint16_t *renumber)
@@ -123,7 +131,6 @@ cdef extern from "layer/layer_map.h" nogil:
     uint32_t onion_layer_records(const onion_layer *layer, onion_layer_writer *writer, onion_record *records,
                                  uint32_t capacity)
     uint64_t onion_layer_runs(const onion_layer *layer, onion_layer_run *out)
-    uint64_t onion_layer_touched(const onion_layer *a, const onion_layer *b, onion_stretch *out)
     uint64_t onion_layer_slots(const onion_layer *layer, uint32_t segment, onion_stretch *out)
     uint64_t onion_stretches_join(onion_stretch *stretches, uint64_t count)
     void onion_layer_slots_by_segment(const onion_layer *layer, uint64_t *starts, onion_stretch *out)
@@ -140,7 +147,10 @@ cdef extern from "layer/provenance.h" nogil:
     struct onion_provenance:
         onion_map map
     struct onion_provenance_run:
-        pass
+        uint64_t block_index
+        uint64_t block_count
+        uint32_t layer
+        unsigned char state
     int onion_provenance_init(onion_provenance *provenance, uint64_t block_count, uint32_t block_shift)
     void onion_provenance_destroy(onion_provenance *provenance)
     int onion_provenance_lay(onion_provenance *provenance, const onion_map *upper, uint32_t layer)
@@ -656,6 +666,31 @@ cdef class LayerMap:
                 onion_layer_runs(&self._layer, out)
         return array
 
+    def extents(self):
+        """Return which bytes of the disk are DATA and which are ZERO here, as a table that does not say where they lie.
+
+        Neighbours that are both DATA, or both ZERO, are one extent.
+        """
+        cdef Extents found = Extents()
+        cdef onion_extent_row row
+        cdef onion_run run
+        cdef uint64_t block_size = self.block_size
+        cdef int status = 0
+        self._check_open()
+        run.block_index = run.block_count = row.source = 0
+        with nogil:
+            while status == 0 and onion_map_next(&self._layer.map, run.block_index + run.block_count,
+                                                 self._layer.map.block_count, &run):
+                row.offset, row.length = run.block_index * block_size, run.block_count * block_size
+                row.state, row.place = ONION_EXTENT_STATE_ZERO, 0
+                if onion_location_is_data(run.location):
+                    row.state, row.place = ONION_EXTENT_STATE_DATA, row.offset
+                status = onion_extents_add(&found.table, &row)
+            onion_extents_join(&found.table)
+        if status < 0:
+            raise MemoryError("no memory for a table of extents")
+        return found
+
     def count(self):
         """Return (DATA blocks, ZERO blocks)."""
         cdef uint64_t data
@@ -696,24 +731,6 @@ cdef class LayerMap:
         with nogil:
             count = onion_map_count_shadowed(&self._layer.map, &upper._layer.map)
         return count
-
-    def touched(self, LayerMap other not None):
-        """Return the blocks that are not HOLE here or not HOLE in ``other``, as a sorted and joined array.
-
-        It is an array of dtypes.STRETCH.
-        """
-        cdef uint64_t count
-        cdef onion_stretch *out
-        self._check_open()
-        other._check_open()
-        with nogil:
-            count = onion_layer_touched(&self._layer, &other._layer, NULL)
-        array = np.empty(count, dtypes.STRETCH)
-        out = <onion_stretch *><size_t>_array_data(array)
-        if count:
-            with nogil:
-                onion_layer_touched(&self._layer, &other._layer, out)
-        return array
 
     def live_slots(self, segment):
         """Return the slots of a segment that the map names, as a sorted and joined array of dtypes.SLOTS.
@@ -987,26 +1004,40 @@ cdef class ProvenanceMap:
         finally:
             layer.close()
 
-    def runs(self):
-        """Return the blocks that some layer has, in order, as an array of dtypes.PROVENANCE_RUN.
+    def extents(self, sources):
+        """Return which bytes of the disk are DATA and which are ZERO, and of which layer, as a table.
 
-        The state is 1 for DATA and 2 for ZERO.
+        Parameters
+        ----------
+        sources : sequence of int
+            For each layer, by its number, the source that the table has for it.
         """
-        cdef uint64_t count
-        cdef onion_provenance_run *out
+        cdef uint64_t count, block_size = self.block_size
+        cdef onion_provenance_run *runs
+        cdef onion_extent_row row
+        cdef Extents found = Extents()
         cdef int status
+        cdef uint64_t i
         self._check_open()
         with nogil:
             status = onion_provenance_resolve(&self._provenance)
             count = onion_provenance_runs(&self._provenance, NULL) if status == 0 else 0
-        if status < 0:
+            runs = <onion_provenance_run *>malloc((count + 1) * sizeof(onion_provenance_run))
+        if status < 0 or runs == NULL:
+            free(runs)
             raise MemoryError("no memory for the index")
-        array = np.zeros(count, dtypes.PROVENANCE_RUN)
-        out = <onion_provenance_run *><size_t>_array_data(array)
-        if count:
+        try:
             with nogil:
-                onion_provenance_runs(&self._provenance, out)
-        return array
+                onion_provenance_runs(&self._provenance, runs)
+            for i in range(count):
+                row.offset, row.length = runs[i].block_index * block_size, runs[i].block_count * block_size
+                row.source, row.state = sources[runs[i].layer], runs[i].state
+                row.place = row.offset if row.state == ONION_EXTENT_STATE_DATA else 0
+                if onion_extents_add(&found.table, &row) < 0:
+                    raise MemoryError("no memory for a table of extents")
+            return found
+        finally:
+            free(runs)
 
     def close(self):
         """Free the memory. Every later call other than this one raises StateError."""

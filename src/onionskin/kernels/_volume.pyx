@@ -18,7 +18,11 @@ import os
 from operator import index
 
 from onionskin.errors import FormatError, StateError, moved_error
-from onionskin.base.lazy import dtypes, numpy
+from onionskin.base.lazy import numpy
+from onionskin.kernels._extents cimport (
+    ONION_EXTENT_STATE_DATA, ONION_EXTENT_STATE_ZERO, Extents, onion_extent_row, onion_extents,
+    onion_extents_add
+)
 
 cdef extern from "Python.h":
     ctypedef struct PyObject
@@ -39,6 +43,10 @@ cdef extern from "base/site.h" nogil:
         char path[4096]
     const onion_site *onion_site_of(int)
     void onion_site_clear()
+
+cdef extern from "layer/map_log.h" nogil:
+    enum:
+        ONION_HEADER_BYTES
 
 cdef extern from "layer/layer_map.h" nogil:
     struct onion_stretch:
@@ -215,9 +223,6 @@ cdef enum:
     # In a log with no more records than this, the share of dead records does not matter.
     RECORDS_OF_A_SMALL_LOG = 64
     INDEX_BYTES = sizeof(uint64_t)
-    STATE_DATA = 1  # of dtypes.RUN
-    STATE_ZERO = 2
-    SLOT_BITS = 32  # the low bits of a location are the slot, and the bits above them are the segment's number
 _ROLES = ("sealed", "inherited", "own")
 
 
@@ -303,6 +308,23 @@ def error_of(status, what, path=None, offset=0):
     if path is None:
         return OSError(-status, f"{what}: {reason}")
     return OSError(-status, f"{reason} at byte {offset}" if offset else reason, path)
+
+
+cdef int _add_runs(onion_extents *found, const onion_run *runs, int64_t count, uint64_t block_size) noexcept nogil:
+    """Add runs of an index to a table: from where in which segment each comes. Return 0 or -ENOMEM."""
+    cdef onion_extent_row row
+    cdef int64_t i
+    cdef int status
+    for i in range(count):
+        row.offset, row.length = runs[i].block_index * block_size, runs[i].block_count * block_size
+        row.state, row.source, row.place = ONION_EXTENT_STATE_ZERO, 0, 0
+        if onion_location_is_data(runs[i].location):
+            row.state, row.source = ONION_EXTENT_STATE_DATA, onion_location_segment(runs[i].location)
+            row.place = ONION_HEADER_BYTES + onion_location_slot(runs[i].location) * block_size
+        status = onion_extents_add(found, &row)
+        if status < 0:
+            return status
+    return 0
 
 
 cdef int _raise(int status, object what, object path=None) except -1:
@@ -848,42 +870,32 @@ cdef class DataPath:
 
     # ---- the index ----
 
-    def runs(self, offset=0, length=None):
-        """Return the runs that are not HOLE as a structured array (dtypes.RUN), cut at the blocks of the range."""
-        cdef uint64_t size = onion_volume_size(self._volume), block_size = self.block_size
-        cdef uint64_t start = offset // block_size
-        cdef uint64_t end = (min(size, size if length is None else offset + length) + block_size - 1) // block_size
-        cdef uint64_t next_block = start
-        cdef int64_t count
-        cdef onion_run *raw = <onion_run *>malloc(RUNS_AT_ONCE * sizeof(onion_run))
-        if raw == NULL:
-            raise MemoryError("no memory for the runs of a map")
-        parts = []
-        try:
-            while next_block < end:
-                start = next_block
-                with nogil:
-                    count = onion_volume_runs(self._volume, start, end, raw, RUNS_AT_ONCE, &next_block)
-                if count < 0:
-                    _raise(<int>count, "extents")
-                if count:
-                    parts.append(self._run_array(raw, count))
-        finally:
-            free(raw)
-        return numpy.concatenate(parts) if parts else numpy.empty(0, dtype=dtypes.RUN)
+    def extents(self, offset=0, length=None):
+        """Return the blocks of a range that some layer has, as a table.
 
-    cdef object _run_array(self, onion_run *raw, int64_t count):
-        cdef object bytes_ = PyBytes_FromStringAndSize(<char *>raw, count * sizeof(onion_run))
-        table = numpy.frombuffer(bytes_, dtype=dtypes.LOCATION_RUN)
-        out = numpy.empty(count, dtype=dtypes.RUN)
-        slot, segment = table["location"] & UINT32_MAX, table["location"] >> SLOT_BITS
-        data = (segment >= ONION_SEGMENT_FIRST) & (segment <= ONION_SEGMENT_LAST)
-        out["offset"] = table["block_index"] * self.block_size
-        out["length"] = table["block_count"] * self.block_size
-        out["state"] = numpy.where(data, STATE_DATA, STATE_ZERO)
-        out["segment"] = numpy.where(data, segment, 0)
-        out["slot"] = numpy.where(data, slot, 0)
-        return out
+        Whole blocks, in as few extents as there are runs. The source of DATA is the number of its segment, and its place
+        is where it lies in that file. ZERO has the source 0.
+        """
+        cdef Extents found = Extents()
+        cdef uint64_t size = onion_volume_size(self._volume), block_size = self.block_size
+        cdef uint64_t next_block = offset // block_size
+        cdef uint64_t end = (min(size, size if length is None else offset + length) + block_size - 1) // block_size
+        cdef int64_t count = 0
+        cdef int status = 0
+        cdef onion_run *runs = <onion_run *>malloc(RUNS_AT_ONCE * sizeof(onion_run))
+        if runs == NULL:
+            raise MemoryError("no memory for the runs of a map")
+        with nogil:
+            while next_block < end and count >= 0 and status == 0:
+                count = onion_volume_runs(self._volume, next_block, end, runs, RUNS_AT_ONCE, &next_block)
+                if count > 0:
+                    status = _add_runs(&found.table, runs, count, block_size)
+            free(runs)
+        if count < 0:
+            _raise(<int>count, "extents")
+        if status < 0:
+            raise MemoryError("no memory for a table of extents")
+        return found
 
     def segments(self):
         """Return (number, id, role, slots) of every segment. `slots` is 0 if its file was not made yet."""

@@ -249,7 +249,7 @@ def diff_of_layers(store: "Store", one: bytes, other: bytes, length: int) -> NDA
         lambda: (read_layers(opened.catalog, one), read_layers(opened.catalog, other)),
         lambda chains: {*chains[0].layers, *chains[1].layers},
     ) as chains:
-        return runs_of_extents(diff_of_chains(opened, *chains), length, only_data=False)
+        return runs_of_extents(diff_of_chains(opened, *chains).array(), length, only_data=False)
 
 
 def source_of(store: "Store", volume: "VolumeRow", layer: bytes, length: int) -> Source:

@@ -10,7 +10,6 @@ changed.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from onionskin.errors import OnionskinError, SnapshotNotFoundError, StateError
 from onionskin.nbd._nbd import NbdServer
@@ -83,7 +82,7 @@ class ChangedBlocks:
             raise SnapshotNotFoundError(f"there is no snapshot {since!r}")
         # The server counts everything that is written after this mark as changed.
         mark = self._mark(exported) if isinstance(exported, ServedVolume) else None
-        runs = _joined(exported.diff(since))
+        runs = [(offset, length) for offset, length, *_ in exported.diff(since).ranges()]
         with self._table.operation(exported), exported.contexts_guard:
             if exported.context_key(since) != key:
                 raise StateError("the snapshots, or the disk, changed meanwhile; ask again")
@@ -127,14 +126,3 @@ class ChangedBlocks:
 def _snapshot_of(context: str) -> str:
     """Return the name of the snapshot that the name of a context contains."""
     return next(context.removeprefix(prefix) for prefix in PREFIXES if context.startswith(prefix))
-
-
-def _joined(extents: Any) -> list[tuple[int, int]]:
-    """Return the extents as (offset, length), with adjacent ones joined."""
-    found: list[tuple[int, int]] = []
-    for offset, length, _ in extents.tolist():
-        if found and sum(found[-1]) == offset:
-            found[-1] = (found[-1][0], found[-1][1] + length)
-        else:
-            found.append((offset, length))
-    return found

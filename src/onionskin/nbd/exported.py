@@ -18,6 +18,7 @@ from onionskin.catalog import SnapshotRow
 from onionskin.catalog.tree import find_snapshot
 from onionskin.control.server import ControlSocket
 from onionskin.errors import StateError, VolumeNotFoundError
+from onionskin.kernels._extents import Extents
 from onionskin.nbd._nbd import NbdServer
 from onionskin.store import Store
 from onionskin.volume import Volume
@@ -80,9 +81,9 @@ class View(Exported):
         """Return the same as for a volume, but None if the view's own name is gone."""
         return super().context_key(since) if self.meaning() else None
 
-    def diff(self, since: str) -> Any:
+    def diff(self, since: str) -> Extents:
         """Compare it with an older snapshot."""
-        return self.volume.diff(since, self.row.name)
+        return self.volume._diff(since, self.row.name)
 
 
 class Serving(Protocol):
@@ -213,9 +214,9 @@ class ServedVolume(Exported):
         """Close the volume, then wait for the control socket to send the replies of operations that this cut off."""
         call_all([lambda: self.control.join(GRACE_SECONDS), self.volume.close])
 
-    def diff(self, since: str) -> Any:
+    def diff(self, since: str) -> Extents:
         """Compare it with a snapshot."""
-        return self.volume.diff(since)
+        return self.volume._diff(since)
 
     @contextmanager
     def barred(self, names: set[str] | None) -> Iterator[None]:

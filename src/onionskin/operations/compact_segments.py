@@ -225,7 +225,7 @@ def _wants_zeros(store: OpenStore, row: SegmentRow) -> bool:
 
 def _copy_runs(store: OpenStore, row: SegmentRow, live: "Array", first: "Array", target: int, block_size: int) -> None:
     # Imported late: each opening imports this module, and few copy.
-    from onionskin.kernels._copy import EXTENT_FIELDS, CopyJob
+    from onionskin.kernels._copy import CopyJob
     from onionskin.operations.copy import naming
 
     with open(store.layout.segment_file(row.id), "rb", buffering=0, opener=_open_to_copy) as file:
@@ -235,9 +235,9 @@ def _copy_runs(store: OpenStore, row: SegmentRow, live: "Array", first: "Array",
              int(count) * block_size)
             for (slot, count), to in zip(live.tolist(), first.tolist(), strict=True)
         ]  # fmt: skip
-        table = numpy.array(rows, dtype=EXTENT_FIELDS)
-        with naming(table):
-            CopyJob(table).run()
+        job = CopyJob(rows)
+        with naming(job):
+            job.run()
 
 
 def _make(path: str, flags: int) -> int:

@@ -12,50 +12,37 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from errno import ENOSPC
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from onionskin.base.files import data_ranges, name_of
-from onionskin.base.intervals import covered, distinct
-from onionskin.base.lazy import dtypes
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.naming import some_of
 from onionskin.base.paths import FilePath
-from onionskin.kernels._copy import EXTENT_FIELDS, CopyCancelled, CopyJob
+from onionskin.base.states import DATA
+from onionskin.kernels._copy import CopyCancelled, CopyJob
+from onionskin.kernels._extents import Extents
 from onionskin.storage.chain import Chain, open_chain
 from onionskin.storage.open_head import OpenDisk
 from onionskin.storage.open_store import OpenStore
 from onionskin.storage.shared_paths import OpenChain, refuse_changed_base
 
 if TYPE_CHECKING:
-    import numpy
-    import numpy.typing
-
     from onionskin.base.progress import Progress
     from onionskin.kernels._volume import DataPath
     from onionskin.storage.locks import BaseLock
 
-    Array = numpy.typing.NDArray[Any]
-else:
-    from onionskin.base.lazy import numpy
-
 _FICLONERANGE = 0x4020940D
 OPEN_SEGMENTS_MAX = 256
 PROGRESS_SECONDS = 0.2
-BASE = 0xFFFF  # stands for the base where the number of a segment is expected; no segment has this number
-_PIECE_FIELDS = [("first", "<i8"), ("end", "<i8"), ("segment", "<u2"), ("slot", "<i8")]
+ZEROS = 0  # the source of extents that read as zeros; no segment has this number
+BASE = 0xFFFF  # the source of what lies in the base; no segment has this number
 
 
-def extents(volume: OpenDisk) -> "Array":
-    """Return (offset, length, state) of the DATA (1) and ZERO (2) extents of the layers, cut at the end of the disk."""
+def extents(volume: OpenDisk) -> Extents:
+    """Return the DATA and ZERO extents of the layers, cut at the end of the disk."""
     volume.begin_writing()
-    runs, size_bytes = volume.on_path(lambda path: (path.runs(), path.size_bytes))
-    runs = runs[runs["offset"] < size_bytes]  # another thread may have made the disk shorter in between
-    out = numpy.empty(len(runs), dtype=dtypes.EXTENT)
-    for name in ("offset", "length", "state"):
-        out[name] = runs[name]
-    if len(out):
-        out["length"][-1] = min(int(out["length"][-1]), size_bytes - int(out["offset"][-1]))
-    return out
+    found, size_bytes = volume.on_path(lambda path: (path.extents(), path.size_bytes))
+    return found.within(Extents([(0, size_bytes)]))  # another thread may have made the disk shorter in between
 
 
 @contextmanager
@@ -68,17 +55,17 @@ def chain_path(store: OpenStore, chain: Chain, base_lock: "BaseLock | None" = No
         path.close()
 
 
-def run_job(job: CopyJob, table: "Array", progress: "Progress | None", done_before: int, total: int) -> None:
-    """Run the copy of a table in a thread of its own, so that this one can report progress and be interrupted."""
+def run_job(job: CopyJob, progress: "Progress | None", done_before: int, total: int) -> None:
+    """Run a copy in a thread of its own, so that this one can report progress and be interrupted."""
     if progress is None and threading.current_thread() is not threading.main_thread():
-        with naming(table):
+        with naming(job):
             job.run()
         return
     failure: list[BaseException] = []
 
     def work() -> None:
         try:
-            with naming(table):
+            with naming(job):
                 job.run()
         except BaseException as error:
             failure.append(error)
@@ -102,16 +89,17 @@ def run_job(job: CopyJob, table: "Array", progress: "Progress | None", done_befo
 
 
 @contextmanager
-def naming(table: "Array") -> Iterator[None]:
+def naming(job: CopyJob) -> Iterator[None]:
     """Name the files of a copy in an error that names none: the one that is written, and some of those that are read."""
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename is not None or not len(table):
+        read, written = job.descriptors
+        if error.errno is None or error.filename is not None or not written:
             raise
-        sources = [name_of(int(one)) for one in numpy.unique(table["source"]) if one >= 0]
+        sources = [name_of(one) for one in read]
         what = f"{error.strerror}, in a copy from {some_of(sources, 3)}" if sources else error.strerror
-        raise OSError(error.errno, what, name_of(int(table["destination"][0]))) from None
+        raise OSError(error.errno, what, name_of(written[0])) from None
 
 
 class StretchCopy:
@@ -133,7 +121,8 @@ class StretchCopy:
         self._block_size, self._size_bytes = path.block_size, size_bytes
         self._progress = progress
         self._copy = partial(
-            copy_table,
+            copy_extents,
+            destination=destination,
             sources={number: store.layout.segment_file(id) for number, id, _, _ in path.segments()},
             reflink=reflink,
             punch=punch,
@@ -142,54 +131,24 @@ class StretchCopy:
             threads=threads,
             bytes_per_second=bytes_per_second,
         )
-        runs = path.runs()
-        starts = runs["offset"].astype(numpy.int64)
-        lengths = numpy.minimum(runs["length"].astype(numpy.int64), size_bytes - starts)
-        keep = lengths > 0
-        runs, starts, lengths = runs[keep], starts[keep], lengths[keep]
-        self._table = numpy.empty(len(runs), dtype=EXTENT_FIELDS)
-        self._table["source"] = -1
-        self._table["destination"] = destination
-        self._table["destination_offset"] = starts
-        self._table["length"] = lengths
-        self._table["source_offset"] = HEADER_BYTES + runs["slot"].astype(numpy.uint64) * path.block_size
-        self._segment, self._starts, self._ends = runs["segment"], starts, starts + lengths
-        self._before = numpy.concatenate(([0], numpy.cumsum(lengths)))  # bytes to copy before each row, and of all
+        self._extents = path.extents().within(Extents([(0, size_bytes)]))
 
     def run(self, start: int, length: int) -> int:
         """Copy about `length` bytes that lie at or behind an offset, and return the offset where the copy ended.
 
         Both offsets are multiples of the block size, or the size of the disk. Nothing is durable on return.
         """
-        done, total = self._bytes_before(start), int(self._before[-1])
+        done, total = self._extents.bytes_before(start), self._extents.total_bytes
         end = self._size_bytes if done + length >= total else self._offset_after(done + length)
-        first = int(numpy.searchsorted(self._ends, start, "right"))
-        last = int(numpy.searchsorted(self._starts, end, "left"))
-        part = self._table[first:last].copy()
-        if len(part):
-            cut = max(0, start - int(self._starts[first]))
-            part["destination_offset"][0] += numpy.uint64(cut)
-            part["source_offset"][0] += numpy.uint64(cut)
-            part["length"][0] -= numpy.uint64(cut)
-            part["length"][-1] -= numpy.uint64(max(0, int(self._ends[last - 1]) - end))
-        self._copy(part, self._segment[first:last], done=done, total=total)
+        part = self._extents.within(Extents([(start, end)]))
+        self._copy(part, done=done, total=total)
         if self._progress and len(part):  # a short stretch may have had no time to report
-            self._progress(self._bytes_before(end), total)
+            self._progress(done + part.total_bytes, total)
         return end
 
-    def _bytes_before(self, offset: int) -> int:
-        """Return how many of the bytes to copy lie below an offset."""
-        row = int(numpy.searchsorted(self._ends, offset, "right"))
-        inside = max(0, offset - int(self._starts[row])) if row < len(self._starts) else 0
-        return int(self._before[row]) + inside
-
     def _offset_after(self, copied: int) -> int:
-        """Return the first offset of a block below which at least `copied` of the bytes to copy lie.
-
-        `copied` is less than the number of all bytes to copy.
-        """
-        row = int(numpy.searchsorted(self._before, copied, "left")) - 1
-        offset = int(self._starts[row]) + copied - int(self._before[row])
+        """Return the first offset of a block below which at least `copied` of the bytes to copy lie."""
+        offset = self._extents.offset_after(copied)
         return min(-(-offset // self._block_size) * self._block_size, self._size_bytes)
 
 
@@ -208,9 +167,9 @@ def copy_runs(
     copy.run(0, size_bytes)
 
 
-def copy_table(
-    table: "Array",
-    segment: "Array",
+def copy_extents(
+    extents: Extents,
+    destination: int,
     sources: Mapping[int, FilePath | int],
     *,
     reflink: bool,
@@ -222,69 +181,58 @@ def copy_table(
     threads: int = 0,
     bytes_per_second: int = 0,
 ) -> None:
-    """Copy the extents of a table. If the table is a part of a larger copy, progress counts from `done` to `total`."""
-    total = int(table["length"].sum()) if total is None else total
-    for extents, descriptors in _by_segments(table, segment, sources):
-        try:
+    """Copy extents from their sources to the same offsets of a file.
+
+    If they are a part of a larger copy, progress counts from `done` to `total`.
+    """
+    total = extents.total_bytes if total is None else total
+    numbers = sorted(extents.sources())
+    for first in range(0, len(numbers), OPEN_SEGMENTS_MAX):
+        with _opened(sources, numbers[first : first + OPEN_SEGMENTS_MAX]) as descriptors:
             job = CopyJob(
-                extents,
+                extents.copies(destination, descriptors),
                 threads=threads,
                 reflink=reflink,
                 zero_holes=punch,
                 solid=solid,
                 bytes_per_second=bytes_per_second,
             )
-            run_job(job, extents, progress, done, total)
+            run_job(job, progress, done, total)
             done += job.bytes_done
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
 
 
-def _by_segments(
-    table: "Array", segment: "Array", sources: Mapping[int, FilePath | int]
-) -> "Iterator[tuple[Array, list[int]]]":
-    """Cut a table into parts that need few descriptors each, open the sources that are paths, and fill them in.
-
-    Yields each part with the descriptors that the caller has to close.
-    """
-    numbers = distinct(segment)
-    for first in range(0, len(numbers), OPEN_SEGMENTS_MAX):
-        group = numbers[first : first + OPEN_SEGMENTS_MAX]
-        mine = (segment >= group[0]) & (segment <= group[-1])  # those of a group follow each other
-        part = table[mine].copy()
-        descriptors = []
-        try:
-            for number in group:
-                if not number:
-                    continue
-                source = sources[int(number)]
-                if isinstance(source, FilePath):
-                    source = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-                    descriptors.append(source)
-                part["source"][segment[mine] == number] = source
-        except BaseException:
-            for descriptor in descriptors:
-                os.close(descriptor)
-            raise
-        yield part, descriptors
+@contextmanager
+def _opened(sources: Mapping[int, FilePath | int], numbers: list[int]) -> Iterator[dict[int, int]]:
+    """Open those of the sources that are paths, and give the descriptors of all by their numbers."""
+    found: dict[int, int] = {}
+    opened = []
+    try:
+        for number in numbers:
+            source = -1 if number == ZEROS else sources[number]
+            if isinstance(source, FilePath):
+                source = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                opened.append(source)
+            found[number] = source
+        yield found
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
 
 
 def check_room_for_copy(store: OpenStore, opened: OpenChain, directory: "str | os.PathLike[str]") -> None:
     """Refuse a copy of a whole disk if the file system has no room for it. Parts that are reflinked need no room."""
-    pieces = pieces_of(opened)
-    lengths = (pieces["end"] - pieces["first"]) * opened.path.block_size
+    data = data_of(opened)
     system = os.statvfs(directory)
-    needed, room = int(lengths.sum()), system.f_bavail * system.f_frsize
+    needed, room = data.total_bytes, system.f_bavail * system.f_frsize
     if needed > room and may_reflink(opened.chain):
-        is_base = pieces["segment"] == BASE
-        needed = 0
-        if is_base.any() and opened.base_lock and not _can_reflink(opened.base_lock.descriptor, directory):
-            needed += int(lengths[is_base].sum())
-        numbers = set(pieces["segment"][~is_base].tolist())
+        of_base = data.from_source(BASE).total_bytes
+        of_segments, needed = needed - of_base, 0
+        if of_base and opened.base_lock and not _can_reflink(opened.base_lock.descriptor, directory):
+            needed += of_base
+        numbers = data.sources()
         paths = [store.layout.segment_file(id) for number, id, _, _ in opened.path.segments() if number in numbers]
         if paths and not _segment_can_reflink(paths[0], directory):
-            needed += int(lengths[~is_base].sum())
+            needed += of_segments
     if needed > room:
         raise OSError(
             ENOSPC, f"the copy needs {needed} bytes, and the file system has {room}; free some room", str(directory)
@@ -317,8 +265,7 @@ def check_room(store: OpenStore, folded: Chain, base_lock: "BaseLock") -> None:
     """Refuse a merge into the base if the base's file system has no room for it."""
     assert folded.base is not None
     with chain_path(store, folded._replace(base=None)) as path:
-        runs = path.runs()
-        needed = int(runs["length"][runs["state"] == 1].sum())
+        needed = path.extents().only(DATA).total_bytes
     found = os.fstat(base_lock.descriptor)
     holes = max(0, found.st_size - found.st_blocks * 512) + max(0, folded.top.size_bytes - found.st_size)
     needed = min(needed, holes + 4096)
@@ -331,28 +278,15 @@ def check_room(store: OpenStore, folded: Chain, base_lock: "BaseLock") -> None:
         )
 
 
-def _base_extents(base_bytes: int, destination: int, source: int, runs: "Array") -> "Array":
-    """Return a table that copies the visible part of the base, which is everything that no run hides."""
-    starts = numpy.concatenate(([0], runs["offset"] + runs["length"])).astype(numpy.uint64)
-    ends = numpy.concatenate((runs["offset"], [base_bytes])).astype(numpy.uint64)
-    starts, ends = numpy.minimum(starts, base_bytes), numpy.minimum(ends, base_bytes)
-    keep = ends > starts
-    table = numpy.empty(int(keep.sum()), dtype=EXTENT_FIELDS)
-    table["source"], table["destination"] = source, destination
-    table["source_offset"] = table["destination_offset"] = starts[keep]
-    table["length"] = (ends - starts)[keep]
-    return table
-
-
 def copy_base(opened: OpenChain, destination: int, size_bytes: int, *, reflink: bool) -> None:
     """Copy the visible part of the base to a new file, and keep the holes. The locked descriptor is read."""
     if opened.chain.base is None:
         return
     assert opened.base_lock is not None
-    base_bytes = min(opened.chain.base.size_bytes, size_bytes)
-    table = _base_extents(base_bytes, destination, opened.base_lock.descriptor, opened.path.runs())
-    if len(table):
-        run_job(CopyJob(table, reflink=reflink, zero_holes=True), table, None, 0, 0)
+    base = Extents([(0, min(opened.chain.base.size_bytes, size_bytes))], state=DATA, source=BASE)
+    visible = opened.path.extents().over(base).copies(destination, {BASE: opened.base_lock.descriptor})
+    if visible:
+        run_job(CopyJob(visible, reflink=reflink, zero_holes=True), None, 0, 0)
 
 
 def copy_disk(store: OpenStore, opened: OpenChain, destination: int, *, progress: "Progress | None") -> None:
@@ -373,31 +307,16 @@ def copy_disk(store: OpenStore, opened: OpenChain, destination: int, *, progress
     refuse_changed_base(opened)
 
 
-def pieces_of(opened: OpenChain) -> "Array":
-    """Return the stretches of blocks [first, end) that may have other data than zeros.
-
-    The data of each stretch lies in one segment, or in the base.
-    """
-    path, block_size, runs = opened.path, opened.path.block_size, opened.path.runs()
-    run_first = (runs["offset"] // block_size).astype(numpy.int64)
-    run_end = run_first + (runs["length"] // block_size).astype(numpy.int64)
-    base = numpy.zeros((0, 2), dtype=numpy.int64)
-    if opened.chain.base:
+def data_of(opened: OpenChain) -> Extents:
+    """Return the blocks that may have other data than zeros, each where it lies: in a segment, or in the base (`BASE`)."""
+    found = opened.path.extents()
+    base = opened.chain.base
+    if base is not None:
         assert opened.base_lock is not None
-        base_bytes = min(opened.chain.base.size_bytes, path.size_bytes)
-        found = list(data_ranges(opened.base_lock.descriptor, 0, base_bytes))
-        base = numpy.array(found, dtype=numpy.int64).reshape(-1, 2)
-    base_first, base_end = base[:, 0] // block_size, -(-base[:, 1] // block_size)
-    cuts = distinct(numpy.concatenate((run_first, run_end, base_first, base_end)))
-    first, end = cuts[:-1], cuts[1:]
-    run = covered(first, run_first, run_end)
-    hidden = run >= 0
-    is_data = hidden & (runs["state"][run] == 1) if len(runs) else hidden
-    keep = is_data | (~hidden & (covered(first, base_first, base_end) >= 0))
-    pieces = numpy.zeros(int(keep.sum()), dtype=_PIECE_FIELDS)
-    pieces["first"], pieces["end"] = first[keep], end[keep]
-    pieces["segment"] = BASE
-    inside, run = is_data[keep], run[is_data]
-    pieces["segment"][inside] = runs["segment"][run]
-    pieces["slot"][inside] = runs["slot"][run] + (first[is_data] - run_first[run])
-    return pieces
+        block_size, base_bytes = opened.path.block_size, min(base.size_bytes, opened.path.size_bytes)
+        blocks = (
+            (first // block_size * block_size, min(-(-end // block_size) * block_size, base_bytes))
+            for first, end in data_ranges(opened.base_lock.descriptor, 0, base_bytes)
+        )
+        found = found.over(Extents(blocks, state=DATA, source=BASE))
+    return found.only(DATA)

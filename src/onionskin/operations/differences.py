@@ -7,29 +7,16 @@ data is read. The maps are locked while they are read (operations/locked_maps.py
 
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
 
-from onionskin.base.intervals import covered, distinct
-from onionskin.base.lazy import dtypes
 from onionskin.base.records import record
 from onionskin.catalog import BaseRow, Catalog, LayerRow, SnapshotRow, VolumeRow
 from onionskin.catalog.tree import find_snapshot
+from onionskin.kernels._extents import Extents
 from onionskin.kernels._maplog import LayerMap
 from onionskin.operations.locked_maps import locked_maps
 from onionskin.storage.block_maps import empty_map, open_map, read_layers
 from onionskin.storage.chain import Chain
 from onionskin.storage.open_store import OpenStore
-
-if TYPE_CHECKING:
-    import numpy
-    import numpy.typing
-
-    Array = numpy.typing.NDArray[Any]
-else:
-    from onionskin.base.lazy import numpy
-
-Ranges = tuple["Array", "Array"]  # the offsets of the first bytes, and those behind the last bytes
-
 
 # ---- the two states ----
 
@@ -109,7 +96,7 @@ def ends_of(name: str, a: str | None, b: str | None, *, id: bytes | None = None)
 
 def diff(
     store: OpenStore, name: str, a: str | None = None, b: str | None = None, *, id: bytes | None = None
-) -> "Array":
+) -> Extents:
     """Return the extents that may differ between two states, which `ends_of` parses. A head counts as it is durable."""
     start, end = ends_of(name, a, b, id=id)
 
@@ -140,8 +127,8 @@ def _same_base(one: BaseRow | None, other: BaseRow | None) -> bool:
     return one._replace(id=b"", digest=None) == other._replace(id=b"", digest=None)
 
 
-def diff_of_chains(store: OpenStore, chain_a: Chain, chain_b: Chain) -> "Array":
-    """Return the extents that may differ between two chains whose files are locked."""
+def diff_of_chains(store: OpenStore, chain_a: Chain, chain_b: Chain) -> Extents:
+    """Return the extents that may differ between two chains whose files are locked. Neighbours differ in state."""
     shared = _shared(chain_a, chain_b)
     size_a, size_b = chain_a.top.size_bytes, chain_b.top.size_bytes
     block_b = chain_b.top.block_size
@@ -156,16 +143,17 @@ def diff_of_chains(store: OpenStore, chain_a: Chain, chain_b: Chain) -> "Array":
             size_b = int(own_b.size_bytes)  # a resize may have changed the size, and is not in the catalog yet
         if not chain_a.top.sealed and own_a.size_bytes is not None:
             size_a = int(own_a.size_bytes)
-        runs = own_b.runs()
-        touched = [_touched(own_a, own_b)]
+        held = own_b.extents()
+        touched = own_a.extents().over(held)
         if own_a.count() != (0, 0) and common:
             # Where only a's own layers have a block, b reads as the layers that both share.
             with closing(_laid(store, common, block_b)) as whole_b:
                 whole_b.fold(own_b)
-                runs = whole_b.runs()
+                held = whole_b.extents()
     if not shared:
-        touched += _ranges(_unshared(chain_a, chain_b, size_a, size_b))
-    return _clip(_split(_union(touched), runs, block_b), size_b)
+        touched = touched.over(Extents(sorted(_unshared(chain_a, chain_b, size_a, size_b))))
+    everything = Extents([(0, size_b)])
+    return held.over(everything).within(touched.ranges()).within(everything).joined()
 
 
 def _unshared(chain_a: Chain, chain_b: Chain, size_a: int, size_b: int) -> Iterable[tuple[int, int]]:
@@ -174,10 +162,6 @@ def _unshared(chain_a: Chain, chain_b: Chain, size_a: int, size_b: int) -> Itera
         yield size_a, size_b
     if not _same_base(chain_a.base, chain_b.base):
         yield 0, max(base.size_bytes for base in (chain_a.base, chain_b.base) if base)
-
-
-def _ranges(pairs: Iterable[tuple[int, int]]) -> list[Ranges]:
-    return [(numpy.array([first], numpy.int64), numpy.array([end], numpy.int64)) for first, end in pairs]
 
 
 def _laid(store: OpenStore, layers: Sequence[LayerRow], block_size: int) -> LayerMap:
@@ -191,60 +175,3 @@ def _laid(store: OpenStore, layers: Sequence[LayerRow], block_size: int) -> Laye
         union.close()
         raise
     return union
-
-
-def _touched(one: LayerMap, other: LayerMap) -> Ranges:
-    """Return the ranges that at least one of two maps names. The block sizes may differ if a base is all they share."""
-    if one.block_size != other.block_size:
-        return _union([_bytes_of(each.runs(), each.block_size) for each in (one, other)])
-    stretches = one.touched(other)
-    names = stretches.dtype.names
-    assert names is not None
-    starts = stretches[names[0]].astype(numpy.int64) * one.block_size
-    return starts, starts + stretches[names[1]].astype(numpy.int64) * one.block_size
-
-
-def _bytes_of(runs: "Array", block_size: int) -> Ranges:
-    starts = runs["block_index"].astype(numpy.int64) * block_size
-    return starts, starts + runs["block_count"].astype(numpy.int64) * block_size
-
-
-def _union(parts: Sequence[Ranges]) -> Ranges:
-    """Join ranges, which may be in any order, into sorted and separate ranges."""
-    starts, ends = (numpy.concatenate(ones) for ones in zip(*parts, strict=True))
-    order = numpy.argsort(starts, kind="stable")
-    starts, ends = starts[order], numpy.maximum.accumulate(ends[order]) if len(ends) else ends
-    begins = numpy.ones(len(starts), bool)
-    begins[1:] = starts[1:] > ends[:-1]
-    return starts[begins], ends[numpy.append(begins[1:], True)] if len(ends) else ends
-
-
-def _split(within: Ranges, runs: "Array", block_size: int) -> "Array":
-    """Cut ranges of bytes at the borders of runs of blocks, so that each piece has one state (0: the base's)."""
-    starts, ends = within
-    run_starts, run_ends = _bytes_of(runs, block_size)
-    cuts = distinct(numpy.concatenate((starts, ends, run_starts, run_ends)))
-    if len(cuts) < 2:
-        return numpy.empty(0, dtype=dtypes.EXTENT)
-    left, right = cuts[:-1], cuts[1:]
-    inside = covered(left, starts, ends) >= 0
-    run = covered(left, run_starts, run_ends)
-    states = runs["state"] if len(runs) else numpy.zeros(1, dtype=numpy.uint8)
-    states = numpy.where(run >= 0, states[numpy.maximum(run, 0)], 0)
-    return _joined(left[inside], right[inside], states[inside])
-
-
-def _joined(left: "Array", right: "Array", states: "Array") -> "Array":
-    """Make extents of sorted pieces. Neighbours with the same state become one extent."""
-    begins = numpy.ones(len(left), bool)
-    begins[1:] = (left[1:] != right[:-1]) | (states[1:] != states[:-1])
-    out = numpy.empty(int(begins.sum()), dtype=dtypes.EXTENT)
-    out["offset"], out["state"] = left[begins], states[begins]
-    out["length"] = (right[numpy.append(begins[1:], True)] if len(left) else right) - out["offset"]
-    return out
-
-
-def _clip(extents: "Array", size_bytes: int) -> "Array":
-    extents = extents[extents["offset"] < size_bytes]
-    extents["length"] = numpy.minimum(extents["length"], size_bytes - extents["offset"])
-    return extents

@@ -5,7 +5,7 @@ meanwhile stays, with everything that was written to it. Snapshots keep the laye
 """
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from onionskin.base.files import write_all
 from onionskin.base.fsync import sync_directory, sync_file
@@ -15,8 +15,8 @@ from onionskin.base.paths import FilePath
 from onionskin.catalog import Catalog, LayerRow, SegmentRow, new_id
 from onionskin.catalog.tree import remove_unreachable_layers
 from onionskin.errors import StateError
-from onionskin.kernels._copy import EXTENT_FIELDS
-from onionskin.kernels._maplog import MAGIC_SEGMENT, encode_header
+from onionskin.kernels._extents import Extents
+from onionskin.kernels._maplog import MAGIC_SEGMENT, LayerMap, encode_header
 from onionskin.operations import copy
 from onionskin.operations.seal import seal
 from onionskin.operations.staging import StagedFiles, staged_files
@@ -27,14 +27,7 @@ from onionskin.storage.open_store import OpenStore
 from onionskin.storage.shared_paths import OpenChain, refuse_changed_base
 
 if TYPE_CHECKING:
-    import numpy
-    import numpy.typing
-
     from onionskin.base.progress import Progress
-
-    Array = numpy.typing.NDArray[Any]
-else:
-    from onionskin.base.lazy import numpy
 
 
 def flatten(volume: OpenHead, *, progress: "Progress | None") -> None:
@@ -118,19 +111,17 @@ def _write_flat(
     with copy.chain_path(store, chain, volume.base_lock) as path:
         opened = OpenChain(chain, path, volume.locks, volume.base_lock)
         refuse_changed_base(opened)
-        pieces = copy.pieces_of(opened)
-        counts = (pieces["end"] - pieces["first"]).astype(numpy.int64)
-        slots = numpy.concatenate(([0], numpy.cumsum(counts)))
+        data = copy.data_of(opened)
+        packed = data.packed(HEADER_BYTES, block_size)
+        slots = -(-(packed.end - HEADER_BYTES) // block_size) if len(data) else 0
         # A disk that reads as zeros gets no segment: no row would name its file.
-        if len(pieces):
-            _write_flat_segment(store, opened, pieces, slots, segment, wipe_zero, progress)
+        if slots:
+            _write_flat_segment(store, opened, packed, slots, segment, wipe_zero, progress)
         refuse_changed_base(opened)
     flat_map = empty_map(block_size)
     try:
-        if len(pieces):
-            number = flat_map.add_segment(segment)
-            for first, count, slot in zip(pieces["first"].tolist(), counts.tolist(), slots.tolist(), strict=False):
-                flat_map.set(first, count, number << 32 | slot)
+        if slots:
+            _set_slots(flat_map, flat_map.add_segment(segment), data)
         written = flat_map.write(
             str(store.layout.map_file(map_id)), map_id=map_id, wipe_zero=wipe_zero, size_bytes=chain.top.size_bytes
         )
@@ -138,52 +129,39 @@ def _write_flat(
         flat_map.close()
     sync_directory(store.layout.segments)  # BARRIER: flat segment name
     sync_directory(store.layout.layers)  # BARRIER: flat map name
-    return int(slots[-1]), written
+    return slots, written
 
 
 def _write_flat_segment(
     store: OpenStore,
     opened: OpenChain,
-    pieces: "Array",
-    slots: "Array",
+    packed: Extents,
+    slots: int,
     segment: bytes,
     wipe_zero: bool,
     progress: "Progress | None",
 ) -> None:
-    """Copy the pieces into a new segment. Each begins at its entry of `slots`, and the last entry is the end."""
-    block_size = opened.chain.top.block_size
+    """Copy data into a new segment: `packed` says from where to where."""
+    block_size, path = opened.chain.top.block_size, opened.path
     target = store.layout.segment_file(segment)
+    sources: dict[int, FilePath | int] = {number: store.layout.segment_file(id) for number, id, _, _ in path.segments()}
+    if opened.base_lock:
+        sources[copy.BASE] = opened.base_lock.descriptor
     descriptor = make_file(target)
     try:
         write_all(descriptor, encode_header(MAGIC_SEGMENT, uuid=segment, block_size=block_size, wipe_zero=wipe_zero))
-        _copy_pieces(store, opened, pieces, slots[:-1], descriptor, progress)
-        os.ftruncate(descriptor, HEADER_BYTES + int(slots[-1]) * block_size)  # a base may end within a block
+        reflink = copy.may_reflink(opened.chain)
+        copy.copy_extents(packed, descriptor, sources, reflink=reflink, punch=True, solid=False, progress=progress)
+        os.ftruncate(descriptor, HEADER_BYTES + slots * block_size)  # a base may end within a block
         sync_file(descriptor)  # BARRIER: flat segment
     finally:
         os.close(descriptor)
 
 
-def _copy_pieces(
-    store: OpenStore,
-    opened: OpenChain,
-    pieces: "Array",
-    slots: "Array",
-    descriptor: int,
-    progress: "Progress | None",
-) -> None:
-    """Copy pieces of the disk to the given slots of a segment."""
-    path, base = opened.path, opened.chain.base
-    block_size, from_base = path.block_size, pieces["segment"] == copy.BASE
-    table = numpy.empty(len(pieces), dtype=EXTENT_FIELDS)
-    table["source"], table["destination"] = -1, descriptor
-    table["destination_offset"] = HEADER_BYTES + slots * block_size
-    table["source_offset"] = HEADER_BYTES + pieces["slot"] * block_size
-    table["source_offset"][from_base] = pieces["first"][from_base] * block_size
-    table["length"] = (pieces["end"] - pieces["first"]) * block_size
-    sources: dict[int, FilePath | int] = {number: store.layout.segment_file(id) for number, id, _, _ in path.segments()}
-    if base and opened.base_lock:
-        sources[copy.BASE] = opened.base_lock.descriptor
-        inside = min(base.size_bytes, path.size_bytes) - table["source_offset"][from_base].astype(numpy.int64)
-        table["length"][from_base] = numpy.minimum(table["length"][from_base], inside)
-    reflink = copy.may_reflink(opened.chain)
-    copy.copy_table(table, pieces["segment"], sources, reflink=reflink, punch=True, solid=False, progress=progress)
+def _set_slots(flat_map: LayerMap, number: int, data: Extents) -> None:
+    """Map extents of data to the slots of a segment, one after the other, as `Extents.packed` lays them."""
+    slot = 0
+    for offset, length, *_ in data:
+        count = -(-length // flat_map.block_size)
+        flat_map.set(offset // flat_map.block_size, count, number << 32 | slot)
+        slot += count

@@ -15,14 +15,16 @@ that a layer hides of those below it stay hidden.
 
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
-from functools import partial, reduce
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from onionskin.base.lazy import logger
 from onionskin.base.records import record
+from onionskin.base.states import DATA
 from onionskin.catalog import Catalog, CommitUnknownError, LayerRow
 from onionskin.errors import OnionskinError
-from onionskin.kernels._maplog import HEADER_BYTES, LOCATION_HOLE, STATE_DATA, LayerMap
+from onionskin.kernels._extents import Extents
+from onionskin.kernels._maplog import HEADER_BYTES, LOCATION_HOLE, LayerMap
 from onionskin.operations import reclaim
 from onionskin.operations.locked_maps import locked_maps
 from onionskin.operations.new_map import give_up_maps, switch_map, write_map
@@ -34,14 +36,7 @@ from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
-    import numpy
-    import numpy.typing
-
     from onionskin.kernels._volume import DataPath
-
-    Ranges = numpy.typing.NDArray[Any]  # (first, end) of blocks, sorted and separate; the block `end` is not included
-else:
-    from onionskin.base.lazy import numpy
 
 _log = logger(__name__)
 
@@ -123,13 +118,12 @@ def without_hidden(
     The maps are locked. `path` is the data path of `head`, whose volume the caller holds.
     """
     hidden = _Hidden(store, path, head, above)
-    runs = layer_map.runs()
-    wanted = common(_ranges(runs[runs["state"] == STATE_DATA]), hidden.by_all(above.layer))
+    wanted = layer_map.extents().only(DATA).within(hidden.by_all(above.layer))
     if not len(wanted):
         return {}
     before = layer_map.segment_use()
-    for first, last in wanted.tolist():
-        layer_map.set(first, last - first, LOCATION_HOLE)
+    for offset, length, *_ in wanted:
+        layer_map.set(offset // layer_map.block_size, length // layer_map.block_size, LOCATION_HOLE)
     left = layer_map.segment_use()
     freed = {id: blocks - left.get(id, (0, 0))[0] for id, (blocks, _) in before.items()}
     return {id: blocks for id, blocks in freed.items() if blocks}
@@ -144,19 +138,19 @@ class _Hidden:
     head: bytes
     above: Above
 
-    def by_all(self, lower: LayerRow) -> "Ranges":
-        """Return the blocks that every child of a layer hides."""
-        found: Ranges | None = None
+    def by_all(self, lower: LayerRow) -> Extents:
+        """Return the bytes that every child of a layer hides."""
+        found: Extents | None = None
         for child in self.above.children[lower.id]:
             hidden = self.by(child)
-            found = hidden if found is None else common(found, hidden)
+            found = hidden if found is None else found.within(hidden)
             if not len(found):
                 break
         assert found is not None
         return found
 
-    def by(self, layer: LayerRow) -> "Ranges":
-        """Return the blocks that a layer hides from every reader of the layer or of a layer above it."""
+    def by(self, layer: LayerRow) -> Extents:
+        """Return the bytes that a layer hides from every reader of the layer or of a layer above it."""
         state = self.path.log_state() if layer.id == self.head else None
         with ExitStack() as stack:
             if layer.sealed:
@@ -164,35 +158,8 @@ class _Hidden:
             else:
                 layer_map = load_durable(self.store, layer, state)
                 stack.callback(layer_map.close)
-            own = _ranges(layer_map.runs())
-        return union([own, self.by_all(layer)]) if layer.id in self.above.children else own
-
-
-def _ranges(runs: "numpy.typing.NDArray[Any]") -> "Ranges":
-    first = runs["block_index"].astype(numpy.int64)
-    return union([numpy.column_stack((first, first + runs["block_count"].astype(numpy.int64)))])
-
-
-def union(parts: "list[Ranges]") -> "Ranges":
-    """Return the union of ranges. Ranges that overlap or touch become one."""
-    ranges = reduce(lambda a, b: numpy.concatenate((a, b)), parts)
-    if not len(ranges):
-        return ranges
-    ranges = ranges[numpy.argsort(ranges[:, 0], kind="stable")]
-    reached = numpy.maximum.accumulate(ranges[:, 1])
-    begins = numpy.concatenate(([True], ranges[1:, 0] > reached[:-1]))
-    ends = numpy.concatenate((begins[1:], [True]))
-    return numpy.column_stack((ranges[begins, 0], reached[ends]))
-
-
-def common(a: "Ranges", b: "Ranges") -> "Ranges":
-    """Return the intersection of two sets of ranges."""
-    low = numpy.searchsorted(b[:, 1], a[:, 0], side="right")
-    count = numpy.maximum(numpy.searchsorted(b[:, 0], a[:, 1], side="left") - low, 0)
-    of_a = numpy.repeat(numpy.arange(len(a)), count)
-    of_b = numpy.arange(len(of_a)) - numpy.repeat(numpy.cumsum(count) - count, count) + numpy.repeat(low, count)
-    first = numpy.maximum(a[of_a, 0], b[of_b, 0])
-    return numpy.column_stack((first, numpy.minimum(a[of_a, 1], b[of_b, 1])))
+            own = layer_map.extents()
+        return (own.over(self.by_all(layer)) if layer.id in self.above.children else own).ranges()
 
 
 def locked_above(store: OpenStore, layer_id: bytes, own_head: bytes) -> Any:

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from onionskin.base.files import data_ranges
-from onionskin.base.intervals import covered
 from onionskin.base.limits import VOLUME_BYTES_MAX
 from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.records import record
-from onionskin.base.states import DATA, HOLE
+from onionskin.base.states import DATA
 from onionskin.catalog import BaseRow
 from onionskin.catalog.tree import find_snapshot
 from onionskin.errors import ChainError
+from onionskin.kernels._extents import Extents
 from onionskin.kernels._maplog import ProvenanceMap
 from onionskin.operations.chain_members import ChainMember, chain_members
 from onionskin.operations.locked_maps import locked_maps
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     Array = numpy.typing.NDArray[Any]
 
 _BASE_ADVICE = "put the file back, or name the right one with 'onionskin relocate'"
+_ROW_DTYPE = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("state", "u1"), ("source", "<u4")])
 LAYER_EXTENT_DTYPE = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("state", "u1"), ("depth", "<u4")])
 
 
@@ -98,9 +99,13 @@ def _find(store: OpenStore, find: Callable[[], bytes]) -> _Found:
 
 def _read(store: OpenStore, found: _Found) -> Layering:
     chain = found.chain
-    runs, size_bytes = _runs(store, chain)
-    base = _base_ranges(chain.base, found.is_merging, size_bytes)
-    return Layering(found.members, _extents(runs, base, size_bytes, len(chain.layers)))
+    held, size_bytes = _held(store, chain)
+    below = len(chain.layers)  # the depth of the base, if there is one
+    base = Extents(_base_ranges(chain.base, found.is_merging, size_bytes), state=DATA, source=below)
+    # Blocks are whole, and a layer below may be longer than the disk.
+    everything = Extents([(0, size_bytes)], source=below)
+    extents = held.within(everything).over(base).over(everything).joined()
+    return Layering(found.members, extents.array(_ROW_DTYPE).view(LAYER_EXTENT_DTYPE))  # the source is the depth
 
 
 def _base_is_merged_into(store: OpenStore, chain: Chain) -> bool:
@@ -112,8 +117,8 @@ def _base_is_merged_into(store: OpenStore, chain: Chain) -> bool:
         return base != chain.base or any(layer.id in merged for layer in chain.layers)
 
 
-def _runs(store: OpenStore, chain: Chain) -> "tuple[Array, int]":
-    """Return the extents of the layers, with their depths, and the size of the disk."""
+def _held(store: OpenStore, chain: Chain) -> tuple[Extents, int]:
+    """Return what the layers have, with depths as sources, and the size of the disk."""
     top, block_size = chain.top, chain.top.block_size
     size_bytes = top.size_bytes
     provenance = ProvenanceMap(block_size=block_size, block_count=VOLUME_BYTES_MAX // block_size)
@@ -126,28 +131,15 @@ def _runs(store: OpenStore, chain: Chain) -> "tuple[Array, int]":
             depth_of.append(depth)
             if head_bytes is not None:
                 size_bytes = head_bytes  # a resize may have changed the size, and is not in the catalog yet
-        runs = provenance.runs()
+        return provenance.extents(depth_of), size_bytes
     finally:
         provenance.close()
-    out = numpy.empty(len(runs), LAYER_EXTENT_DTYPE)
-    out["offset"] = runs["block_index"] * block_size
-    out["length"] = runs["block_count"] * block_size
-    out["state"] = runs["state"]
-    out["depth"] = numpy.array(depth_of, numpy.uint32)[runs["layer"]]
-    return _clipped(out, size_bytes), size_bytes
 
 
-def _clipped(extents: "Array", size_bytes: int) -> "Array":
-    """Cut extents at the end of the disk. Runs have whole blocks, and a layer below may be longer than the disk."""
-    extents = extents[extents["offset"] < size_bytes]
-    extents["length"] = numpy.minimum(extents["length"], size_bytes - extents["offset"])
-    return extents
-
-
-def _base_ranges(base: BaseRow | None, is_merging: bool, size_bytes: int) -> "Array":
-    """Return the ranges of the base that have data and lie within the disk, as an (n, 2) array of starts and ends."""
+def _base_ranges(base: BaseRow | None, is_merging: bool, size_bytes: int) -> list[tuple[int, int]]:
+    """Return the ranges of the base that have data and lie within the disk."""
     if base is None:
-        return numpy.empty((0, 2), numpy.int64)
+        return []
     try:
         descriptor = os.open(base.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -162,29 +154,6 @@ def _base_ranges(base: BaseRow | None, is_merging: bool, size_bytes: int) -> "Ar
                 f"the base {base.path} has changed since the volume was made (inode, size or time differ): {_BASE_ADVICE} "
                 "(--trust if its contents are the same)"
             )
-        ranges = list(data_ranges(descriptor, 0, min(size_bytes, base.size_bytes)))
+        return list(data_ranges(descriptor, 0, min(size_bytes, base.size_bytes)))
     finally:
         os.close(descriptor)
-    return numpy.array(ranges, numpy.int64).reshape(-1, 2)
-
-
-def _extents(runs: "Array", base: "Array", size_bytes: int, base_depth: int) -> "Array":
-    """Return extents that cover the disk: the runs of the layers, and between them the data and holes of the base."""
-    starts = runs["offset"].astype(numpy.int64)
-    ends = starts + runs["length"].astype(numpy.int64)
-    edges = numpy.concatenate((starts, ends, base[:, 0], base[:, 1], [0, size_bytes]))
-    edges.sort(kind="stable")  # a stable sort merges the parts, each of which is sorted already
-    left = edges[:-1][edges[1:] > edges[:-1]]
-    if not len(runs):
-        runs = numpy.zeros(1, LAYER_EXTENT_DTYPE)  # indexing needs an element, though none of the results is used
-    run = covered(left, starts, ends)
-    of_base = covered(left, base[:, 0], base[:, 1]) >= 0
-    state = numpy.where(run >= 0, runs["state"][run], numpy.where(of_base, DATA, HOLE))
-    depth = numpy.where(run >= 0, runs["depth"][run], base_depth)
-    changes = numpy.flatnonzero((state[1:] != state[:-1]) | (depth[1:] != depth[:-1])) + 1
-    first = numpy.concatenate(([0], changes))
-    out = numpy.empty(len(first), LAYER_EXTENT_DTYPE)
-    out["offset"] = left[first]
-    out["length"] = numpy.diff(left[first], append=size_bytes)
-    out["state"], out["depth"] = state[first], depth[first]
-    return out

@@ -187,11 +187,8 @@ def of_shrinking(store: OpenStore, name: str, size_bytes: int) -> Loss:
         for layer in layers:
             first = -(-size_bytes // layer.block_size)
             with closing(open_map(store, layer)) as layer_map:
-                runs = layer_map.runs()
-            ends = runs["block_index"] + runs["block_count"]
-            runs, ends = runs[ends > first], ends[ends > first]
-            data = runs["state"] == states.DATA
-            behind += int((ends - runs["block_index"].clip(first))[data].sum()) * layer.block_size
+                data = layer_map.extents().only(states.DATA)
+            behind += data.total_bytes - data.bytes_before(first * layer.block_size)
     return Loss((), (), behind, is_lost=behind > 0)  # zeros are no loss: they read as zeros if the volume grows again
 
 

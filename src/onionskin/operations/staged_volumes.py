@@ -120,7 +120,7 @@ def _refuse_changed(volume: OpenHead, stands_on: bytes | None) -> None:
     below = snapshot_below(catalog, volume.row, volume.head)
     if (below.layer if below else None) != stands_on:
         raise ChainError(f"volume {volume.name!r} stands on something else by now; apply the stream again")
-    if is_changed_since(volume, below) if below else any(int(state) == DATA for _, _, state in extents(volume)):
+    if is_changed_since(volume, below) if below else len(extents(volume).only(DATA)):
         raise StateError(f"volume {volume.name!r} was written to meanwhile; revert it, then apply the stream again")
 
 

@@ -16,13 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.examples import examples
 
-from onionskin.kernels._copy import EXTENT_FIELDS, CopyCancelled, CopyJob, CopyResult
+from onionskin.kernels._copy import CopyCancelled, CopyJob, CopyResult
+from onionskin.kernels._extents import Extents
 
 MIB = 1 << 20
 RNG = np.random.default_rng(7)
 NOISE = RNG.integers(1, 256, 40 * MIB, np.uint8).tobytes()
-
-EXTENT = np.dtype(EXTENT_FIELDS)
 
 
 @contextmanager
@@ -102,10 +101,12 @@ def test_extents_arrive_like_slices(
         assert result.bytes_reflinked == result.bytes_ranged == 0
 
 
-def test_extents_may_be_a_structured_array(tmp_path: Path) -> None:
+def test_extents_may_be_those_of_a_table(tmp_path: Path) -> None:
     with file_of(tmp_path / "from", NOISE[:8192]) as source, file_of(tmp_path / "to") as destination:
-        rows = np.array([(source, destination, 4096, 0, 4096), (-1, destination, 0, 4096, 10)], EXTENT)
-        result = CopyJob(rows).run()
+        table = Extents.of([(0, 4096, 1, 3, 4096), (4096, 10, 2, 0, 0), (5000, 10, 1, 4, 0)])
+        job = CopyJob(table.copies(destination, {3: source, 0: -1}))
+        assert job.descriptors == ([source], [destination])
+        result = job.run()
         assert result == CopyResult(4106, 0, 0, 4096, 10)
         assert contents_of(destination) == NOISE[4096:8192] + bytes(10)
 
@@ -203,11 +204,11 @@ def test_holes_of_solid_sources_are_copied_as_zeros(tmp_path: Path) -> None:
         assert disk_bytes_of(destination) >= MIB
 
 
-def test_a_table_with_other_fields_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="fields"):
-        CopyJob(np.zeros(1, dtype=[("source", "<i8"), ("length", "<u8")]))
+def test_a_table_that_is_cut_short_or_has_an_empty_extent_is_refused() -> None:
+    with pytest.raises(ValueError, match="no whole rows"):
+        CopyJob(bytes(33))
     with pytest.raises(ValueError, match="length 0"):
-        CopyJob(np.zeros(1, dtype=EXTENT_FIELDS))
+        CopyJob(bytes(32))
 
 
 def test_zeros_are_written_unless_holes_are_allowed(tmp_path: Path) -> None:

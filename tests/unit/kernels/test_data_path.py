@@ -178,7 +178,12 @@ def test_slots_of_a_segment_just_inherited_are_live_until_what_replaced_them_is_
         map_path=files.map_file(rewritten), map_id=rewritten, inherited=sealed.segments, own=files.spare,
         spare=os.urandom(16),
     )  # fmt: skip
-    needed = {int(run["slot"]) for run in again.runs() if again.segments()[run["segment"] - 1][1] == lower_own}
+    number = {id: number for number, id, _, _ in again.segments()}[lower_own]
+    needed = {
+        (place - 4096 + at) // BLOCK
+        for _, length, _, _, place in again.extents().from_source(number)
+        for at in range(0, length, BLOCK)
+    }
     assert needed <= {slot for first, count in struct.iter_unpack("<QQ", live) for slot in range(first, first + count)}
     assert again.read(BLOCK, BLOCK) == b"a" * BLOCK
     again.close()

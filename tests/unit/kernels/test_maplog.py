@@ -1,6 +1,8 @@
 """LayerMap against a plain dict: block index -> None is HOLE, "zero", or (segment id, slot)."""
 
 import random
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from support.examples import examples
 
 from onionskin.base import dtypes
+from onionskin.base.states import DATA, HOLE, ZERO
 from onionskin.errors import FormatError, StateError
 from onionskin.kernels import _maplog
 from onionskin.kernels._maplog import LOCATION_ZERO, LayerMap
@@ -59,6 +62,10 @@ def contents(layer: LayerMap) -> Model:
 
 def blocks(stretches: np.ndarray) -> list[int]:
     return [first + i for first, count in stretches.tolist() for i in range(count)]
+
+
+def in_blocks(extents: Iterable[tuple[int, int, int, int, int]]) -> dict[int, int]:
+    return {offset // 4096 + i: state for offset, length, state, _, _ in extents for i in range(length // 4096)}
 
 
 changes = st.lists(
@@ -149,11 +156,20 @@ def test_drop_zero_leaves_data_alone(steps: list[Change]) -> None:
 
 
 @given(changes, changes)
-def test_touched_is_the_union_of_both_layers(low: list[Change], high: list[Change]) -> None:
+def test_the_ranges_of_one_layer_over_another_are_those_of_both(low: list[Change], high: list[Change]) -> None:
     (one, model), (other, other_model) = build(low), build(high)
-    stretches = one.touched(other)
-    assert blocks(stretches) == sorted(model | other_model)
-    assert (stretches["block_index"][1:] > (stretches["block_index"] + stretches["block_count"])[:-1]).all()
+    ranges = list(one.extents().over(other.extents()).ranges())
+    assert in_blocks(ranges) == dict.fromkeys(sorted(model | other_model), HOLE)
+    assert all(offset + length < behind for (offset, length, *_), (behind, *_) in pairwise(ranges))
+
+
+@given(changes)
+def test_the_extents_of_a_layer_say_what_is_data_and_what_is_zero(steps: list[Change]) -> None:
+    layer, model = build(steps)
+    extents = list(layer.extents())
+    assert in_blocks(extents) == {block: ZERO if value == "zero" else DATA for block, value in model.items()}
+    for (offset, length, state, *_), (behind, _, next_state, *_) in pairwise(extents):
+        assert offset + length < behind or state != next_state
 
 
 @given(changes)

@@ -31,7 +31,8 @@ def layer_of(runs: list[Run], block_count: int = BLOCKS) -> LayerMap:
 
 
 def whose(provenance: ProvenanceMap) -> list[tuple[int, int, int, int]]:
-    return [(int(r["block_index"]), int(r["block_count"]), int(r["layer"]), int(r["state"])) for r in provenance.runs()]
+    extents = provenance.extents(range(provenance.laid + 1))
+    return [(offset // BLOCK, length // BLOCK, layer, state) for offset, length, state, layer, _ in extents]
 
 
 def expected(stack: list[list[Run]]) -> np.ndarray:
@@ -144,6 +145,6 @@ def test_a_closed_map_of_owners_raises() -> None:
     provenance.close()
     provenance.close()
     with pytest.raises(StateError, match="closed"):
-        provenance.runs()
+        provenance.extents([])
     with pytest.raises(StateError, match="closed"):
         provenance.lay(layer_of([]))

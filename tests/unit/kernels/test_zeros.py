@@ -1,10 +1,11 @@
-"""Runs of zero blocks, against a loop over blocks."""
+"""Runs of zero blocks, and of blocks that two buffers have in common, against loops over blocks."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onionskin.kernels._copy import split_zeros
+from onionskin.kernels._copy import split_same, split_zeros
 
 
 @given(
@@ -32,3 +33,31 @@ def test_runs_are_those_that_a_loop_over_blocks_finds(
         else:
             expected.append((start, stop, is_zero))
     assert split_zeros(data, block_size) == expected
+
+
+@given(blocks=st.lists(st.booleans(), max_size=12), tail=st.integers(0, 63), block_size=st.sampled_from([1, 8, 64]))
+def test_runs_of_two_buffers_are_those_that_a_loop_over_blocks_finds(
+    blocks: list[bool], tail: int, block_size: int
+) -> None:
+    a = bytes(range(1, 65)) * (len(blocks) + 1)
+    a = a[: len(blocks) * block_size + tail % block_size]
+    b = bytearray(a)
+    for index, is_same in enumerate(blocks):
+        if not is_same:
+            b[index * block_size + block_size - 1] ^= 1
+    expected: list[tuple[int, int, bool]] = []
+    for start in range(0, len(a), block_size):
+        stop = min(start + block_size, len(a))
+        is_same = a[start:stop] == b[start:stop]
+        if expected and expected[-1][2] == is_same:
+            expected[-1] = (expected[-1][0], stop, is_same)
+        else:
+            expected.append((start, stop, is_same))
+    assert split_same(a, b, block_size) == expected
+
+
+def test_only_buffers_of_one_length_are_compared() -> None:
+    with pytest.raises(ValueError, match="4 bytes are compared with 5"):
+        split_same(bytes(4), bytes(5), 1)
+    with pytest.raises(ValueError, match="blocks of 0 bytes"):
+        split_same(b"a", b"a", 0)

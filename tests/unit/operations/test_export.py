@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 
 import onionskin
 from onionskin.catalog import LayerRow
 from onionskin.images import export_image
-from onionskin.kernels._copy import EXTENT_FIELDS, CopyJob
+from onionskin.kernels._copy import CopyJob
 from onionskin.operations import copy, export
 from onionskin.operations.pinned import pinned
 
@@ -297,6 +296,5 @@ def test_a_copy_that_fails_names_the_files(tmp_path: Path) -> None:
     target.write_bytes(b"")
     with open(source, "rb") as read, open(target, "rb") as cannot_be_written:
         rows = [(read.fileno(), cannot_be_written.fileno(), 0, 0, 8192)]
-        table = numpy.array(rows, dtype=EXTENT_FIELDS)
         with pytest.raises(OSError, match=rf"in a copy from {source}: '{target}'"):
-            copy.run_job(CopyJob(table), table, None, 0, 0)
+            copy.run_job(CopyJob(rows), None, 0, 0)

@@ -1,11 +1,9 @@
 """Blocks of a layer without a name that all hide which stand on it: with policy `zero` nothing of them is left."""
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 
 import onionskin
@@ -212,23 +210,3 @@ def test_a_tree_that_changes_meanwhile_is_left_for_the_next_time(
     with store.open("web"):
         assert left(store) == {*range(10), *range(30, 40)}
     check_branches(store)
-
-
-def test_ranges_are_laid_together_and_over_each_other_as_sets_are() -> None:
-    chosen = random.Random(1)
-
-    def draw() -> "tuple[numpy.ndarray, set[int]]":
-        pairs = [(first, first + chosen.randint(1, 8)) for first in chosen.choices(range(60), k=chosen.randint(0, 8))]
-        ranges = numpy.array(pairs, dtype=numpy.int64).reshape(-1, 2)
-        return hidden_blocks.union([ranges]), {block for first, last in pairs for block in range(first, last)}
-
-    def as_set(ranges: "numpy.ndarray") -> set[int]:
-        assert (ranges[1:, 0] > ranges[:-1, 1]).all() or len(ranges) < 2
-        return {block for first, last in ranges.tolist() for block in range(first, last)}
-
-    for _ in range(500):
-        (a, in_a), (b, in_b) = draw(), draw()
-        assert as_set(hidden_blocks.union([a, b])) == in_a | in_b
-        assert {
-            block for first, last in hidden_blocks.common(a, b).tolist() for block in range(first, last)
-        } == in_a & in_b
