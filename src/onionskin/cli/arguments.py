@@ -182,7 +182,7 @@ class NameType(click.ParamType):  # type: ignore[type-arg]
         from click.shell_completion import CompletionItem
 
         directory, slash, last = incomplete.rpartition("/")
-        store = FilePath(directory or "/")
+        store = FilePath(os.path.expanduser(directory) or "/")  # noqa: PTH111 - the shell passes a ~ as it was typed
         if not slash or not is_store(store):
             return [CompletionItem(incomplete, type="dir")]
         if self.fresh and (self.snapshot == "none" or "@" in last):
