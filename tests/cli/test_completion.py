@@ -1,8 +1,11 @@
 """Shells complete verbs, stores, volumes and snapshots; bash although it splits words at '@'."""
 
+import os
+import pty
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,15 @@ def completed(line: str) -> list[str]:
     """Ask as the bash script does."""
     environment = {"_ONIONSKIN_COMPLETE": "bash_complete", "_ONIONSKIN_LINE": line}
     answer = CliRunner().invoke(onionskin, [], env=environment)
-    return [text for kind, _, text in (one.partition(",") for one in answer.stdout.splitlines()) if kind == "plain"]
+    answers = (one.partition(",") for one in answer.stdout.splitlines())
+    return [text for kind, _, text in answers if kind == "plain"]
+
+
+def completed_by(shell: str, words: str, word: str) -> list[str]:
+    """Ask as the script of zsh or fish does, behind words."""
+    at = len(words.split()) if shell == "zsh" else word
+    environment = {"_ONIONSKIN_COMPLETE": f"{shell}_complete", "COMP_WORDS": f"{words} {word}", "COMP_CWORD": str(at)}
+    return CliRunner().invoke(onionskin, [], env=environment).stdout.splitlines()
 
 
 def test_verbs_complete() -> None:
@@ -67,7 +78,7 @@ def test_what_is_mounted_completes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found = fuse_mount.mounted(table)
     monkeypatch.setattr(fuse_mount, "mounted", lambda: found)
     assert completed("onionskin umount /mnt/c") == ["/mnt/c"]
-    assert completed("onionskin umount /mnt/") == ["/mnt/a b", "/mnt/c"]
+    assert completed("onionskin umount /mnt/") == ["/mnt/a\\ b", "/mnt/c"]
 
 
 def test_names_that_are_to_be_made_do_not_complete(vms: Path) -> None:
@@ -91,25 +102,107 @@ def test_scripts_are_printed(run: Run, shell: str) -> None:
     assert f"{shell}_complete" in script
 
 
-def bash(line: str, breaks: str) -> list[str]:
-    """Complete a line in a real bash, which is told where words break."""
-    program = f"""
-        onionskin() {{ {sys.executable} -m onionskin "$@"; }}
-        compopt() {{ :; }}
-        eval "$(onionskin completion bash)"
-        COMP_WORDBREAKS=$'{breaks}' COMP_LINE='{line}' COMP_POINT={len(line)}
-        _onionskin_completion
-        printf '%s\\n' "${{COMPREPLY[@]}}"
-    """
-    shell = subprocess.run(["bash", "-c", program], check=True, capture_output=True, text=True)
-    return shell.stdout.split()
+@pytest.fixture
+def typed() -> Iterator[Callable[[Path, str], list[str]]]:
+    """Type a line in a real bash, as far as it is given and then a tab; the words that the command then gets."""
+    with ExitStack() as stack:
+
+        def type(directory: Path, line: str) -> list[str]:
+            master, slave = pty.openpty()
+            stack.callback(os.close, master)
+            environment = {"PATH": os.environ["PATH"], "HOME": str(directory), "TERM": "dumb", "LC_ALL": "C.UTF-8"}
+            command = ["bash", "--norc", "--noprofile", "-i"]
+            shell = subprocess.Popen(
+                command, stdin=slave, stdout=slave, stderr=slave, env=environment, cwd=directory, start_new_session=True
+            )
+            stack.callback(shell.wait)
+            stack.callback(shell.kill)
+            os.close(slave)
+            os.write(master, SETUP.encode())
+            until(master, b"ready>")
+            os.write(master, f"{line}\t\n".encode())
+            return until(master, b"|over|\r\n").decode().rpartition("|words|")[2].split("|")[:-2]
+
+        yield type
 
 
-def test_bash_gets_what_it_puts_behind_the_part_that_it_keeps(vms: Path) -> None:
-    line = f"onionskin revert {vms}/web@cl"
-    assert bash(line, r" \t\n") == [f"{vms}/web@clean"]
-    assert bash(line, r" \t\n@") == ["@clean"]
-    assert bash(f"onionskin revert {vms}/we", r" \t\n@") == [f"{vms}/web@clean"]
+SETUP = f"""\
+PS1=; bind "set bell-style none"; bind "set enable-bracketed-paste off"
+shown() {{ printf '|words'; printf '|%s' "$@" over; echo '|'; }}
+onionskin() {{ if [ "$_ONIONSKIN_COMPLETE" ]; then {sys.executable} -m onionskin; else shown "$@"; fi; }}
+eval "$({sys.executable} -m onionskin completion bash)"
+printf 'read%s' 'y>'
+"""
+
+
+def until(descriptor: int, end: bytes) -> bytes:
+    """Read what a terminal shows until it shows something."""
+    shown = b""
+    while end not in shown:
+        shown += os.read(descriptor, 1 << 16)
+    return shown
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("onionskin revert vms/web@cl", ["revert", "vms/web@clean"]),
+        ("onionskin info vms/my", ["info", "vms/my vol"]),
+        ("onionskin info vms/my\\ vol@a", ["info", "vms/my vol@a b"]),
+        ("onionskin info vms/m'y vol@a", ["info", "vms/my vol@a b"]),
+        ('onionskin info "vms/my', ["info", "vms/my vol"]),
+        ("onionskin info vms/i", ["info", "vms/it's $x"]),
+        ("onionskin info 'vms/i", ["info", "vms/it's $x"]),
+        ('onionskin info "vms/i', ["info", "vms/it's $x"]),
+        ("onionskin info vms/col:", ["info", "vms/col:on"]),
+        ("onionskin info ~/vms/we", ["info", "HOME/vms/web"]),
+        ("onionskin set vms/web wipe=z", ["set", "vms/web", "wipe=zero"]),
+        ("onionskin create vms/new --wipe=z", ["create", "vms/new", "--wipe=zero"]),
+        ("onionskin create vms/new --base=my", ["create", "vms/new", "--base=my disk.raw"]),
+    ],
+)
+def test_bash_gives_the_command_what_was_completed_in_one_word(
+    run: Run, vms: Path, typed: Callable[[Path, str], list[str]], line: str, words: list[str]
+) -> None:
+    (vms.parent / "my disk.raw").touch()
+    for name in ("my vol", "it's $x", "col:on"):
+        run("create", f"{vms}/{name}", "--size", "1M")
+    run("snapshot", f"{vms}/my vol@a b")
+    assert typed(vms.parent, line) == [word.replace("HOME", str(vms.parent)) for word in words]
+
+
+def test_an_option_and_its_value_stay_one_word_in_each_shell() -> None:
+    assert completed("onionskin create vms/new --wipe=z") == ["--wipe=zero"]
+    assert completed_by("zsh", "onionskin create vms/new", "--wipe=z") == ["plain", "--wipe=zero", "_"]
+    assert completed_by("fish", "onionskin create vms/new", "--wipe=z") == ["plain,--wipe=zero"]
+    assert completed_by("fish", "onionskin create vms/new", "--base=d") == ["file,--base=d"]
+
+
+def test_a_home_is_looked_into(vms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(vms.parent))
+    assert completed("onionskin info ~/vms/w") == ["~/vms/web"]
+    assert completed_by("zsh", "onionskin info", "~/vms/w") == ["plain", f"{vms}/web", "_"]
+    assert completed_by("fish", "onionskin info", "~/vms/w") == ["plain,~/vms/web"]
+
+
+def test_the_scripts_of_zsh_and_fish_know_paths_behind_an_option_and_fish_names_with_a_comma(run: Run) -> None:
+    assert run("completion", "zsh").stdout.count("compset -P 1 '--*='; _path_files -") == 2
+    assert 'string split -m 1 ","' in run("completion", "fish").stdout
+
+
+def test_holders_complete_where_one_is_let_go(run: Run, vms: Path) -> None:
+    run("snapshot", f"{vms}/web@two")
+    run("hold", f"{vms}/web@clean", "backup")
+    run("hold", f"{vms}/web@two", "bob")
+    assert completed(f"onionskin unhold {vms}/web@clean ") == ["backup"]
+    assert completed(f"onionskin unhold {vms}/web@clean {vms}/web@two b") == ["backup", "bob"]
+    assert completed(f"onionskin unhold {vms}/web@clean {vms}/web@t") == [f"{vms}/web@two"]
+    assert completed(f"onionskin unhold {vms}/gone@clean b") == []
+
+
+def test_disks_of_a_machine_complete(vms: Path) -> None:
+    assert completed(f"onionskin machine create {vms}/lab --disk w") == ["web"]
+    assert completed("onionskin machine create /nowhere/lab --disk w") == []
 
 
 def test_the_end_of_a_range_completes_with_snapshots_of_its_volume(run: Run, vms: Path) -> None:

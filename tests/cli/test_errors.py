@@ -58,8 +58,8 @@ def test_a_volume_that_is_not_there(run: Run, vms: Path) -> None:
 
 
 def test_an_image_without_a_name_is_not_written(run: Run, vms: Path) -> None:
-    for path in ("", ".", "/"):
-        one_line(run("export", f"{vms}/web", path), 1, f"{path or '.'}: Is a directory")
+    for path in (".", "/"):
+        one_line(run("export", f"{vms}/web", path), 1, f"{path}: Is a directory")
 
 
 @pytest.mark.parametrize("verb", ["revert", "discard", "merge", "read", "export", "clone", "info", "delta"])
@@ -802,3 +802,43 @@ def test_a_library_that_has_no_room_in_memory_is_said_to_lack_memory(
 def test_a_library_that_is_not_there_is_not_said_to_lack_memory() -> None:
     with pytest.raises(ImportError):
         lazy.Later("no_such_library").name  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("import", "", "VMS/new"),
+        ("export", "VMS/web", ""),
+        ("create", "VMS/new", "--base", ""),
+        ("list", ""),
+        ("bench", ""),
+        ("mount", "VMS/web@clean", ""),
+    ],
+)
+def test_an_empty_path_is_not_the_directory_that_is_here(run: Run, vms: Path, arguments: tuple[str, ...]) -> None:
+    one_line(run(*(one.replace("VMS", str(vms)) for one in arguments)), 2, "the path is empty")
+
+
+def test_a_volume_that_is_given_as_an_image_is_no_damage_of_its_store(run: Run, vms: Path) -> None:
+    one_line(run("import", f"{vms}/web", f"{vms}/new"), 3, "a name in a store, and an image is wanted")
+    one_line(run("create", f"{vms}/new", "--base", f"{vms}/web"), 3, "a name in a store, and an image is wanted")
+    one_line(run("apply", f"{vms}/web", f"{vms}/db"), 3, "No such file", "check the path")
+    one_line(run("list", vms / "segments" / "none"), 3)
+
+
+def test_a_file_of_a_store_that_is_missing_is_damage_of_it(run: Run, vms: Path) -> None:
+    run("write", f"{vms}/web", 0, input=b"other")
+    for file in (vms / "segments").iterdir():
+        file.unlink()
+    one_line(run("read", f"{vms}/web", 0, 4), 6, "the store is damaged: run onionskin check")
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/full", "/dev/null"])
+def test_a_character_device_without_an_end_is_no_image(run: Run, tmp_path: Path, device: str) -> None:
+    one_line(run("import", device, f"{tmp_path}/vms/web"), 6, "is a character device")
+    assert not (tmp_path / "vms").exists()
+
+
+def test_bench_names_a_link_that_leads_back_to_itself(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    one_line(run("bench", tmp_path / "loop"), 1, "a symbolic link leads back to itself")

@@ -50,6 +50,14 @@ FILES = {
     "bochs": b"Bochs Virtual HD Image" + DISK,
     "cloop": b"#!/bin/sh\n#V2.0 Format\n" + DISK,
     "simg": b"\x3a\xff\x26\xed\1\0" + DISK,
+    "rar": b"Rar!\x1a\x07\1\0" + DISK,
+    "wim": b"MSWIM\0\0\0" + DISK,
+    "lrzip": b"LRZI\0\6" + DISK,
+    "rbd": b"rbd image v2\n" + DISK,
+    "diff of rbd": b"rbd diff v1\n" + DISK,
+    "delta": b"ONIONDLT" + DISK,
+    "segment of a store": b"ONIONSEG" + DISK,
+    "map of a store": b"ONIONMAP" + DISK,
     "ewf": b"EVF\x09\x0d\x0a\xff\0" + DISK,
 }
 NOT_READ = [name for name in FILES if name.split()[-1] not in {*FORMATS, *COMPRESSED}]
@@ -72,7 +80,9 @@ def test_a_format_is_told(image: tuple[str, Path]) -> None:
 
 def test_it_is_no_base_unless_somebody_vouches_for_its_bytes(tmp_path: Path, image: tuple[str, Path]) -> None:
     with Store(tmp_path / "vms") as store:
-        with pytest.raises(FormatError, match=r"and not a raw disk: (import it|convert it|unpack it)"):
+        with pytest.raises(
+            FormatError, match=r"and not a raw disk: (import it|convert it|unpack it|export the|apply it)"
+        ):
             store.create("web", base=image[1])
         assert store.volumes() == []
         with store.create("web", base=image[1], base_format="raw") as web:
@@ -94,7 +104,10 @@ def test_what_is_not_read_is_not_imported_as_bytes_unless_that_is_asked_for(tmp_
     path = tmp_path / "image"
     path.write_bytes(FILES[name])
     with Store(tmp_path / "vms") as store:
-        with pytest.raises(FormatError, match=r"which is not read here: (convert it|unpack it) with"):
+        with pytest.raises(
+            FormatError,
+            match=r"which is not read here: (import it|convert it|unpack it|export the volume|apply it to a volume) with",
+        ):
             import_image(store, path, "web")
         assert store.volumes() == []
         import_image(store, path, "web", format="raw")
@@ -109,6 +122,15 @@ def test_no_raw_image_is_written_under_the_name_of_another_format(run: Run, tmp_
     assert refused.exit_code == 2
     assert "give --format" in refused.stderr
     assert run("export", f"{tmp_path}/vms/web", tmp_path / f"out.{suffix}", "--format", "raw").exit_code == 0
+
+
+def test_a_delta_that_is_given_to_import_is_no_disk(run: Run, tmp_path: Path) -> None:
+    assert run("create", f"{tmp_path}/vms/web", "--size", "1M").exit_code == 0
+    assert run("snapshot", f"{tmp_path}/vms/web@a").exit_code == 0
+    assert run("delta", f"{tmp_path}/vms/web@a", "--output", tmp_path / "a.delta").exit_code == 0
+    refused = run("import", tmp_path / "a.delta", f"{tmp_path}/vms/new")
+    assert refused.exit_code == 6
+    assert "apply it to a volume with 'onionskin apply'" in refused.stderr
 
 
 def test_a_format_of_a_base_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -57,6 +57,14 @@ def test_an_image_is_read_from_where_the_shell_puts_it(run: Run, vms: Path, imag
     assert json.loads(run("info", f"{vms}/new", "--json").stdout)["size_bytes"] == len(DISK)
 
 
+def test_a_stream_of_zstd_that_wants_more_memory_is_not_called_damaged(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(bytes.fromhex("28b52ffd 00 a8 010000"))  # a window of 2 GiB, and no data
+    refused = run("import", tmp_path / "image", f"{tmp_path}/vms/web")
+    assert refused.exit_code == 6
+    assert "--long=31" in refused.stderr
+    assert "unpack it by hand, with that option" in refused.stderr
+
+
 @pytest.mark.parametrize("name", ["-", "/dev/stdin"])
 def test_a_closed_stdin_is_no_image_and_makes_no_store(tmp_path: Path, name: str) -> None:
     done = shell("os import {name} {vms}/new <&-", name=name, vms=tmp_path / "vms")

@@ -71,6 +71,18 @@ class Name(NamedTuple):
 _TRUST = "onionskin.trust"
 
 
+def refuse_volume(path: "Path") -> None:
+    """Raise FileNotFoundError if a path that is to be an image is none, but looks like a volume of a store."""
+    import errno
+
+    if is_store(FilePath(path.parent)) and not os.path.lexists(path):
+        raise FileNotFoundError(
+            errno.ENOENT,
+            "no such file, but a name in a store, and an image is wanted; 'onionskin clone' makes a volume of a snapshot",
+            str(path),
+        )
+
+
 def trust_option(command: Any) -> Any:
     """Give a verb the option --trust; `open_store` asks for its value."""
     return click.option(
@@ -182,7 +194,7 @@ class NameType(click.ParamType):  # type: ignore[type-arg]
         from click.shell_completion import CompletionItem
 
         directory, slash, last = incomplete.rpartition("/")
-        store = FilePath(directory or "/")
+        store = FilePath(os.path.expanduser(directory) or "/")  # noqa: PTH111 - the shell passes a ~ as it was typed
         if not slash or not is_store(store):
             return [CompletionItem(incomplete, type="dir")]
         if self.fresh and (self.snapshot == "none" or "@" in last):
@@ -241,7 +253,9 @@ class StoreType(click.ParamType):  # type: ignore[type-arg]
     name = "STORE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> FilePath:
-        """Make a path of it."""
+        """Make a path of it, or fail as a usage error."""
+        if value == "":
+            self.fail("the path is empty", param, ctx)
         return FilePath(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
@@ -260,9 +274,11 @@ class FileType(click.ParamType):  # type: ignore[type-arg]
     name = "path"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> "Path":
-        """Make a path of it."""
+        """Make a path of it, or fail as a usage error: an empty text comes from a variable that is not set."""
         from pathlib import Path
 
+        if value == "":
+            self.fail("the path is empty", param, ctx)
         return Path(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":

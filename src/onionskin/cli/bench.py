@@ -59,6 +59,7 @@ def bench(
     The disk is that of DIRECTORY. It works in a new directory that is removed afterwards, and needs about six times the
     size in space. Peers that are not installed are left out and reported.
     """
+    directory.stat()  # of a link that leads back to itself, pathlib raises no OSError
     directory = directory.resolve(strict=True)  # the peers are programs, which are started elsewhere
     if not directory.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))

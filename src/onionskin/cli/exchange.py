@@ -21,12 +21,14 @@ from onionskin.cli.arguments import (
     block_size_option,
     open_store,
     open_to_read,
+    refuse_volume,
     trust_option,
     wipe_option,
 )
 from onionskin.cli.chosen import same_store
 from onionskin.cli.output import json_option
 from onionskin.cli.values import snapshot_value, volume_value
+from onionskin.errors import FormatError
 from onionskin.exchange.image_formats import KNOWN, READ, SUFFIXES, refuse_options
 
 if TYPE_CHECKING:
@@ -98,8 +100,14 @@ def _image_to_read(image: "Path") -> "Iterator[Path | IO[bytes]]":
         source.refuse_closed()
         yield source  # type: ignore[misc]
         return
+    refuse_volume(image)
     with open(image, "rb", buffering=0) as file:  # of a FIFO, this waits for a writer
         mode = os.fstat(file.fileno()).st_mode
+        if stat.S_ISCHR(mode):  # most of them have no end
+            raise FormatError(
+                f"{image} is a character device, and not a file, a block device or a pipe; give one of these, or a "
+                "program's output to 'import -'"
+            )
         yield image if stat.S_ISREG(mode) or stat.S_ISBLK(mode) else file
 
 

@@ -210,9 +210,15 @@ def _is_in_store(error: OSError) -> bool:
     """Whether an error is about a file of a store, or about one of its directories."""
     if not isinstance(error.filename, str | bytes | os.PathLike):
         return False
+    from onionskin.storage.layout import CATALOG, DIRECTORIES, Layout
+
     path = FilePath(os.fsdecode(error.filename))
+    # By its name: what was typed may be a path into a store too, and a store may lie in a directory of other things.
+    is_within = path.parent.name in DIRECTORIES
+    store = path.parent.parent if is_within else path.parent
+    names = {*DIRECTORIES, *(file.name for file in Layout(store).files)}
     with contextlib.suppress(OSError):
-        return any(os.path.lexists(directory / "catalog.db") for directory in path.parents[:2])
+        return (is_within or path.name in names) and os.path.lexists(store / CATALOG)
     return False
 
 

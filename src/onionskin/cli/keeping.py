@@ -18,14 +18,18 @@ from onionskin.cli.arguments import (
     Name,
     live,
     open_store,
+    parse_name,
     trust_option,
 )
 from onionskin.cli.chosen import SNAPSHOTS, chosen_snapshots, find_snapshot, guids_of, listed
 from onionskin.cli.output import json_option
 from onionskin.cli.values import snapshot_value
+from onionskin.errors import OnionskinError
 
 if TYPE_CHECKING:
     from datetime import tzinfo
+
+    from click.shell_completion import CompletionItem
 
     from onionskin.operations.prune import Retention, Rules
 
@@ -73,8 +77,24 @@ def hold(names: tuple[Name, ...], holder: str, as_json: bool) -> None:
     )
 
 
+def complete_held(ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+    """Offer snapshots and, behind the first one, who holds any of them."""
+    from click.shell_completion import CompletionItem
+
+    words = [*(ctx.params.get("names") or ()), ctx.params.get("holder")]  # behind one word, that is the holder to click
+    named = [parse_name(word) if isinstance(word, str) else word for word in words if word and "/" not in incomplete]
+    if not named:
+        return SNAPSHOT_OR_RANGE.shell_complete(ctx, param, incomplete)
+    try:
+        with named[0].open_store() as store:
+            holders = {one.holder for name in named for one in store.holds(name.volume, name.snapshot)}
+    except (OnionskinError, OSError, ValueError):
+        return []
+    return [CompletionItem(one) for one in sorted(holders) if one.startswith(incomplete)]
+
+
 @click.command()
-@click.argument("names", type=SNAPSHOT_OR_RANGE, nargs=-1, metavar=SNAPSHOTS)
+@click.argument("names", type=SNAPSHOT_OR_RANGE, nargs=-1, metavar=SNAPSHOTS, shell_complete=complete_held)
 @click.argument("holder")
 @trust_option
 @json_option

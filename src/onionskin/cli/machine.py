@@ -4,6 +4,7 @@ What must hold: these verbs only read the command line and print. What runs is a
 store alone knows of `Store`.
 """
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +24,7 @@ from onionskin.cli.arguments import (
     NEW_MACHINE_SNAPSHOT_OR_NONE,
     SIZE,
     STORE,
+    VOLUME,
     WIPE,
     Name,
     label_option,
@@ -38,6 +40,8 @@ from onionskin.cli.machine_pool import pool
 from onionskin.cli.output import json_option
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from onionskin.operations.losses import Loss
     from onionskin.operations.machine_tree import MachineSnapshotInfo
     from onionskin.operations.machines import MachineInfo
@@ -92,11 +96,26 @@ def _verb(name: str | None = None) -> "Callable[[Callable[..., Any]], click.Comm
 # ---- making ----
 
 
+def complete_disk(ctx: click.Context, _: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+    """Offer the volumes of the store in which the machine is made."""
+    from click.shell_completion import CompletionItem
+
+    # An option without its value ends click's parsing, so what stands before it is still as it was typed.
+    directories = [word.rpartition("/")[0] for word in ctx.args if "/" in word]
+    there = VOLUME.names_in(FilePath(os.path.expanduser(directories[0]) or "/"), False) if directories else []  # noqa: PTH111
+    return [CompletionItem(one) for one in there if one.startswith(incomplete)]
+
+
 @_verb()
 @click.argument("name", type=NEW_MACHINE, metavar="STORE/MACHINE")
 @click.argument("qemu_args", nargs=-1, type=click.UNPROCESSED, metavar="[-- ARGUMENT...]")
 @click.option(
-    "--disk", "disks", multiple=True, metavar="VOLUME", help="A volume of the store; for several, give it again."
+    "--disk",
+    "disks",
+    multiple=True,
+    metavar="VOLUME",
+    shell_complete=complete_disk,
+    help="A volume of the store; for several, give it again.",
 )
 @click.option("--memory", type=SIZE, required=True, help="How much RAM it has, as 512M.")
 @click.option("--cpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many virtual CPUs.")

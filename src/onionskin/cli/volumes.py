@@ -24,6 +24,7 @@ from onionskin.cli.arguments import (
     matching,
     note_trust,
     open_store,
+    refuse_volume,
     trust_option,
     wipe_option,
 )
@@ -87,6 +88,7 @@ def create(
                 f"{base} is a block device, and a base is a raw image file: a device has no time of change, so nobody could "
                 "tell that it was written to meanwhile. Copy it with 'onionskin import'"
             )
+        refuse_volume(base)
         base.stat()
         if base_format is None and base.is_file():  # to open a FIFO waits; it is refused below, as no regular file
             with open(base, "rb", buffering=0) as file:

@@ -53,6 +53,9 @@ ZSTD = _unpacked("zstd", "zstd", "zstd")
 LZ4 = _unpacked("lz4", "lz4", "lz4")
 TAR = _archive("tar", "a tar archive, as an OVA is", "tar -xf")
 
+_FILE_OF_STORE: Final = "a file of a store of onionskin"
+_NAME_VOLUME: Final = "export the volume with 'onionskin export'"
+
 # Offset, magic bytes, format. They come from the formats' specifications. Those of the compressed formats are RFC 1952
 # (gzip), RFC 8878 (zstd), the .xz file format 1.2.1, the LZ4 frame format 1.6.1, and bzip2's own documentation.
 _MAGICS: Final = (
@@ -81,6 +84,14 @@ _MAGICS: Final = (
     (0, b"PK\3\4", _archive("zip", "a zip archive", "unzip")),
     (0, b"7z\xbc\xaf\x27\x1c", _archive("7z", "a 7z archive", "7z x")),
     (257, b"ustar", TAR),
+    (0, b"Rar!\x1a\x07", _archive("rar", "a RAR archive", "unrar x")),
+    (0, b"MSWIM\0\0\0", _archive("wim", "a WIM archive", "wimlib-imagex apply")),
+    (0, b"LRZI", _unpacked("lrzip", "lrzip", "lrzip")),
+    (0, b"rbd image v2\n", ImageFormat("rbd", "an export of rbd", "import it with 'rbd import'")),
+    (0, b"rbd diff v", ImageFormat("rbd", "a diff of rbd", "import it with 'rbd import-diff'")),
+    (0, b"ONIONDLT", ImageFormat("delta", "a stream of changes", "apply it to a volume with 'onionskin apply'")),
+    (0, b"ONIONSEG", ImageFormat("store", _FILE_OF_STORE, _NAME_VOLUME)),
+    (0, b"ONIONMAP", ImageFormat("store", _FILE_OF_STORE, _NAME_VOLUME)),
     (0, b"VMA\0", _archive("vma", "a VMA archive", "vma extract")),
     (0, b"Bochs Virtual HD Image", _converted("bochs", "a Bochs image")),
     (0, b"#!/bin/sh\n#V2.0 Format\n", _converted("cloop", "a cloop image")),
@@ -91,6 +102,7 @@ _MAGICS: Final = (
 SUFFIXES: Final = {
     **{"vpc": "vhd", "img": "raw", "bin": "raw", "ova": "tar", "e01": "ewf"},
     **{"gz": "gzip", "zst": "zstd", "bz2": "bzip2", "lz": "lzip", "lzo": "lzop", "z": "compress"},
+    "lrz": "lrzip",
 }
 KNOWN: Final = frozenset(format.name for format in (*(format for _, _, format in _MAGICS), DMG, LZMA))
 READ: Final = ("raw", QCOW2.name, VMDK.name, VHD.name, VHDX.name, VDI.name)  # read and written; all but raw by qemu-img

@@ -166,7 +166,15 @@ def unpacked(source: Source, kind: str) -> Iterator[Source]:
         text = said.read(1 << 16).decode(errors="replace").strip()
         if status or _LEFT_OUT in text:
             lines = text.splitlines()[-1:] or [f"status {status}"]
-            raise FormatError(f"{source.name}: {program} could not unpack it: {lines[0]}; fetch it again")
+            raise FormatError(f"{source.name}: {program} could not unpack it: {lines[0]}; {_advice(text)}")
+
+
+def _advice(text: str) -> str:
+    if "--long" in text or "--memory" in text:  # of zstd: the window of the stream takes more memory than is usual
+        return (
+            "the stream is whole, but wants memory: unpack it by hand, with that option, and give 'import -' the bytes"
+        )
+    return "fetch it again"
 
 
 def is_rewindable(descriptor: int) -> bool:
