@@ -1,7 +1,8 @@
 """The guest agent: a program in the guest that freezes its file systems, and tells it who it is now.
 
 It speaks QEMU's guest agent protocol over a virtio-serial port: a line of JSON each way. Nothing says whether an agent runs
-in a guest, so every call has a time limit, and an answer belongs to a call only behind the token that `_sync` asked for.
+in a guest, so every call has a time limit, and an answer belongs to a call only behind the token that `_sync` asked for: also
+behind a call that was not answered in time, whose answer may come later.
 
 What must hold: a guest that may have frozen its file systems is asked to thaw them, whatever failed.
 """
@@ -45,6 +46,7 @@ class GuestAgent:
     def __init__(self, path: Path, name: str, *, seconds: float = SYNC_SECONDS) -> None:
         self._name = name
         self._pending = b""
+        self._is_behind = False  # whether the answer to an earlier call may still come
         try:
             found = connect_if_listening(path, seconds=seconds)
         except BlockingIOError:
@@ -79,12 +81,19 @@ class GuestAgent:
             It refused.
         """
         deadline = time.monotonic() + seconds
+        if self._is_behind:
+            self._sync(seconds)
+        self._is_behind = True
         self._send({"execute": command, "arguments": arguments} if arguments else {"execute": command}, deadline)
         answer = self._line(deadline)
+        self._is_behind = False
         if "error" in answer:
             why = answer["error"].get("desc") if isinstance(answer["error"], dict) else answer["error"]
             raise StateError(f"the guest agent of machine {self._name!r} refused {command!r}: {_shown(why)}")
-        return answer.get("return")
+        if "return" not in answer:
+            self._is_behind = True  # whatever that was, the answer may follow
+            raise StateError(f"the guest agent of machine {self._name!r} gave an answer to {command!r} that no agent gives")
+        return answer["return"]
 
     def freeze(self) -> list[str]:
         """Freeze the guest's file systems. Return their mount points, or how many there are."""
@@ -114,8 +123,8 @@ class GuestAgent:
             if time.monotonic() > deadline:
                 raise NoAgent(f"{command[0]} did not end within {CALL_SECONDS:g} s in machine {self._name!r}")
             time.sleep(0.02)
-        if ended.get("exitcode"):
-            raise StateError(f"{' '.join(command)} ended with {ended['exitcode']} in machine {self._name!r}")
+        if failed := ended.get("exitcode") or ended.get("signal"):
+            raise StateError(f"{_shown(' '.join(command))} ended with {_shown(failed)} in machine {self._name!r}")
 
     def _thaw_at_any_rate(self) -> None:
         """Ask for it without waiting: the guest may freeze only after the time that it was given."""

@@ -29,6 +29,7 @@ except ImportError as error:
 SECONDS = 30.0
 CLOSE_SECONDS = 2.0
 JOB_PREFIX = "onionskin-"
+_NO_EVENT = "none"  # as QEMU calls no event of its own
 _log = logger(__name__)
 
 
@@ -98,6 +99,8 @@ class Monitor:
         self._thread = threading.Thread(target=self._loop.run_forever, name="onionskin qmp", daemon=True)
         self._thread.start()
         self._client = QMPClient(name)
+        # The library keeps each event for whoever asks for it later, and nobody does: a guest may cause any number of them.
+        self._client.events.names.add(_NO_EVENT)
         self._dismissals: set[asyncio.Future[Any]] = set()
         self._numbers = itertools.count()
         self._guard = threading.Lock()
@@ -125,9 +128,12 @@ class Monitor:
             if self._is_closed:
                 return
             self._is_closed = True  # what others ask for from here on is refused, as nobody would carry it out
-            with suppress(MonitorError, QMPError, OSError, EOFError):  # the other end may be gone
-                self._await(self._client.disconnect(), "disconnect", CLOSE_SECONDS, at_end=True)
-            self._end()
+            try:
+                # The other end may be gone, or have said what no QEMU says: the library raises that here, whatever it was.
+                with suppress(Exception):
+                    self._await(self._client.disconnect(), "disconnect", CLOSE_SECONDS, at_end=True)
+            finally:
+                self._end()
 
     def _end(self) -> None:
         """End the loop once no task of it is left: one that is left would say so when it is collected."""

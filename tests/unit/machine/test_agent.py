@@ -15,10 +15,11 @@ from onionskin.machine.agent import GuestAgent, NoAgent, kernel_of, tell_identit
 
 
 class Agent:
-    """Answers each line by what `answers` says for its command; None: it is silent."""
+    """Answers each line by what `answers` says for its command; None: it is silent. What is in `late`, it answers too late."""
 
     def __init__(self, path: Path, answers: dict[str, Any], before: bytes = b"") -> None:
         self.heard: list[str] = []
+        self.late: dict[str, Any] = {}
         self._answers = answers
         self._before = before
         self._listener = socket.socket(socket.AF_UNIX)
@@ -34,16 +35,21 @@ class Agent:
             return
         # Who asked may be gone, with an answer unread.
         with connection, suppress(OSError), connection.makefile("rb") as lines:
-            connection.sendall(self._before)
             for line in lines:
                 request = json.loads(line.rpartition(b"\xff")[2])
                 command = request["execute"]
                 self.heard.append(command)
                 if command == "guest-sync-delimited" and command not in self._answers:
                     token = request["arguments"]["id"]
-                    connection.sendall(b"\xff" + json.dumps({"return": token}).encode() + b"\n")
+                    self._say(connection, b"\xff" + json.dumps({"return": token}).encode())
+                elif command in self.late:
+                    self._before = json.dumps(self.late[command]).encode() + b"\n"  # with what is answered next
                 elif (answer := self._answers.get(command, {"return": {}})) is not None:
-                    connection.sendall(json.dumps(answer).encode() + b"\n")
+                    self._say(connection, json.dumps(answer).encode())
+
+    def _say(self, connection: socket.socket, line: bytes) -> None:
+        before, self._before = self._before, b""
+        connection.sendall(before + line + b"\n")
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
@@ -187,3 +193,32 @@ def test_an_answer_that_is_nested_without_end_is_none(answering: Callable[..., t
     _, path = answering({"guest-ping": {"return": "mine"}}, b"[" * 100_000 + b"\n")
     with GuestAgent(path, "lab") as guest:
         assert guest.call("guest-ping") == "mine"
+
+
+def test_an_answer_that_comes_too_late_is_not_taken_for_that_of_the_next_call(
+    answering: Callable[..., tuple[Agent, Path]],
+) -> None:
+    agent, path = answering({"guest-ping": {"return": "mine"}})
+    agent.late["guest-set-time"] = {"return": "late"}
+    with GuestAgent(path, "lab") as guest:
+        with pytest.raises(NoAgent):
+            guest.call("guest-set-time", seconds=0.05)
+        assert guest.call("guest-ping") == "mine"
+
+
+def test_a_line_that_is_no_answer_is_not_taken_for_a_success(answering: Callable[..., tuple[Agent, Path]]) -> None:
+    _, path = answering({"guest-fsfreeze-thaw": {"ready": True}})
+    with GuestAgent(path, "lab") as guest, pytest.raises(StateError, match="'guest-fsfreeze-thaw' that no agent gives"):
+        guest.thaw()
+
+
+@pytest.mark.parametrize("ended", [{"exitcode": "\x1b[2J"}, {"signal": 9}])
+def test_a_program_that_did_not_end_well_in_the_guest_is_an_error_of_one_printable_line(
+    answering: Callable[..., tuple[Agent, Path]], ended: dict[str, Any]
+) -> None:
+    _, path = answering(
+        {"guest-exec": {"return": {"pid": 7}}, "guest-exec-status": {"return": {"exited": True, **ended}}}
+    )
+    with GuestAgent(path, "lab") as guest, pytest.raises(StateError, match="hostname .* ended with") as refused:
+        guest.run("hostname", "fork\x07")
+    assert str(refused.value).isprintable()

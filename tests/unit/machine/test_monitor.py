@@ -238,3 +238,45 @@ def test_closing_while_another_thread_waits_ends_that_wait(qemu: Qemu, path: Pat
     monitor.close()
     thread.join(250)
     assert not thread.is_alive() and failed
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"no JSON\xff\n",
+        b"[" * 100_000 + b"\n",
+        b"1" * 5000 + b"\n",
+        b'{"return": {}, "id": [1]}\n',
+        b'{"event": "JOB_STATUS_CHANGE", "data": 5}\n',
+        b"x" * (11 << 20),  # more than a line may have
+    ],
+    ids=["no JSON", "deep", "a long number", "a list for an id", "an event without its data", "no end"],
+)
+def test_what_no_qemu_says_is_an_error_of_the_command_and_leaves_no_thread(
+    qemu: Qemu, path: Path, said: bytes
+) -> None:
+    monitor = Monitor(path, "lab")
+
+    def say() -> None:
+        qemu.wait_for("silent")
+        assert qemu.connection is not None
+        with suppress(BrokenPipeError, ConnectionResetError):
+            qemu.connection.sendall(said)
+
+    saying = threading.Thread(target=say)
+    saying.start()
+    with pytest.raises(MonitorError, match="Disconnected"):
+        monitor.run_job("silent", {})
+    saying.join()
+    monitor.close()
+    assert not monitor._thread.is_alive()
+
+
+def test_events_that_nobody_asks_for_are_not_kept(qemu: Qemu, path: Path) -> None:
+    heard: list[str] = []
+    with Monitor(path, "lab", on_event=lambda event, _: heard.append(event)) as monitor:
+        for _ in range(100):
+            qemu.say({"event": "RESET", "data": {}, "timestamp": {"seconds": 1, "microseconds": 1}})
+        monitor.execute("something")  # what came before an answer was heard before it
+        assert monitor._client.events.empty()
+    assert heard == ["RESET"] * 100
