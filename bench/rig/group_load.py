@@ -2,6 +2,7 @@
 
 import subprocess
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +24,16 @@ class Load:
     def __init__(self) -> None:
         self.writes: list[Write] = []
 
-    def longest_within(self, begin: float, end: float) -> float:
-        """The longest write that was under way in this time; the log of fio has milliseconds."""
-        return max((one.took for one in self.writes if one.begun <= end and one.begun + one.took >= begin), default=0.0)
+    def longest_within_each(self, windows: Sequence[tuple[float, float]]) -> list[float]:
+        """The longest write that was under way in each of these times, which do not overlap; fio's log has milliseconds."""
+        longest = [0.0] * len(windows)
+        ends = [end for _, end in windows]
+        for one in self.writes:
+            for at in range(bisect_left(ends, one.begun), len(windows)):
+                if windows[at][0] > one.begun + one.took:
+                    break
+                longest[at] = max(longest[at], one.took)
+        return longest
 
 
 @contextmanager
