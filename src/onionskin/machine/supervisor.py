@@ -269,7 +269,7 @@ class Supervisor:
         return Record(
             ProcessId.of(os.getpid()),
             ProcessId.of(self._process.pid),
-            None,
+            None,  # the server: see `_begin_record`
             configuration.to_json(),
             now.to_json(),
             identity.generation,
@@ -333,8 +333,9 @@ class Supervisor:
             self._tell_fork(self.running.configuration, self.running.identity)
 
     def _begin_record(self, what: Record) -> None:
+        """Record a machine that begins, with the server that its disks have by now."""
         with self._guard:
-            what = replace(what, server=self._server.process)  # which may have been started again a moment ago
+            what = replace(what, server=self._server.process)
             what.write(self._directory)
             self.record = what
 

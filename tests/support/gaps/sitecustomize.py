@@ -18,7 +18,7 @@ from typing import Any
 STEPS = {
     "os": ("fork",),
     "onionskin.machine.daemon": ("be_supervisor", "start"),
-    "onionskin.machine.control": ("ControlServer.__init__", "ControlServer.close"),
+    "onionskin.machine.control": ("ControlServer.__init__", "ControlServer.close", "MachineControl.ask"),
     "onionskin.machine.disk_server": (
         *("DiskServer.begin", "DiskServer.wait_ready", "DiskServer.rename", "DiskServer.restart", "DiskServer.end"),
     ),
@@ -48,7 +48,7 @@ STEPS = {
         *("RevertInPlace.put_disks_back", "RevertInPlace.put_ram_back", "revert", "merge", "discard"),
     ),
     "onionskin.operations.machines": ("note_running", "note_reverting", "note_reverted"),
-    "onionskin.operations.machine_forks": ("fork_machine",),
+    "onionskin.operations.machine_forks": ("fork_machine", "make_waiting"),
     "onionskin.operations.machine_removal": ("delete",),
     "onionskin.machine.fork": ("start_all", "_ask"),
     # In the server of the disks:
