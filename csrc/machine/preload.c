@@ -10,8 +10,9 @@
  * While the process lives it has a shared lock (flock) on the RAM file that it maps: so nobody wipes the file under it. It
  * cannot give room of that file back either (fallocate): a balloon would, and forks that map it would lose what they read.
  *
- * What must hold: if anything here fails, the hypervisor runs as it would without it, and says so when it is asked. Only
- * the user who runs the hypervisor, and root, are answered. The library links nothing of onionskin or Python. */
+ * What must hold: the RAM file is mapped privately and under that lock, or not at all: forks read it, and a hypervisor that
+ * maps it shared writes to it before anybody can ask. Whatever else fails is said when it is asked for. Only the user who
+ * runs the hypervisor, and root, are answered. The library links nothing of onionskin or Python. */
 #define _GNU_SOURCE
 #include "machine/preload.h"
 
@@ -49,6 +50,7 @@ typedef void *(*map_function)(void *, size_t, int, int, int, off_t);
 
 static struct {
     char ram[4096];
+    int failed; /* the errno because of which nobody can be answered, so that RAM is not mapped */
     struct sockaddr_un address;
     pthread_mutex_t guard; /* over what follows, which the thread of the socket and those that map use */
     uint8_t *start;
@@ -62,18 +64,30 @@ static struct {
 
 /* ---- what is mapped ---- */
 
+/* Whether a file is the RAM file, or -errno where that cannot be seen of one that is as long. */
 static int is_ram(int fd, size_t length) {
     struct stat mapped, wanted;
-    return preload.ram[0] && fd >= 0 && !fstat(fd, &mapped) && !stat(preload.ram, &wanted) &&
-           mapped.st_dev == wanted.st_dev && mapped.st_ino == wanted.st_ino && (uint64_t)mapped.st_size == length;
+    if (!preload.ram[0] || fd < 0 || fstat(fd, &mapped) || !S_ISREG(mapped.st_mode) ||
+        (uint64_t)mapped.st_size != length)
+        return 0;
+    if (stat(preload.ram, &wanted))
+        return -errno;
+    return mapped.st_dev == wanted.st_dev && mapped.st_ino == wanted.st_ino;
 }
 
-/* Locks the RAM file as long as the process lives. The descriptor is meant to stay open. It is one of this library's own:
- * the hypervisor may close its descriptor, and has locks of another kind. */
-static void lock_ram(void) {
+/* Locks the RAM file as long as the process lives: 0 or -errno. The descriptor is meant to stay open. It is one of this
+ * library's own: the hypervisor may close its descriptor, and has locks of another kind. */
+static int lock_ram(int mapped) {
+    struct stat file, locked;
     int fd = open(preload.ram, O_RDONLY | O_CLOEXEC);
-    if (fd >= 0)
-        (void)flock(fd, LOCK_SH | LOCK_NB);
+    if (fd < 0)
+        return -errno;
+    int error = flock(fd, LOCK_SH | LOCK_NB) || fstat(fd, &locked) || fstat(mapped, &file) ? -errno : 0;
+    if (!error && (file.st_dev != locked.st_dev || file.st_ino != locked.st_ino))
+        error = -ESTALE;
+    if (error)
+        close(fd);
+    return error;
 }
 
 static void *map(void *address, size_t length, int protection, int flags, int fd, off_t offset) {
@@ -81,12 +95,16 @@ static void *map(void *address, size_t length, int protection, int flags, int fd
     if (!real)
         real = (map_function)dlsym(RTLD_NEXT,
                                    "mmap"); /* its offset has 64 bits too: this is built for such machines alone */
-    int found = is_ram(fd, length) && !offset && (flags & MAP_TYPE) != MAP_PRIVATE;
+    int found = offset || (flags & MAP_TYPE) == MAP_PRIVATE ? 0 : is_ram(fd, length);
+    int error = found < 0 ? found : found ? (preload.failed ? -preload.failed : lock_ram(fd)) : 0;
+    if (error) {
+        errno = -error;
+        return MAP_FAILED;
+    }
     if (found)
         flags = (flags & ~MAP_TYPE) | MAP_PRIVATE;
     void *mapped = real(address, length, protection, flags, fd, offset);
     if (found && mapped != MAP_FAILED) {
-        lock_ram();
         struct stat mapped_file = {0};
         (void)fstat(fd, &mapped_file);
         pthread_mutex_lock(&preload.guard);
@@ -154,6 +172,8 @@ static int protect(uint64_t start, uint64_t length) {
 
 static int open_faults(void) {
     int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+    if (device < 0 && (errno == EMFILE || errno == ENFILE || errno == ENOMEM))
+        return -errno; /* the call might say that it is not permitted */
     int faults = device >= 0 ? ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK)
                              : (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
     int error = faults < 0 ? -errno : 0;
@@ -292,37 +312,45 @@ static void *serve(void *socket_of_listener) {
     return NULL;
 }
 
+/* Returns a listening socket, or -errno. */
 static int listen_at_path(void) {
     int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (listener < 0)
-        return -1;
+        return -errno;
     mode_t before = umask(0177); /* nothing else of the process runs yet */
     int failed = bind(listener, (struct sockaddr *)&preload.address, sizeof preload.address) || listen(listener, 4);
+    int error = failed ? -errno : 0;
     umask(before);
     if (failed) {
         close(listener);
-        return -1;
+        return error;
     }
     return listener;
 }
 
+/* Listens, in a thread: 0 or an errno. */
+static int begin_to_serve(void) {
+    pthread_t thread;
+    int listener = listen_at_path();
+    if (listener < 0)
+        return -listener;
+    int error = pthread_create(&thread, NULL, serve, (void *)(intptr_t)listener);
+    if (error)
+        close(listener);
+    else
+        pthread_detach(thread);
+    return error;
+}
+
 __attribute__((constructor)) static void start(void) {
     const char *ram = getenv("ONIONSKIN_RAM"), *path = getenv("ONIONSKIN_PRELOAD");
-    pthread_t thread;
     if (!ram || !path || strlen(ram) >= sizeof preload.ram || strlen(path) >= sizeof preload.address.sun_path)
         return;
     preload.address.sun_family = AF_UNIX;
     strcpy(preload.address.sun_path, path);
-    int listener = listen_at_path();
-    if (listener < 0)
-        return;
-    if (pthread_create(&thread, NULL, serve, (void *)(intptr_t)listener)) {
-        close(listener);
-        return;
-    }
-    pthread_detach(thread);
+    preload.failed = begin_to_serve();
     preload.self = (int)syscall(SYS_pidfd_open, getpid(), 0);
-    strcpy(preload.ram, ram); /* from here on RAM is mapped privately: somebody listens who can say so */
+    strcpy(preload.ram, ram); /* from here on RAM is mapped privately: somebody listens who can say so, or not at all */
     unsetenv("ONIONSKIN_RAM");
     unsetenv("ONIONSKIN_PRELOAD");
     unsetenv("LD_PRELOAD");

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from onionskin.measure.demo import Result, Step
+    from onionskin.measure.demo import Result
     from onionskin.measure.machine_demo import Result as MachineResult
+    from onionskin.measure.steps import Step
 
 
 @click.command()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import subprocess
     import tempfile
 else:  # a plain file needs none of them
-    select, shutil, subprocess, tempfile = map(Later, ("select", "shutil", "subprocess", "tempfile"))
+    select, shutil, tempfile = map(Later, ("select", "shutil", "tempfile"))
 
 # Each of them reads stdin and writes stdout, and is known to end with a status other than 0 if its input ends early.
 _PROGRAMS: Final = {

@@ -23,14 +23,15 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from onionskin.errors import OnionskinError, StateError, VerifyError
+from onionskin.errors import OnionskinError, StateError
 from onionskin.guests import counting, packages
 from onionskin.guests.console import Console
 from onionskin.guests.counting import Tick, ticks
 from onionskin.guests.packages import Kernel
 from onionskin.machine.machine import Machine, MachineSnapshot
-from onionskin.measure.demo import Step, program
+from onionskin.measure.demo import program
 from onionskin.measure.plain_qemu import PlainQemu
+from onionskin.measure.steps import Step, Steps
 from onionskin.store import Store
 
 SIZE_BYTES_MIN = 16 << 20
@@ -143,14 +144,14 @@ def _find_parts(packages_in: Path | None) -> _Parts:
     return _Parts(kernel, busybox, mkfs, qemu, qemu_img)
 
 
-class _Demonstration:
+class _Demonstration(Steps):
     """The steps, in order; each reports itself."""
 
     def __init__(self, directory: Path, size_bytes: int, parts: _Parts, report: Callable[[Step], None]) -> None:
         self._directory = directory
         self._parts = parts
-        self._report = report
         self._result = Result(parts.kernel.release, size_bytes)
+        super().__init__(self._result.steps, report, "demo --machine --keep DIR")
         self._firsts: list[Tick] = []  # behind each revert
         self._lab: Machine
         self._console: Console
@@ -358,22 +359,6 @@ class _Demonstration:
         self._result.different = len(drawn)
 
     # ---- reports ----
-
-    @contextlib.contextmanager
-    def _step(self, what: str, *, operation: bool = False) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        self._add(Step(what, time.perf_counter() - begun, operation))
-
-    def _prove(self, what: str, holds: Callable[[], bool]) -> None:
-        begun = time.perf_counter()
-        if not holds():
-            raise VerifyError(f"it does not hold that {what}; run demo --machine --keep DIR and report what it leaves")
-        self._add(Step(what, time.perf_counter() - begun, proof="proved"))
-
-    def _add(self, step: Step) -> None:
-        self._result.steps.append(step)
-        self._report(step)
 
     def _time(self, what: str, seconds: float, other: str, other_seconds: float) -> None:
         self._result.times.append(Timed(what, seconds, other, other_seconds))

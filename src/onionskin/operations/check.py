@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from errno import ENXIO
+from errno import EIO, ENXIO
 
 from onionskin.base.files import CANNOT_LOOK, read_all
 from onionskin.base.limits import HEADER_BYTES
@@ -155,6 +155,8 @@ def _segment_fault(path: FilePath, id: bytes, block_size: int, slots: int) -> st
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
+        if error.errno in CANNOT_LOOK - {EIO}:  # that is no fault of the segment
+            raise
         return str(error)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

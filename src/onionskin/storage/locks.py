@@ -722,7 +722,9 @@ def stands_for_many(path: FilePath) -> bool:
     """Whether a lock file that has several names is one of a `SharedFile`, also where its process has died."""
     try:
         os.close(_checked_lock_file(path, os.O_RDONLY, may_be_shared=True))
-    except (OSError, StateError, FormatError):
+    except (OSError, StateError, FormatError) as error:
+        if isinstance(error, OSError) and error.errno in CANNOT_LOOK:
+            raise
         return False
     return True
 

@@ -236,7 +236,7 @@ def test_an_interrupt_ends_the_program_that_unpacks(
         raise KeyboardInterrupt
 
     packed = gzip.compress(os.urandom(16 << 20), 1)
-    monkeypatch.setattr("onionskin.exchange.streams.subprocess.Popen", start)
+    monkeypatch.setattr("onionskin.exchange.programs.subprocess.Popen", start)
     (tmp_path / "packed").write_bytes(packed)
     with open(tmp_path / "packed", "rb") as file, pipe_of(packed) as pipe, pytest.raises(KeyboardInterrupt):
         import_image(store, file if way == "file" else pipe, "web", progress=stop)
@@ -340,7 +340,7 @@ def test_no_program_is_left_where_no_thread_can_be_started(store: Store, monkeyp
     os.close(writer)
     with open(reader, "rb", buffering=0) as pipe:
         before = len(os.listdir("/proc/self/fd"))
-        monkeypatch.setattr("onionskin.exchange.streams.subprocess.Popen", start)
+        monkeypatch.setattr("onionskin.exchange.programs.subprocess.Popen", start)
         monkeypatch.setattr("onionskin.exchange.streams.threading.Thread.start", refuse)
         with pytest.raises(RuntimeError, match="new thread"):
             import_image(store, pipe, "web")

@@ -156,7 +156,7 @@ class Endless:
 
 
 def test_an_agent_that_sends_without_end_is_silent_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onionskin.machine.agent.connect_unix", lambda path, seconds: Endless())
+    monkeypatch.setattr("onionskin.machine.agent.connect_if_listening", lambda path, seconds: Endless())
     with pytest.raises(NoAgent):
         GuestAgent(Path("agent"), "lab", seconds=0.05)
 

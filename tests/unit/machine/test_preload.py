@@ -1,6 +1,11 @@
-"""The connection to the preload library, against a program that answers as that would."""
+"""The connection to the preload library, against a program that answers as that would; and what the library maps."""
 
+import errno
+import fcntl
+import os
 import socket
+import subprocess
+import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -8,7 +13,57 @@ from pathlib import Path
 import pytest
 
 from onionskin.machine import preload
-from onionskin.machine.preload import Preload
+from onionskin.machine.preload import Preload, library
+
+MAP = """
+import ctypes, os, resource, sys
+
+ram, why = sys.argv[1:]
+descriptor = os.open(ram, os.O_RDWR)
+if why == "no descriptor":
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptor + 1, descriptor + 1))
+if why == "no such name":
+    os.unlink(ram)
+system = ctypes.CDLL(None, use_errno=True)
+system.mmap.restype = ctypes.c_void_p
+shared, all_of_it = 1, 3
+at = system.mmap(None, ctypes.c_size_t(4096), all_of_it, shared, descriptor, ctypes.c_long(0))
+if at == ctypes.c_void_p(-1).value:
+    print(ctypes.get_errno())
+else:
+    ctypes.memmove(at, b"guest", 5)
+    print(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("why", "number"),
+    [
+        ("nothing", 0),
+        ("no descriptor", errno.EMFILE),
+        ("no such name", errno.ENOENT),
+        ("being dropped", errno.EWOULDBLOCK),
+        ("nobody can be answered", errno.EADDRINUSE),
+    ],
+)
+def test_ram_is_mapped_privately_and_locked_or_not_at_all(tmp_path: Path, why: str, number: int) -> None:
+    ram = tmp_path / "ram"
+    ram.write_bytes(bytes(4096))
+    if why == "nobody can be answered":
+        (tmp_path / "preload").touch()
+    with ram.open("r+b") as file:
+        if why == "being dropped":
+            fcntl.flock(file, fcntl.LOCK_EX)
+        ran = subprocess.run(
+            [sys.executable, "-c", MAP, ram, why],
+            cwd=tmp_path,
+            env=os.environ | {"LD_PRELOAD": str(library()), "ONIONSKIN_RAM": str(ram), "ONIONSKIN_PRELOAD": "preload"},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        assert file.read() == bytes(4096)  # forks read it
+    assert int(ran.stdout) == number
 
 
 def answer(start: int) -> bytes:

@@ -65,6 +65,27 @@ def test_data_that_cannot_be_looked_for_is_not_reported_as_none(
         check._data_from(FilePath(tmp_path / "file"), 0)
 
 
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO])
+def test_a_segment_is_said_to_be_damaged_where_it_cannot_be_read_and_not_where_nothing_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(check.os, "open", failing(number))
+    path = FilePath(tmp_path / "segment")
+    if number == errno.EIO:
+        assert os.strerror(number) in str(check._segment_fault(path, bytes(16), 4096, 1))
+        return
+    with pytest.raises(OSError, match=os.strerror(number)):
+        check._segment_fault(path, bytes(16), 4096, 1)
+
+
+def test_a_lock_file_of_many_volumes_is_no_stranger_where_it_cannot_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks.os, "open", failing(errno.ENFILE))
+    with pytest.raises(OSError, match=os.strerror(errno.ENFILE)):
+        locks.stands_for_many(FilePath(tmp_path / "lock"))
+
+
 def test_a_base_that_cannot_be_looked_at_may_be_the_one_that_is_merged_into(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
