@@ -17,9 +17,11 @@ from click.testing import Result
 
 import onionskin as onionskin_package
 from onionskin.base import lazy
+from onionskin.catalog import Catalog
 from onionskin.cli import arguments, exit_status
 from onionskin.cli.app import onionskin
 from onionskin.errors import FormatError, StateError, VerifyError, VolumeNotFoundError
+from onionskin.operations import losses
 from onionskin.store import Store
 
 Run = Callable[..., Result]
@@ -842,3 +844,17 @@ def test_a_character_device_without_an_end_is_no_image(run: Run, tmp_path: Path,
 def test_bench_names_a_link_that_leads_back_to_itself(run: Run, tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     one_line(run("bench", tmp_path / "loop"), 1, "a symbolic link leads back to itself")
+
+
+def test_delete_says_too_that_a_store_is_read_only(run: Run, vms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(catalog: Catalog) -> None:
+        raise OSError(errno.EROFS, "the store is read-only: its file system is mounted read-only", str(vms))
+
+    monkeypatch.setattr(Catalog, "refuse_read_only", refuse)
+    monkeypatch.setattr(losses, "of_delete", lambda *_, **__: pytest.fail("it was measured first"))
+    one_line(run("delete", f"{vms}/web", "--recursive", "--yes"), 1, f"{vms}: the store is read-only")
+
+
+def test_a_picture_for_which_there_is_no_room_is_named(run: Run, vms: Path, tmp_path: Path) -> None:
+    (tmp_path / "map.svg").symlink_to("/dev/full")
+    one_line(run("map", f"{vms}/web", "--output", tmp_path / "map.svg"), 7, f"{tmp_path}/map.svg: No space left")

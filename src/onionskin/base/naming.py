@@ -3,7 +3,7 @@
 `STORE/VOLUME@SNAPSHOT` must have only one reading, and a name must print on one line.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from onionskin.base.limits import NAME_BYTES_MAX, NOTE_BYTES_MAX
 
@@ -40,6 +40,8 @@ def check_note(note: str) -> str:
 
 def several(what: str, names: "str | Sequence[str]") -> list[str]:
     """Return one name or several as a list without repetitions; none at all is refused."""
+    if not isinstance(names, str | Iterable) or isinstance(names, bytes):
+        raise TypeError(f"the name of a {what} is a str, not {names!r}")
     found = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     if not found:
         raise ValueError(f"no {what} is named; nothing was changed")

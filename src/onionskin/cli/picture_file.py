@@ -39,4 +39,8 @@ def write_picture(path: "Path", picture: bytes) -> None:
         out.write(picture)
         out.flush()
     else:
-        path.write_bytes(picture)
+        try:
+            path.write_bytes(picture)
+        except OSError as error:
+            error.filename = str(path)  # that of a write is not told
+            raise

@@ -271,6 +271,8 @@ def delete(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, a
     for name in names[1:]:
         same_store(names[0], name)
     with names[0].open_store() as store:
+        if not dry_run:  # what would go is measured under locks, and their file cannot be opened there
+            store._opened.catalog.refuse_read_only()
         called = matching(store, names)
         ids = of_names.ids_of(store._opened.catalog, called)
         loss = of_store.of_delete(store._opened, called, recursive=recursive)

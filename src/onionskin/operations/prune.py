@@ -54,6 +54,8 @@ class Rules:
                 raise TypeError(f"how many to keep ({name}) is a number, not {count!r}")
             if count < -1:
                 raise ValueError(f"{count} snapshots cannot be kept ({name}); -1 keeps all, 0 is no rule")
+        if not isinstance(self.within, timedelta | None):
+            raise TypeError(f"a time within which all is kept is a timedelta, not {self.within!r}")
         if self.within is not None and self.within < timedelta(0):
             raise ValueError("a time within which all is kept is not negative")
         if self.within is None and not any(getattr(self, name) for name in ("last", *_PERIODS)):

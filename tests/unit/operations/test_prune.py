@@ -117,6 +117,8 @@ def test_without_a_rule_nothing_is_decided() -> None:
         retained([], Rules(daily=True))
     with pytest.raises(ValueError, match="not negative"):
         retained([], Rules(within=timedelta(-1)))
+    with pytest.raises(TypeError, match="is a timedelta, not 5"):
+        Rules(within=5).check()  # type: ignore[arg-type]
 
 
 TIMES = st.lists(st.datetimes(datetime(2025, 12, 1), datetime(2026, 2, 1), timezones=st.just(UTC)), max_size=30)

@@ -111,3 +111,11 @@ def test_several_are_held_and_let_go_or_none_is(store: onionskin.Store, web: oni
     assert [one.snapshot for one in store.holds("web")] == ["a", "b"]
     store.unhold("web", ("b", "a", "b"), "backup")
     assert store.holds("web") == []
+
+
+@pytest.mark.parametrize("names", [None, 3, b"a", [None], [b"a"]])
+def test_what_is_no_name_is_refused_by_its_type(web: onionskin.Volume, names: object) -> None:
+    for verb in (web.discard, web.merge):
+        with pytest.raises(TypeError, match="the name of a snapshot is a str"):
+            verb(names)  # type: ignore[arg-type]
+    assert len(web.snapshots) == 5
