@@ -47,9 +47,11 @@ PROBE_SECONDS = 30.0
 CONSOLE_SECONDS = 10.0
 KILL_SECONDS = 10.0
 RESET_SECONDS = 10.0
+WAKE_SECONDS = 10.0
 # As QEMU says it of a guest that has shut down (-no-shutdown) or died, and that goes on only as something else; and before a
 # reset of it.
 _GUEST_ENDED, _NEEDS_RESET = ("shutdown", "internal-error", "guest-panicked"), ("shutdown", "internal-error")
+_SLEEPS = "suspended"
 _DEVICES = ("/machine/peripheral", "/machine/peripheral-anon")  # those with an id, and those without
 STATE_TAG = "s"
 STATE_CLUSTER_BYTES = 16384  # as fast as QEMU's 65536, and half a MiB less
@@ -314,8 +316,8 @@ class QemuProcess:
 
     @property
     def is_paused(self) -> bool:
-        """Whether it is stopped now."""
-        return self.status != "running"
+        """Whether it is stopped now. One whose guest sleeps is not: it wakes when its clock says so."""
+        return self.status not in ("running", _SLEEPS)
 
     @property
     def guest_has_ended(self) -> bool:
@@ -337,6 +339,11 @@ class QemuProcess:
         except MonitorTimeout:
             self.monitor.request("cont")
             raise
+        if not runs and not self.is_paused:
+            raise StateError(
+                f"the guest of machine {self.name!r} sleeps (S3), and QEMU does not stop it then; wake it, with "
+                "'onionskin machine resume'"
+            )
         return True
 
     def watch(self, *, stands: bool) -> Standstill:
@@ -346,6 +353,21 @@ class QemuProcess:
     def resume(self) -> None:
         """Let it go on."""
         self.monitor.execute("cont")
+
+    def wake(self) -> None:
+        """Wake a guest that sleeps (S3): QEMU before 9.0 does not stop its machine, nor let it go on.
+
+        Raises
+        ------
+        StateError
+            It does not wake.
+        """
+        deadline = time.monotonic() + WAKE_SECONDS
+        while self.status == _SLEEPS:
+            self.monitor.execute("system_wakeup")
+            if time.monotonic() > deadline:
+                raise StateError(f"the guest of machine {self.name!r} sleeps (S3), and does not wake")
+            time.sleep(0.01)
 
     def power_down(self) -> None:
         """Ask the guest to shut down (ACPI)."""

@@ -350,6 +350,7 @@ def _source_of(running: Running, saved: Saved) -> Source:
 def _stopped_to_revert(running: Running, stays: bool) -> Iterator[Stop]:
     """Stop a machine for the time of the block. It goes on behind that, unless it is between two states then."""
     was_broken = running.is_broken
+    running.process.wake()  # one that sleeps might wake, and write to disks that are being put back
     with stopped(running.process) as stop:
         had_ended = not stop.ran and not stays and running.process.guest_has_ended
         running.goes_on = stop.ran or had_ended or (was_broken and running.goes_on)

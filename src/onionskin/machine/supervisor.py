@@ -584,6 +584,8 @@ class Supervisor:
             return ""
         if said == "shutdown":
             return "its guest has shut down, and QEMU stays (-no-shutdown); revert it, or stop it"
+        if said == "suspended":
+            return "its guest sleeps (S3); 'onionskin machine resume' wakes it"
         return "its user paused it" if self.record.is_paused else f"the hypervisor says {said!r}"
 
     def pause(self, has_gone: Callable[[], None]) -> bool:
@@ -606,6 +608,7 @@ class Supervisor:
                     f"machine {self._name!r} is between two states, since a revert of it failed; revert it again, or stop it"
                 )
             self._process.resume()
+            self._process.wake()
             self._tries.clear()
             self._note_what_is(replace(self.record, is_paused=False))
             self._thaw()
@@ -638,6 +641,7 @@ class Supervisor:
                 self._process.resume()
                 self._note_what_is(replace(self.record, is_paused=False))
                 self._thaw_or_say_why_not()
+            self._process.wake()  # nor does one that sleeps
             self._process.power_down()
         deadline = time.monotonic() + seconds
         while self._process.wait(0.05) is None:
