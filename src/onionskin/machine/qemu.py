@@ -285,7 +285,8 @@ class QemuProcess:
     def note_writes(self, *, again: bool = False) -> None:
         """Have writes to RAM noted from now on. What was written before counts as unsaved.
 
-        With `again`, they were noted already, for a process that is gone: all pages count that may differ from the file.
+        With `again`, they were noted already, for a process that is gone: all pages count that may differ from the file. The
+        machine may run then.
 
         Raises
         ------
@@ -297,9 +298,13 @@ class QemuProcess:
         if not where.length:
             raise StateError(f"QEMU of machine {self.name!r} has not mapped its RAM as it was told to")
         self._tracker = PageTracker(self.pid, where.start, where.length)
-        from onionskin.machine.ram import GuestRam  # it brings NumPy, which whoever only looks needs not
+        from onionskin.machine.ram import FIRST_PAGE, GuestRam  # it brings NumPy, which whoever only looks needs not
 
         ram = GuestRam(self._tracker, where.length)
+        ram.try_out(writes=not again)
+        if not again:
+            with suppress(OSError):  # a revert writes over what cannot be dropped
+                self._preload.forget(FIRST_PAGE)
         # The marks of noting look like pages that were swapped out.
         if not again or _swapped_bytes(self.pid):
             ram.add_private(swapped=True)

@@ -343,7 +343,12 @@ class StateFile:
     """
 
     def __init__(self) -> None:
-        self._descriptor = os.memfd_create("onionskin device state", os.MFD_CLOEXEC)
+        try:
+            self._descriptor = os.memfd_create("onionskin device state", os.MFD_CLOEXEC)
+        except OSError as error:
+            raise StateError(
+                f"the state of the devices wants a file in memory, which cannot be made here (memfd_create): {error.strerror}"
+            ) from error
         self.path: Path = Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
 
     def __enter__(self) -> Self:

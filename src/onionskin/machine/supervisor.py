@@ -121,6 +121,7 @@ class Supervisor:
             raise
 
     def _begin(self, paused: bool, only_from: str | None) -> None:
+        _refuse_without_pidfd()
         row = machines.find(self._store._opened.catalog, self._name)
         volume = self._store._open_ram(row)
         self._ends.callback(lambda: (self.running.ram_volume if hasattr(self, "running") else volume).close())
@@ -749,6 +750,17 @@ class Supervisor:
             return self._process.is_paused
         except MonitorError:  # it answers nothing, and may be found stopped when it does
             return True
+
+
+def _refuse_without_pidfd() -> None:
+    """Raise StateError where nobody can wait for the end of a process: the supervisor of a machine would end at once."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError as error:
+        raise StateError(
+            f"a machine wants a call of the kernel that is refused here (pidfd_open: {error.strerror}); an older sandbox may "
+            "not know it"
+        ) from None
 
 
 def _refuse_elsewhere(begins: machines.Beginning, only_from: str) -> None:
