@@ -48,6 +48,7 @@ CONSOLE_SECONDS = 10.0
 KILL_SECONDS = 10.0
 RESET_SECONDS = 10.0
 WAKE_SECONDS = 10.0
+_SAID_MAX = 600  # characters of what it wrote, for an error
 # As QEMU says it of a guest that has shut down (-no-shutdown) or died, and that goes on only as something else; and before a
 # reset of it.
 _GUEST_ENDED, _NEEDS_RESET = ("shutdown", "internal-error", "guest-panicked"), ("shutdown", "internal-error")
@@ -274,7 +275,7 @@ class QemuProcess:
             text = (self.directory / qemu_command.LOG).read_text(errors="replace").strip()
         except OSError:
             text = ""
-        return text[-600:] or f"see {self.directory / qemu_command.LOG}"
+        return text[-_SAID_MAX:] or f"see {self.directory / qemu_command.LOG}"
 
     # ---- RAM ----
 
@@ -596,9 +597,14 @@ class QemuProcess:
     def _wait_for_child(self, seconds: float) -> int | None:
         assert self._child is not None
         try:
-            return self._child.wait(seconds)
+            status = self._child.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
+        if (
+            self._child.pid != self.pid and self._wait_for_other(seconds) is None
+        ):  # a script that started it ended before it
+            return None
+        return status
 
     def _wait_for_other(self, seconds: float) -> int | None:
         try:
@@ -678,7 +684,7 @@ def _is_of_session(pid: int, leader: int) -> bool:
 
 
 def _kill_session(child: "subprocess.Popen[bytes]") -> None:
-    """Kill a child that leads a session, which was not waited for yet, with what it started."""
+    """Kill a child that leads a session, with what it started and left there."""
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
 
@@ -766,24 +772,42 @@ def _find(program: str) -> str:
     return found
 
 
+def _asked(program: str) -> tuple[str, str]:
+    """Have a QEMU say what it is, on lines of JSON. Return them, and its errors.
+
+    No process stays, also where the program is a script that starts it.
+    """
+    commands = ("qmp_capabilities", "query-version", "query-machines", "quit")
+    with subprocess.Popen(
+        [program, "-machine", "none", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as child:
+        try:
+            text = "".join(json.dumps({"execute": command}) for command in commands)
+            return child.communicate(text, PROBE_SECONDS)
+        finally:
+            _kill_session(child)
+
+
 @lru_cache(16)
 def _probe(program: str, changed_ns: int) -> tuple[str, dict[str, str]]:
     """Return the version of a QEMU, and its types of machines: each name with the name that has a version."""
-    commands = ("qmp_capabilities", "query-version", "query-machines", "quit")
-    text = "".join(json.dumps({"execute": command}) for command in commands)
+    said = ""
     try:
-        ended = subprocess.run(
-            [program, "-machine", "none", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio"],
-            input=text,
-            capture_output=True,
-            text=True,
-            timeout=PROBE_SECONDS,
-        )
-        answers = [json.loads(line) for line in ended.stdout.splitlines()]
+        answer, said = _asked(program)
+        answers = [json.loads(line) for line in answer.splitlines()]
         greeting = next(one["QMP"]["version"]["qemu"] for one in answers if "QMP" in one)
         machines = next(one["return"] for one in answers if isinstance(one.get("return"), list))
-    except (subprocess.TimeoutExpired, ValueError, StopIteration, OSError):
-        raise StateError(f"{program} does not answer as QEMU does; is it one, and does it start?") from None
+    except (subprocess.TimeoutExpired, ValueError, StopIteration, OSError) as error:
+        why = (said or str(error) * isinstance(error, OSError)).strip()[-_SAID_MAX:]
+        raise StateError(
+            f"{program} does not answer as QEMU does; is it one, and does it start?{f' It said: {why}' if why else ''}"
+        ) from None
     version = ".".join(str(greeting[part]) for part in ("major", "minor", "micro"))
     types = {one["name"]: one["name"] for one in machines}
     return version, types | {one["alias"]: one["name"] for one in machines if one.get("alias")}
