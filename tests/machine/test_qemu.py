@@ -208,6 +208,31 @@ def test_a_script_that_starts_qemu_is_taken_for_it_and_no_process_is_left(
     assert process.wait(0) is not None
 
 
+def test_a_machine_outlives_the_script_that_started_it_and_is_ended_all_the_same(
+    qemu: list[str], directory: Path, disks: list[str], tmp_path: Path
+) -> None:
+    script = tmp_path / "script"
+    script.write_text(f'#!/bin/sh\n{shlex.join(qemu)} "$@"\n')
+    script.chmod(0o700)
+    process = QemuHypervisor().launch(
+        configuration([str(script)]),
+        **{"name": "lab", "directory": directory, "ram_file": None, "disks": disks, "state": None},
+        identity=Identity(),
+    )
+    try:
+        assert process._child is not None
+        process._child.kill()
+        process._child.wait()
+        assert process.wait(0) is None
+        with Console(directory / "console") as console:
+            process.resume()
+            console.wait_ticks()
+    finally:
+        process.quit(0)
+    until(lambda: has_ended(process.pid))
+    assert process.wait(0) is not None
+
+
 def test_who_answers_in_the_place_of_its_qemu_is_named_and_not_taken_over(launch: Launch, directory: Path) -> None:
     process = launch()
     process.close()
@@ -360,6 +385,28 @@ def test_a_program_that_is_missing_or_no_qemu_is_refused_in_words() -> None:
         QemuHypervisor().check(Configuration(16 * MIB, program="qemu-system-none"), 1)
     with pytest.raises(StateError, match="does not answer as QEMU"):
         QemuHypervisor().check(Configuration(16 * MIB, program="true"), 1)
+
+
+def test_what_a_program_says_that_is_no_qemu_is_in_the_error(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("#!/bin/sh\necho no memory is left >&2\n")
+    script.chmod(0o700)
+    with pytest.raises(StateError, match="no memory is left"):
+        QemuHypervisor().check(Configuration(16 * MIB, program=str(script)), 1)
+
+
+@pytest.mark.parametrize("behind", ["", "wait"])
+def test_no_process_is_left_of_a_program_that_leaves_one_in_the_background(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behind: str
+) -> None:
+    monkeypatch.setattr("onionskin.machine.qemu.PROBE_SECONDS", 1)
+    script = tmp_path / "script"
+    script.write_text(f"#!/bin/sh\nsleep 1000 &\necho $! > {tmp_path}/pid\n{behind}\n")
+    script.chmod(0o700)
+    with pytest.raises(StateError, match="does not answer as QEMU"):
+        QemuHypervisor().check(Configuration(16 * MIB, program=str(script)), 1)
+    pid = int((tmp_path / "pid").read_text())
+    until(lambda: has_ended(pid))
 
 
 def test_a_machine_type_that_is_missing_is_refused(qemu: list[str]) -> None:

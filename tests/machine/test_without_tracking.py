@@ -7,10 +7,20 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.forbid_calls import (
+    IOCTL,
+    MEMFD_CREATE,
+    PAGEMAP_SCAN,
+    PIDFD_OPEN,
+    READ_PROCESS,
+    WRITE_PROCESS,
+    forbid,
+)
 from support.guests import Console, configuration, count_in, until
 from support.servers import onionskin as command
 
@@ -54,6 +64,12 @@ def make(vms: Path, qemu: list[str]) -> Iterator[Machine]:
 
 @pytest.fixture
 def lab(vms: Path, qemu: list[str], environment: None) -> Iterator[Machine]:
+    yield from make(vms, qemu)
+
+
+@pytest.fixture
+def tracked_lab(vms: Path, qemu: list[str]) -> Iterator[Machine]:
+    """One whose writes could be noted."""
     yield from make(vms, qemu)
 
 
@@ -115,6 +131,42 @@ def test_a_machine_lives_without_tracking(lab: Machine) -> None:
 
 def test_a_machine_lives_in_a_sandbox_without_userfaultfd(sandboxed_lab: Machine) -> None:
     check_life(sandboxed_lab)
+
+
+def start_without(lab: Machine, *call: int) -> "subprocess.CompletedProcess[str]":
+    """Start it by a command that may not make a call of the kernel, nor what it starts."""
+    return subprocess.run(
+        [sys.executable, "-m", "onionskin", "machine", "start", f"{lab._store.path}/{lab.name}"],
+        preexec_fn=lambda: forbid(*call),
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("call", [(IOCTL, PAGEMAP_SCAN), (READ_PROCESS,), (WRITE_PROCESS,)])
+def test_a_machine_whose_ram_cannot_be_scanned_read_or_written_is_started_without_tracking(
+    tracked_lab: Machine, call: tuple[int, ...]
+) -> None:
+    assert start_without(tracked_lab, *call).returncode == 0
+    assert tracked_lab.status()["is_tracked"] is False
+    tracked_lab.snapshot("ready")
+    tracked_lab.revert("ready")
+    with console_of(tracked_lab) as screen:
+        screen.wait_ticks()
+
+
+def test_a_machine_is_not_started_where_nobody_can_wait_for_the_end_of_its_processes(tracked_lab: Machine) -> None:
+    refused = start_without(tracked_lab, PIDFD_OPEN)
+    assert refused.returncode and "pidfd_open" in refused.stderr
+    assert tracked_lab.state == "off"
+
+
+def test_a_snapshot_that_gets_no_file_in_memory_says_which_call_is_refused(tracked_lab: Machine) -> None:
+    assert start_without(tracked_lab, MEMFD_CREATE).returncode == 0
+    with pytest.raises(StateError, match="memfd_create"):
+        tracked_lab.snapshot("ready")
+    with console_of(tracked_lab) as screen:
+        screen.wait_ticks()
 
 
 def test_a_live_snapshot_without_tracking_is_refused_and_status_says_why(lab: Machine) -> None:

@@ -2,7 +2,7 @@
  *
  * Each tick it counts, fills a page of its memory with the count, writes the count to the second sector of its disk, and says
  * "tick NNNNNNNN" on its serial port; before that it looks whether page and sector hold the count of the tick before, and says
- * "wrong" where they do not. It powers off when its power button is pressed. */
+ * "wrong" where they do not. It powers off when its power button is pressed. With SLEEPS_AT, it sleeps (S3) behind that tick. */
     .code16
     .globl _start
 _start:
@@ -54,6 +54,14 @@ put_digit:
     loop digit
     movb $10, %al
     call put
+    .ifdef SLEEPS_AT
+    cmpl $SLEEPS_AT, %ebp
+    jne awake
+    movw $0x604, %dx
+    movw $0x2400, %ax
+    outw %ax, %dx
+awake:
+    .endif
     movw $0x600, %dx            /* PM1 status */
     inw %dx, %ax
     testw $0x100, %ax

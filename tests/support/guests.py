@@ -69,11 +69,11 @@ def count_in(store: onionskin.Store, snapshot: str, volume: str = "web") -> int:
         return int.from_bytes(disk.read(512, 4), "little")
 
 
-def build_tick_disk(directory: Path) -> Path:
-    """Assemble tick.S: a disk of 1 MiB that boots into it."""
+def build_tick_disk(directory: Path, *given: str) -> Path:
+    """Assemble tick.S, with further arguments for `as`: a disk of 1 MiB that boots into it."""
     for tool in ("as", "ld"):
         assert shutil.which(tool), f"{tool} is missing: apt-get install binutils"
-    subprocess.run(["as", "--32", SOURCES / "tick.S", "-o", directory / "tick.o"], check=True)
+    subprocess.run(["as", "--32", *given, SOURCES / "tick.S", "-o", directory / "tick.o"], check=True)
     image = directory / "tick.raw"
     linked = ["ld", "-m", "elf_i386", "-Ttext", "0x7c00", "--oformat", "binary", directory / "tick.o", "-o", image]
     subprocess.run(linked, check=True)

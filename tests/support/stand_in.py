@@ -129,6 +129,8 @@ class StandIn:
     def resume(self) -> None:
         self._is_paused = False
 
+    def wake(self) -> None: ...
+
     def watch(self, *, stands: bool) -> Standstill:
         self.standstill = Standstill(stands=stands)
         return self.standstill

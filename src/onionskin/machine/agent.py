@@ -92,7 +92,9 @@ class GuestAgent:
             raise StateError(f"the guest agent of machine {self._name!r} refused {command!r}: {_shown(why)}")
         if "return" not in answer:
             self._is_behind = True  # whatever that was, the answer may follow
-            raise StateError(f"the guest agent of machine {self._name!r} gave an answer to {command!r} that no agent gives")
+            raise StateError(
+                f"the guest agent of machine {self._name!r} gave an answer to {command!r} that no agent gives"
+            )
         return answer["return"]
 
     def freeze(self) -> list[str]:

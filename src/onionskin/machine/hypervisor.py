@@ -267,9 +267,12 @@ class Process(Protocol):
     def resume(self) -> None:
         """Let it go on."""
 
+    def wake(self) -> None:
+        """Wake a guest that sleeps (S3): its machine is not stopped, and may not let itself be stopped."""
+
     @property
     def is_paused(self) -> bool:
-        """Whether it is stopped now."""
+        """Whether it is stopped now. One whose guest sleeps is not: it wakes when its clock says so."""
 
     @property
     def guest_has_ended(self) -> bool:

@@ -46,19 +46,21 @@ class Standstill:
 
     Attributes
     ----------
+    stands : bool
+        Whether it stood still at any time since.
     went_on, was_reset : bool
     """
 
     def __init__(self, *, stands: bool) -> None:
-        self._stands = stands
+        self.stands: bool = stands
         self.went_on: bool = False
         self.was_reset: bool = False
 
     def hear(self, event: str) -> None:
         """Take note of an event, in the order in which QEMU sent them: all that came before a reply are heard before it."""
         if event == "STOP":
-            self._stands = True
-        elif self._stands:
+            self.stands = True
+        elif self.stands:
             self.went_on |= event == "RESUME"
             self.was_reset |= event == "RESET"
 

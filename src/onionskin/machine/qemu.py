@@ -48,9 +48,12 @@ PROBE_SECONDS = 30.0
 CONSOLE_SECONDS = 10.0
 KILL_SECONDS = 10.0
 RESET_SECONDS = 10.0
+WAKE_SECONDS = 10.0
+_SAID_MAX = 600  # characters of what it wrote, for an error
 # As QEMU says it of a guest that has shut down (-no-shutdown) or died, and that goes on only as something else; and before a
 # reset of it.
 _GUEST_ENDED, _NEEDS_RESET = ("shutdown", "internal-error", "guest-panicked"), ("shutdown", "internal-error")
+_SLEEPS = "suspended"
 _DEVICES = ("/machine/peripheral", "/machine/peripheral-anon")  # those with an id, and those without
 STATE_TAG = "s"
 STATE_CLUSTER_BYTES = 16384  # as fast as QEMU's 65536, and half a MiB less
@@ -275,7 +278,7 @@ class QemuProcess:
             text = (self.directory / qemu_command.LOG).read_text(errors="replace").strip()
         except OSError:
             text = ""
-        return text[-600:] or f"see {self.directory / qemu_command.LOG}"
+        return text[-_SAID_MAX:] or f"see {self.directory / qemu_command.LOG}"
 
     # ---- RAM ----
 
@@ -286,7 +289,8 @@ class QemuProcess:
     def note_writes(self, *, again: bool = False) -> None:
         """Have writes to RAM noted from now on. What was written before counts as unsaved.
 
-        With `again`, they were noted already, for a process that is gone: all pages count that may differ from the file.
+        With `again`, they were noted already, for a process that is gone: all pages count that may differ from the file. The
+        machine may run then.
 
         Raises
         ------
@@ -298,9 +302,13 @@ class QemuProcess:
         if not where.length:
             raise StateError(f"QEMU of machine {self.name!r} has not mapped its RAM as it was told to")
         self._tracker = PageTracker(self.pid, where.start, where.length)
-        from onionskin.machine.ram import GuestRam  # it brings NumPy, which whoever only looks needs not
+        from onionskin.machine.ram import FIRST_PAGE, GuestRam  # it brings NumPy, which whoever only looks needs not
 
         ram = GuestRam(self._tracker, where.length)
+        ram.try_out(writes=not again)
+        if not again:
+            with suppress(OSError):  # a revert writes over what cannot be dropped
+                self._preload.forget(FIRST_PAGE)
         # The marks of noting look like pages that were swapped out.
         if not again or _swapped_bytes(self.pid):
             ram.add_private(swapped=True)
@@ -317,8 +325,8 @@ class QemuProcess:
 
     @property
     def is_paused(self) -> bool:
-        """Whether it is stopped now."""
-        return self.status != "running"
+        """Whether it is stopped now. One whose guest sleeps is not: it wakes when its clock says so."""
+        return self.status not in ("running", _SLEEPS)
 
     @property
     def guest_has_ended(self) -> bool:
@@ -340,6 +348,11 @@ class QemuProcess:
         except MonitorTimeout:
             self.monitor.request("cont")
             raise
+        if not runs and not self.is_paused:
+            raise StateError(
+                f"the guest of machine {self.name!r} sleeps (S3), and QEMU does not stop it then; wake it, with "
+                "'onionskin machine resume'"
+            )
         return True
 
     def watch(self, *, stands: bool) -> Standstill:
@@ -349,6 +362,21 @@ class QemuProcess:
     def resume(self) -> None:
         """Let it go on."""
         self.monitor.execute("cont")
+
+    def wake(self) -> None:
+        """Wake a guest that sleeps (S3): QEMU before 9.0 does not stop its machine, nor let it go on.
+
+        Raises
+        ------
+        StateError
+            It does not wake.
+        """
+        deadline = time.monotonic() + WAKE_SECONDS
+        while self.status == _SLEEPS:
+            self.monitor.execute("system_wakeup")
+            if time.monotonic() > deadline:
+                raise StateError(f"the guest of machine {self.name!r} sleeps (S3), and does not wake")
+            time.sleep(0.01)
 
     def power_down(self) -> None:
         """Ask the guest to shut down (ACPI)."""
@@ -572,9 +600,14 @@ class QemuProcess:
     def _wait_for_child(self, seconds: float) -> int | None:
         assert self._child is not None
         try:
-            return self._child.wait(seconds)
+            status = self._child.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
+        if (
+            self._child.pid != self.pid and self._wait_for_other(seconds) is None
+        ):  # a script that started it ended before it
+            return None
+        return status
 
     def _wait_for_other(self, seconds: float) -> int | None:
         try:
@@ -654,7 +687,7 @@ def _is_of_session(pid: int, leader: int) -> bool:
 
 
 def _kill_session(child: "subprocess.Popen[bytes]") -> None:
-    """Kill a child that leads a session, which was not waited for yet, with what it started."""
+    """Kill a child that leads a session, with what it started and left there."""
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
 
@@ -742,26 +775,44 @@ def _find(program: str) -> str:
     return found
 
 
+def _asked(program: str) -> tuple[str, str]:
+    """Have a QEMU say what it is, on lines of JSON. Return them, and its errors.
+
+    No process stays, also where the program is a script that starts it.
+    """
+    commands = ("qmp_capabilities", "query-version", "query-machines", "quit")
+    with subprocess.Popen(
+        [program, "-machine", "none", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as child:
+        try:
+            text = "".join(json.dumps({"execute": command}) for command in commands)
+            return child.communicate(text, PROBE_SECONDS)
+        finally:
+            _kill_session(child)
+
+
 @lru_cache(16)
 def _probe(program: str, changed_ns: int) -> tuple[str, dict[str, str]]:
     """Return the version of a QEMU, and its types of machines: each name with the name that has a version."""
-    commands = ("qmp_capabilities", "query-version", "query-machines", "quit")
-    text = "".join(json.dumps({"execute": command}) for command in commands)
+    said = ""
     try:
-        ended = subprocess.run(
-            [program, "-machine", "none", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio"],
-            input=text,
-            capture_output=True,
-            text=True,
-            timeout=PROBE_SECONDS,
-        )
-        answers = [json.loads(line) for line in ended.stdout.splitlines()]
+        answer, said = _asked(program)
+        answers = [json.loads(line) for line in answer.splitlines()]
         greeting = next(one["QMP"]["version"]["qemu"] for one in answers if "QMP" in one)
         machines = next(one["return"] for one in answers if isinstance(one.get("return"), list))
     except (subprocess.TimeoutExpired, ValueError, StopIteration, OSError) as error:
         if isinstance(error, OSError) and error.errno in (*CANNOT_LOOK, EAGAIN):
             raise
-        raise StateError(f"{program} does not answer as QEMU does; is it one, and does it start?") from None
+        why = (said or str(error) * isinstance(error, OSError)).strip()[-_SAID_MAX:]
+        raise StateError(
+            f"{program} does not answer as QEMU does; is it one, and does it start?{f' It said: {why}' if why else ''}"
+        ) from None
     version = ".".join(str(greeting[part]) for part in ("major", "minor", "micro"))
     types = {one["name"]: one["name"] for one in machines}
     return version, types | {one["alias"]: one["name"] for one in machines if one.get("alias")}

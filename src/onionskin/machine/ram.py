@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _MAP_NORESERVE = 0x4000  # linux/mman.h; Python 3.11 does not have it
 PIECE_PAGES = 2048  # that are looked at and written at a time
+FIRST_PAGE = np.array([(0, PAGE_BYTES)], PAGE_RUN)
 PIECE_BYTES = PIECE_PAGES * PAGE_BYTES
 _FEW_RUNS = 256  # up to so many runs are marked one by one
 _START_WRITING_PAGES = 512  # after so many the disk begins to write, so that the last sync waits for less
@@ -291,6 +292,16 @@ class GuestRam(UnsavedRam):
             len(self._unsaved), np.bool_
         )  # of the unsaved: what neither the copy nor the volume has as it is now
         self._rooms = (page_aligned(PIECE_PAGES), page_aligned(PIECE_PAGES))
+
+    def try_out(self, *, writes: bool) -> None:
+        """Read a page of the machine, and write it as it is. Raise OSError where a sandbox forbids that (process_vm_*).
+
+        Nobody notes what the machine writes then: a snapshot or a revert would find out later.
+        """
+        page = page_aligned(1).reshape(-1)
+        self._tracker.read(FIRST_PAGE, page)
+        if writes:
+            self._tracker.write(FIRST_PAGE, page)
 
     def touch_rooms(self) -> None:
         """Have the memory that `stream` reads into before it is wanted. Nobody may be in `stream`.

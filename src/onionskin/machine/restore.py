@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from onionskin.base.lazy import logger
 from onionskin.base.sizes import format_size
 from onionskin.errors import OnionskinError, StateError
 from onionskin.kernels._ram import PAGE_BYTES
@@ -27,8 +28,10 @@ from onionskin.volume import Volume
 
 if TYPE_CHECKING:
     from onionskin.catalog import MachineRow, MachineSnapshotRow, VolumeRow
+    from onionskin.machine.preload import Preload
     from onionskin.store import Store
 
+_log = logger(__name__)
 _GENERATION_BYTES = 16
 _GENERATION_OFFSET = 40  # in its page, of which nothing else is set: QEMU's docs/specs/vmgenid
 # The firmware puts that page near the end of RAM, or of that part of a larger one which is below 4 GiB.
@@ -333,13 +336,23 @@ def _put_back(running: Running, saved: Saved, view: Volume) -> None:
     pages = ram.unsaved_runs
     if not isinstance(ram, GuestRam):
         ram.put_back(pages, view)
-    elif preload is not None and running.mapped == saved.layer:
-        ram.drop(pages, preload)
+    elif preload is not None and running.mapped == saved.layer and _is_dropped(running, ram, pages, preload):
+        return
     elif (file := running.files.use_if_there(_source_of(running, saved))) is not None:
         with file:
             ram.put_back_from(pages, file.descriptor)
     else:
         ram.put_back(pages, view)
+
+
+def _is_dropped(running: Running, ram: GuestRam, pages: NDArray[Any], preload: "Preload") -> bool:
+    """Drop runs of RAM, or return False where the kernel does not: of a process whose memory is locked, or in a sandbox."""
+    try:
+        ram.drop(pages, preload)
+    except OSError as error:
+        _log.warning("machine %r: %s; what it wrote to its memory is written over instead", running.name, error)
+        return False
+    return True
 
 
 def _source_of(running: Running, saved: Saved) -> Source:
@@ -350,6 +363,7 @@ def _source_of(running: Running, saved: Saved) -> Source:
 def _stopped_to_revert(running: Running, stays: bool) -> Iterator[Stop]:
     """Stop a machine for the time of the block. It goes on behind that, unless it is between two states then."""
     was_broken = running.is_broken
+    running.process.wake()  # one that sleeps might wake, and write to disks that are being put back
     with stopped(running.process) as stop:
         had_ended = not stop.ran and not stays and running.process.guest_has_ended
         running.goes_on = stop.ran or had_ended or (was_broken and running.goes_on)

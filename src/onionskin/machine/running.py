@@ -295,6 +295,10 @@ class Stop:
         if self.ran:
             self._standstill = self._process.watch(stands=False)
             self._process.pause(runs=True)  # if this fails, it may be stopped all the same, later: `end` lets it go on
+            if not self._standstill.stands:
+                raise StateError(
+                    "its guest sleeps (S3), and it is not stopped then; wake it, with 'onionskin machine resume'"
+                )
 
     def refuse_went_on(self, what: str) -> None:
         """Raise StateError where somebody else let it go on since it was stopped: it is as at no instant."""
@@ -339,7 +343,12 @@ class StateFile:
     """
 
     def __init__(self) -> None:
-        self._descriptor = os.memfd_create("onionskin device state", os.MFD_CLOEXEC)
+        try:
+            self._descriptor = os.memfd_create("onionskin device state", os.MFD_CLOEXEC)
+        except OSError as error:
+            raise StateError(
+                f"the state of the devices wants a file in memory, which cannot be made here (memfd_create): {error.strerror}"
+            ) from error
         self.path: Path = Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
 
     def __enter__(self) -> Self:

@@ -123,6 +123,7 @@ class Supervisor:
             raise
 
     def _begin(self, paused: bool, only_from: str | None) -> None:
+        _refuse_without_pidfd()
         row = machines.find(self._store._opened.catalog, self._name)
         volume = self._store._open_ram(row)
         self._ends.callback(lambda: (self.running.ram_volume if hasattr(self, "running") else volume).close())
@@ -655,6 +656,8 @@ class Supervisor:
             return ""
         if said == "shutdown":
             return "its guest has shut down, and QEMU stays (-no-shutdown); revert it, or stop it"
+        if said == "suspended":
+            return "its guest sleeps (S3); 'onionskin machine resume' wakes it"
         return "its user paused it" if self.record.is_paused else f"the hypervisor says {said!r}"
 
     def pause(self, has_gone: Callable[[], None]) -> bool:
@@ -677,6 +680,7 @@ class Supervisor:
                     f"machine {self._name!r} is between two states, since a revert of it failed; revert it again, or stop it"
                 )
             self._process.resume()
+            self._process.wake()
             self._tries.clear()
             self._note_what_is(is_paused=False)
             self._thaw()
@@ -709,6 +713,7 @@ class Supervisor:
                 self._process.resume()
                 self._note_what_is(is_paused=False)
                 self._thaw_or_say_why_not()
+            self._process.wake()  # nor does one that sleeps
             self._process.power_down()
         deadline = time.monotonic() + seconds
         while self._process.wait(0.05) is None:
@@ -811,6 +816,17 @@ class Supervisor:
             return self._process.is_paused
         except MonitorError:  # it answers nothing, and may be found stopped when it does
             return True
+
+
+def _refuse_without_pidfd() -> None:
+    """Raise StateError where nobody can wait for the end of a process: the supervisor of a machine would end at once."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError as error:
+        raise StateError(
+            f"a machine wants a call of the kernel that is refused here (pidfd_open: {error.strerror}); an older sandbox may "
+            "not know it"
+        ) from None
 
 
 def _refuse_elsewhere(begins: machines.Beginning, only_from: str) -> None:

@@ -15,7 +15,7 @@ from onionskin.machine.agent import GuestAgent, NoAgent, kernel_of, tell_identit
 
 
 class Agent:
-    """Answers each line by what `answers` says for its command; None: it is silent. What is in `late`, it answers too late."""
+    """Answers each line by what `answers` says for its command; None: it is silent. `late` it answers too late."""
 
     def __init__(self, path: Path, answers: dict[str, Any], before: bytes = b"") -> None:
         self.heard: list[str] = []
@@ -219,6 +219,6 @@ def test_a_program_that_did_not_end_well_in_the_guest_is_an_error_of_one_printab
     _, path = answering(
         {"guest-exec": {"return": {"pid": 7}}, "guest-exec-status": {"return": {"exited": True, **ended}}}
     )
-    with GuestAgent(path, "lab") as guest, pytest.raises(StateError, match="hostname .* ended with") as refused:
+    with GuestAgent(path, "lab") as guest, pytest.raises(StateError, match=r"hostname .* ended with") as refused:
         guest.run("hostname", "fork\x07")
     assert str(refused.value).isprintable()

@@ -252,9 +252,7 @@ def test_closing_while_another_thread_waits_ends_that_wait(qemu: Qemu, path: Pat
     ],
     ids=["no JSON", "deep", "a long number", "a list for an id", "an event without its data", "no end"],
 )
-def test_what_no_qemu_says_is_an_error_of_the_command_and_leaves_no_thread(
-    qemu: Qemu, path: Path, said: bytes
-) -> None:
+def test_what_no_qemu_says_is_an_error_of_the_command_and_leaves_no_thread(qemu: Qemu, path: Path, said: bytes) -> None:
     monitor = Monitor(path, "lab")
 
     def say() -> None:

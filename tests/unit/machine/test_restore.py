@@ -132,8 +132,18 @@ def test_a_machine_goes_back_from_the_ram_file_of_a_snapshot_once_that_is_made(
     assert is_at(running, process, "a", ram)
 
 
-def test_a_machine_that_was_started_from_a_snapshot_drops_what_it_wrote(
-    store: onionskin.Store, running: Running, process: StandIn, tmp_path: Path
+def refuse_to_forget(pages: object) -> None:
+    raise OSError(22, "the memory is locked")
+
+
+@pytest.mark.parametrize("is_dropped", [True, False])
+def test_a_machine_that_was_started_from_a_snapshot_drops_what_it_wrote_or_has_it_written_over(
+    store: onionskin.Store,
+    running: Running,
+    process: StandIn,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_dropped: bool,
 ) -> None:
     ram = snapshot(running, process, "a", dict.fromkeys(range(0, PAGES, 2), 5))
     machine = running.machine
@@ -144,13 +154,16 @@ def test_a_machine_that_was_started_from_a_snapshot_drops_what_it_wrote(
         again.load_state(prepared.state.path)
         restarted = attach(store, again, tmp_path / "second", mapped=prepared.saved.layer)
     try:
+        if not is_dropped:
+            monkeypatch.setattr(again._preload, "forget", refuse_to_forget)
         file_before = again.ram_file.read_bytes()
         assert again.whole() == ram and again.devices == "a"
         for page in range(0, PAGES, 5):
             again.write(page, 9)
         restore.revert(restarted, "a")
         assert again.whole() == ram
-        assert len(again.tracker.private(swapped=False)) == 0  # they read as the file: nothing was copied
+        # What was dropped reads as the file: nothing was copied.
+        assert (len(again.tracker.private(swapped=False)) == 0) == is_dropped
         again.write(0, 1)
         assert capture.snapshot(restarted, "b").bytes_stored == PAGE_BYTES
         assert again.ram_file.read_bytes() == file_before
