@@ -10,8 +10,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "base/short_turns.h"
 #include "base/sigbus.h"
+#include "base/turns.h"
 #include "nbd/internal.h"
 
 #define STACK_BYTES (512 << 10)
@@ -107,7 +107,7 @@ static void end_connection(struct onion_nbd_connection *connection) {
 static void *run_connection(void *argument) {
     struct onion_nbd_connection *connection = argument;
     struct onion_nbd_server *server = connection->server;
-    (void)onion_short_turns_take(); /* a client waits for each of its turns; the helper gets them too */
+    (void)onion_turns_take_short(); /* a client waits for each of its turns; the helper gets them too */
     if (onion_nbd_negotiate(connection)) {
         const char *name = onion_nbd_label(connection->session.chosen)->name;
         onion_nbd_event(server, "%s: connected to %s%s", connection->peer, *name ? name : "(default)",

@@ -9,6 +9,7 @@
 #include <sys/socket.h>
 #include <time.h>
 
+#include "base/turns.h"
 #include "volume/internal.h"
 
 static int64_t now_ms(void) {
@@ -118,11 +119,8 @@ static void release_here(const struct onion_cut *at, uint32_t held) {
         onion_volume_seal_release(at->volumes[i]);
 }
 
-int onion_volumes_cut(const struct onion_cut *at, uint32_t *failed) {
+static int lead(const struct onion_cut *at, uint32_t *failed) {
     uint32_t held = 0;
-    *failed = UINT32_MAX;
-    if (!words_fit(&at->words))
-        return -EINVAL;
     int status = tell_all(at, &at->words.hold, failed);
     if (status == 0)
         status = hold_here(at, &held, failed);
@@ -136,11 +134,18 @@ int onion_volumes_cut(const struct onion_cut *at, uint32_t *failed) {
     return status < 0 ? status : hear_all(at, &at->words.done, failed);
 }
 
-int onion_volumes_cut_when_told(const struct onion_cut *at, int wait_ms, uint32_t *failed) {
-    uint32_t held = 0;
-    *failed = at->count;
-    if (!words_fit(&at->words) || at->peer_count != 1)
+int onion_volumes_cut(const struct onion_cut *at, uint32_t *failed) {
+    *failed = UINT32_MAX;
+    if (!words_fit(&at->words))
         return -EINVAL;
+    uint64_t turns = onion_turns_take_short(); /* all writers wait for this thread */
+    int status = lead(at, failed);
+    onion_turns_end(turns);
+    return status;
+}
+
+static int follow(const struct onion_cut *at, int wait_ms, uint32_t *failed) {
+    uint32_t held = 0;
     int peer = at->peers[0], status = hear(peer, &at->words.hold, now_ms() + wait_ms);
     if (status == 0)
         status = hold_here(at, &held, failed);
@@ -152,4 +157,14 @@ int onion_volumes_cut_when_told(const struct onion_cut *at, int wait_ms, uint32_
         status = cut_here(at, failed);
     release_here(at, held);
     return status < 0 ? status : tell(peer, &at->words.done);
+}
+
+int onion_volumes_cut_when_told(const struct onion_cut *at, int wait_ms, uint32_t *failed) {
+    *failed = at->count;
+    if (!words_fit(&at->words) || at->peer_count != 1)
+        return -EINVAL;
+    uint64_t turns = onion_turns_take_short();
+    int status = follow(at, wait_ms, failed);
+    onion_turns_end(turns);
+    return status;
 }

@@ -32,9 +32,9 @@ cdef extern from "Python.h":
     int GetBuffer "PyObject_GetBuffer"(PyObject *, Py_buffer *, int)
     void PyErr_Clear()
 
-cdef extern from "base/short_turns.h" nogil:
-    uint64_t onion_short_turns_take()
-    void onion_short_turns_end(uint64_t before_ns)
+cdef extern from "base/turns.h" nogil:
+    uint64_t onion_turns_take_long()
+    void onion_turns_end(uint64_t before_ns)
 
 cdef extern from "base/site.h" nogil:
     struct onion_site:
@@ -1337,19 +1337,20 @@ cdef onion_seal_step *_steps(paths) except NULL:
     return steps
 
 
-cdef class ShortTurns:
-    """While this is entered, the calling thread has short turns on its processor: see csrc/base/short_turns.h.
+cdef class LongTurns:
+    """While this is entered, the calling thread has long turns on its processor: see csrc/base/turns.h.
 
-    It gets no less of the processor, and does not keep writers waiting that need it for a moment.
+    It gets no less of the processor, and does not keep writers waiting that need it for a moment: they have shorter turns,
+    and need not wait for the end of its own.
     """
 
     cdef uint64_t _before_ns
 
     def __enter__(self):
-        self._before_ns = onion_short_turns_take()
+        self._before_ns = onion_turns_take_long()
 
     def __exit__(self, kind, error, trace):
-        onion_short_turns_end(self._before_ns)
+        onion_turns_end(self._before_ns)
 
 
 def begin_heads(paths, maps):

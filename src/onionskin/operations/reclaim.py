@@ -22,7 +22,7 @@ from onionskin.base.paths import FilePath
 from onionskin.catalog import Catalog, LayerRow, SegmentRow, WorkRow
 from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.kernels._maplog import MAGIC_MAP, MAGIC_SEGMENT
-from onionskin.kernels._volume import ShortTurns
+from onionskin.kernels._volume import LongTurns
 from onionskin.kernels._wipe import unused_ranges, wipe
 from onionskin.storage.block_maps import SlotsOfLayers
 from onionskin.storage.locks import STORE_BYTE
@@ -71,7 +71,7 @@ def work_soon(store: OpenStore) -> None:
 
 def work_in_background(store: OpenStore) -> None:
     """Do all pending work that can be done, and prepare the next heads. Work that fails stays for the next opening."""
-    with ShortTurns():  # nobody waits for this, so no writer is to
+    with LongTurns():  # nobody waits for this, so no writer is to
         with suppress(OSError, OnionskinError):
             if store.catalog.has_reclaims("zero"):
                 do_work(store, policy="zero")

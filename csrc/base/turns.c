@@ -1,14 +1,14 @@
-/* short_turns.c: see short_turns.h. */
+/* turns.c: see turns.h. */
 #define _GNU_SOURCE
-#include "base/short_turns.h"
+#include "base/turns.h"
 
 #include <errno.h>
 #include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define SHORTEST_NS 100000u /* Linux takes no less */
-#define LONGEST_NS 100000000u
+#define SHORTEST_NS 100000u   /* Linux takes no less */
+#define LONGEST_NS 100000000u /* ... and no more */
 
 /* Of headers that older systems do not have. */
 #ifndef SYS_sched_setattr
@@ -41,17 +41,21 @@ static int set(struct attributes *now, uint64_t turn_ns) {
     return syscall(SYS_sched_setattr, 0, now, 0) == 0;
 }
 
-uint64_t onion_short_turns_take(void) {
+static uint64_t take(uint64_t turn_ns) {
     struct attributes now = {0};
     int error = errno;
     uint64_t before_ns = get(&now) ? now.runtime : 0;
-    if (before_ns && !set(&now, SHORTEST_NS))
+    if (before_ns && !set(&now, turn_ns))
         before_ns = 0;
     errno = error;
     return before_ns;
 }
 
-void onion_short_turns_end(uint64_t before_ns) {
+uint64_t onion_turns_take_short(void) { return take(SHORTEST_NS); }
+
+uint64_t onion_turns_take_long(void) { return take(LONGEST_NS); }
+
+void onion_turns_end(uint64_t before_ns) {
     struct attributes now = {0};
     int error = errno;
     if (before_ns && get(&now))

@@ -1,6 +1,8 @@
-"""Short turns: nobody who works on a snapshot keeps writers from the processor for longer than that needs."""
+"""Turns on the processor: whoever works on a snapshot gives way to writers, and holds them no longer than it must."""
 
 import os
+import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from support.turns import turn_ns
 
 import onionskin
 from onionskin.control import groups
-from onionskin.kernels._volume import ShortTurns
+from onionskin.kernels._volume import LongTurns, cut_heads
 from onionskin.nbd.server import Limits, Server
 from onionskin.operations import reclaim, seal
 
@@ -21,13 +23,13 @@ BLOCK = 4096
 
 
 @pytest.fixture
-def short() -> int:
-    """How long short turns are here; older kernels know none, and say 0."""
+def long() -> int:
+    """How long long turns are here; older kernels know none, and say 0."""
     before = turn_ns()
-    with ShortTurns():
+    with LongTurns():
         found = turn_ns()
     assert turn_ns() == before
-    assert found < before or found == 0
+    assert found > before or found == 0
     return found
 
 
@@ -52,25 +54,25 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> Noted:
     return note
 
 
-def test_short_turns_end_with_what_they_were_taken_for(short: int) -> None:
+def test_long_turns_end_with_what_they_were_taken_for(long: int) -> None:
     before = turn_ns()
-    with ShortTurns():
-        with ShortTurns():
-            assert turn_ns() == short
-        assert turn_ns() == short
+    with LongTurns():
+        with LongTurns():
+            assert turn_ns() == long
+        assert turn_ns() == long
     assert turn_ns() == before
 
 
-def test_the_thread_that_answers_a_client_has_short_turns(tmp_path: Path, short: int) -> None:
+def test_the_thread_that_answers_a_client_has_shorter_turns_than_who_takes_snapshots(tmp_path: Path, long: int) -> None:
     with served_volume(tmp_path, size=MIB) as (at, _):
         before = set(os.listdir("/proc/self/task"))
         with NbdClient.unix(at.path, "web") as client:
             client.write(0, bytes(BLOCK))
             (thread,) = set(os.listdir("/proc/self/task")) - before
-            assert turn_ns(int(thread)) == short
+            assert turn_ns(int(thread)) < turn_ns() or long == 0
 
 
-def test_a_group_is_taken_in_short_turns_at_both_ends(tmp_path: Path, short: int, noted: Noted) -> None:
+def test_a_group_is_taken_in_long_turns_at_both_ends(tmp_path: Path, long: int, noted: Noted) -> None:
     before = turn_ns()
     here, there = noted(seal, "begin_heads"), noted(groups, "cut_when_told")
     finding = noted(groups, "reach")
@@ -83,21 +85,46 @@ def test_a_group_is_taken_in_short_turns_at_both_ends(tmp_path: Path, short: int
                 store.snapshot_group({"web": "s", "db": "s"})
         finally:
             server.close()
-    assert (set(here), set(there), set(finding)) == ({short}, {short}, {short})
+    assert (set(here), set(there), set(finding)) == ({long}, {long}, {long})
     assert turn_ns() == before
 
 
-def test_a_snapshot_is_taken_in_short_turns(tmp_path: Path, short: int, noted: Noted) -> None:
+def test_who_holds_the_writers_of_a_group_has_short_turns(long: int) -> None:
+    words = (b"hold", b"held", b"cut", b"done", 10.0)
+    here, there = socket.socketpair()
+    leading: list[int] = []
+
+    def lead() -> None:
+        leading.append(threading.get_native_id())
+        with LongTurns():
+            assert cut_heads([], [], [here.fileno()], words) is None
+            leading.append(turn_ns())
+
+    with here, there:
+        there.settimeout(10)
+        thread = threading.Thread(target=lead)
+        thread.start()
+        assert there.recv(4) == b"hold"
+        while_held = turn_ns(leading[0])
+        there.sendall(b"held")
+        assert there.recv(3) == b"cut"
+        there.sendall(b"done")
+        thread.join()
+    assert while_held < turn_ns() or long == 0
+    assert leading[1] == long
+
+
+def test_a_snapshot_is_taken_in_long_turns(tmp_path: Path, long: int, noted: Noted) -> None:
     before = turn_ns()
     here = noted(seal, "begin_heads")
     with onionskin.Store(tmp_path / "vms") as store, store.create("web", size=MIB) as web:
         web.snapshot("s")
-    assert set(here) == {short}
+    assert set(here) == {long}
     assert turn_ns() == before
 
 
-def test_work_in_the_background_is_done_in_short_turns(tmp_path: Path, short: int, noted: Noted) -> None:
+def test_work_in_the_background_is_done_in_long_turns(tmp_path: Path, long: int, noted: Noted) -> None:
     found = noted(reclaim, "do_work")
     with onionskin.Store(tmp_path / "vms") as store:
         reclaim.work_in_background(store._opened)
-    assert set(found) == {short}
+    assert set(found) == {long}
