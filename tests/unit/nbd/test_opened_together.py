@@ -366,6 +366,25 @@ def test_the_child_of_a_fork_leaves_those_that_were_opened_together_locked(store
                 store.open(name)
 
 
+def test_the_names_of_all_that_are_served_are_followed_by_one_question(
+    at: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(Server(limits=Limits(), allow_revert=False, log=lambda line: None)) as server:
+        server.exports.add_store(at)
+        with Store(at) as store:
+            store.rename("job-0", "kept")
+            store.rename("job-1", "job-0")
+        asked = []
+        catalog = server.exports._whole_stores[0]._opened.catalog
+        monkeypatch.setattr(catalog, "rows", lambda *what, rows=catalog.rows: asked.append(what) or rows(*what))
+        server.exports.table.follow_names()
+        monkeypatch.undo()
+        assert len(asked) <= 1
+        assert {"kept", "job-0"} < server.exports.table.served.keys()
+        assert "job-1" not in server.exports.table.served
+        assert server.exports.table.served["kept"].volume.name == "kept"
+
+
 def _inode_of(descriptor: int) -> int:
     try:
         return os.fstat(descriptor).st_ino
