@@ -153,8 +153,10 @@ def serve(
 
     Once clients can connect, a line on stdout gives the addresses. Sockets can come from systemd, too (ListenStream=).
     """
+    from onionskin.nbd import own_process
     from onionskin.nbd.server import Limits, Server
     from onionskin.nbd.systemd import notify
+    from onionskin.operations import load_all
 
     mode = _mode(socket_mode)
     _refuse_contradictions(tls_certificate, tls_key, tls_ca, tls_psk, any_client=tls_clients == "any")
@@ -180,6 +182,8 @@ def serve(
             _add(server, name, label)
         server.exports.set_default()
         _stop_at_signals(server)
+        load_all()
+        own_process.prepare()
         if stdio:
             _serve_stdio(server)
             return

@@ -6,11 +6,13 @@ held while something is opened, closed, read from a catalog or computed, because
 """
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from onionskin.nbd._nbd import NbdServer
 from onionskin.nbd.exported import Exported, ServedVolume, View
+from onionskin.storage.open_store import OpenStore
 
 
 class ExportTable:
@@ -74,7 +76,7 @@ class ExportTable:
         """
         with self.guard:
             served, views = list(self.served.values()), list(self.views.values())
-        names = {one: one.volume.name for one in served if not one.is_fixed}
+        names = _names_now(one for one in served if not one.is_fixed)
         meanings = {view: view.meaning() for view in views}
         with self.guard:
             wanted = {
@@ -207,3 +209,18 @@ class ExportTable:
         """Return the volumes that are served."""
         with self.guard:
             return list(self.served.values())
+
+
+def _names_now(served: Iterable[ServedVolume]) -> dict[ServedVolume, str]:
+    """Return the names of volumes now, by one question to each store: a server may have thousands of them."""
+    of: defaultdict[OpenStore, list[ServedVolume]] = defaultdict(list)
+    names = {}
+    for one in served:
+        if one.opened.closed:  # as the server ends, and its store may be closed too
+            names[one] = one.opened.row.name
+        else:
+            of[one.opened.store].append(one)
+    for store, volumes in of.items():
+        found = {row.id: row.name for row in store.catalog.volumes_with_ids(one.opened.row.id for one in volumes)}
+        names.update({one: found.get(one.opened.row.id, one.opened.row.name) for one in volumes})
+    return names

@@ -6,7 +6,6 @@ starts at that moment waits for it, for a bounded time. A volume that is served 
 Forks of one snapshot that clients ask for at once are opened together.
 """
 
-import os
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -17,7 +16,7 @@ from onionskin.base.naming import is_text
 from onionskin.catalog.rows import LayerRow, VolumeRow
 from onionskin.errors import OnionskinError, StateError
 from onionskin.storage.layout import bytes_in
-from onionskin.storage.locks import VolumeLock, open_lock_file, volume_holder
+from onionskin.storage.locks import VolumeLock, WritersOpening, volume_holder
 from onionskin.storage.open_head import OpenHead, is_unwritten
 from onionskin.storage.open_store import OpenStore
 from onionskin.storage.shared_paths import OpenChain
@@ -89,13 +88,13 @@ def _lock_all(of: OpenStore, names: Iterable[str], locks: dict[str, tuple[bytes,
     """Lock volumes, whose ids and locks are put into `locks`. Those that are locked or not there are left out."""
     owned = of.catalog.owned_volumes()  # these have rules of their own
     rows = [row for row in of.catalog.volumes_named(filter(is_text, names)) if row.id not in owned]
-    lock_file = open_lock_file(of.layout.lock)
+    opening = WritersOpening(of.layout.lock)
     try:
         for row in rows:
             with suppress(OnionskinError):
-                locks[row.name] = row.id, VolumeLock(of.layout, row.id, row.name, lock_file=lock_file)
+                locks[row.name] = row.id, VolumeLock(of.layout, row.id, row.name, opening=opening)
     finally:
-        os.close(lock_file)
+        opening.leave()
 
 
 def _open_locked(

@@ -28,9 +28,7 @@ from onionskin.nbd.tls_carrier import TlsCarrier
 from onionskin.operations import load_all
 
 TIDY_SECONDS = 5.0
-LINES_SECONDS = (
-    0.01  # by which a line of the log may be late: lines of many clients are no hurry, and their clients are
-)
+LINES_SECONDS = 0.05  # by which a line of the log may be late: it is no hurry, and who opens exports would wait for it
 TURN_SECONDS = 0.2  # for which clients wait while another one's export is opened
 
 

@@ -306,6 +306,44 @@ class Holder(NamedTuple):
         return f"process {self.pid}" if self.pid else "another process"
 
 
+class WritersOpening:
+    """An opening of the store's lock file by which the writers of several volumes hold their bytes.
+
+    It is closed with the last of them, so that a descriptor and two system calls do for many volumes. Who makes it is one of
+    them, until `leave` is called without a byte. Any thread may call the methods.
+    """
+
+    def __init__(self, path: FilePath) -> None:
+        self._guard = threading.RLock()  # a finalizer may close one volume in the thread that is just locking another
+        self._users: set[int | None] = {None}
+        self.descriptor = open_lock_file(path)
+        forking.register(self)
+
+    def join(self, byte: int) -> int:
+        """Keep it open for the writer with this byte, and return the descriptor. The caller is one of those who have it."""
+        with self._guard:
+            self._users.add(byte)
+            return self.descriptor
+
+    def leave(self, byte: int | None = None) -> None:
+        """Note that a writer has given its byte up. Further calls do nothing."""
+        with self._guard:
+            self._users.discard(byte)
+            if self._users:
+                return
+            descriptor, self.descriptor = self.descriptor, -1
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def after_fork(self) -> None:
+        """Close the descriptor in a forked child, but unlock nothing."""
+        self._guard = threading.RLock()
+        self._users = set()
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
 class VolumeLock:
     """The lock of the one writer of a volume. It is a byte of the store's lock file, and a file of the volume's own.
 
@@ -318,7 +356,9 @@ class VolumeLock:
         Another handle, of this process or of another one, holds the volume.
     """
 
-    def __init__(self, layout: Layout, volume_id: bytes, volume_name: str, *, lock_file: int = -1) -> None:
+    def __init__(
+        self, layout: Layout, volume_id: bytes, volume_name: str, *, opening: WritersOpening | None = None
+    ) -> None:
         """Lock the byte, by an opening of the lock file that locks of other volumes may have too, where one is given.
 
         Locks of the same volume must not have the same one: those would not keep each other out.
@@ -327,15 +367,19 @@ class VolumeLock:
         self._left_socket = layout.volume_control_path(volume_id)
         self._byte = _writer_byte(volume_id)
         self._descriptor = self._byte_descriptor = -1
+        self._opening = opening  # of the byte, where it is no opening of the volume's own
         self._shared: SharedFile | None = None  # the file, where it is no file of the volume's own
         try:
-            self._byte_descriptor = open_lock_file(layout.lock) if lock_file < 0 else os.dup(lock_file)
+            self._byte_descriptor = open_lock_file(layout.lock) if opening is None else opening.join(self._byte)
             if not _set_lock(self._byte_descriptor, fcntl.F_WRLCK, self._byte, 1):
                 _refuse_taken(self._byte_descriptor, self._path, volume_id, volume_name)
         except BaseException:
-            if lock_file >= 0 and self._byte_descriptor >= 0:  # it stays open, and the lock with it
-                _set_lock(lock_file, fcntl.F_UNLCK, self._byte, 1)
-            self.after_fork()
+            try:
+                if opening is not None and self._byte_descriptor >= 0:  # it stays open, and the lock with it
+                    _set_lock(self._byte_descriptor, fcntl.F_UNLCK, self._byte, 1)
+            finally:
+                descriptor, self._byte_descriptor = self._byte_descriptor, -1
+                self._leave_opening(descriptor)
             raise
         forking.register(self)
 
@@ -392,16 +436,29 @@ class VolumeLock:
                                 _set_lock(byte_descriptor, fcntl.F_UNLCK, self._byte, 1)
                                 raise
                     finally:
-                        if byte_descriptor >= 0:
-                            os.close(byte_descriptor)
+                        self._leave_opening(byte_descriptor)
+
+    def _leave_opening(self, byte_descriptor: int) -> None:
+        """Close the opening of the byte, which is unlocked, or leave it to the others who have it."""
+        opening, self._opening = self._opening, None
+        if opening is None:
+            if byte_descriptor >= 0:
+                os.close(byte_descriptor)
+            return
+        try:
+            opening.leave(self._byte)
+        except BaseException:
+            opening.leave(self._byte)
+            raise
 
     def after_fork(self) -> None:
         """Close the descriptors in a forked child, but unlock nothing."""
-        for descriptor in (self._descriptor, self._byte_descriptor):
+        own = self._descriptor, self._byte_descriptor if self._opening is None else -1  # the opening closes its own
+        for descriptor in own:
             if descriptor >= 0:
                 os.close(descriptor)
         self._descriptor = self._byte_descriptor = -1
-        self._shared = None
+        self._opening = self._shared = None
 
     def __del__(self) -> None:
         if getattr(self, "_byte_descriptor", -1) >= 0:

@@ -25,7 +25,15 @@ from onionskin.errors import StateError
 from onionskin.exchange.programs import running
 from onionskin.operations import expiry, export, group_snapshot, snapshots, staged_volumes
 from onionskin.storage.layout import Layout
-from onionskin.storage.locks import BaseLock, ByteLocks, SharedFile, VolumeLock, is_being_merged_into, locked_directory
+from onionskin.storage.locks import (
+    BaseLock,
+    ByteLocks,
+    SharedFile,
+    VolumeLock,
+    WritersOpening,
+    is_being_merged_into,
+    locked_directory,
+)
 from onionskin.storage.open_head import OpenHead
 
 SECONDS = 20  # for which a thread is waited for that should not wait at all
@@ -170,6 +178,34 @@ def test_an_interrupted_close_of_a_lock_keeps_nobody_out(tmp_path: Path, is_shar
             pytest.fail(f"{error}, behind {interrupt!r}")
         held[0] = locked(shared)
     held[0].close()
+
+
+def test_an_interrupt_beside_a_lock_of_several_by_one_opening_leaves_that_volume_free_and_the_others_locked(
+    tmp_path: Path,
+) -> None:
+    layout = Layout(FilePath(tmp_path))
+    (tmp_path / "volumes").mkdir()
+    opening = WritersOpening(layout.lock)
+    other = VolumeLock(layout, bytes([1] * 16), "other", opening=opening)
+    held: list[VolumeLock] = []
+
+    def work() -> None:
+        held.append(VolumeLock(layout, bytes(16), "web", opening=opening))
+        held[0].close()
+
+    for interrupt in at_each_event(work):
+        for lock in held:
+            lock.close()  # as by a handle that is closed once more
+        held.clear()
+        del interrupt  # and with it a lock of which only its traceback knows
+        VolumeLock(layout, bytes(16), "web").close()
+        with pytest.raises(StateError):
+            VolumeLock(layout, bytes([1] * 16), "other")
+    assert opening._users == {None, other._byte}
+    opening.leave()
+    other.close()
+    assert opening.descriptor == -1
+    VolumeLock(layout, bytes([1] * 16), "other").close()
 
 
 def test_an_interrupted_close_of_byte_locks_keeps_nobody_out(tmp_path: Path) -> None:

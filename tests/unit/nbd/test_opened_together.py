@@ -20,7 +20,7 @@ from onionskin.nbd import server as servers
 from onionskin.nbd.opening import open_beside
 from onionskin.nbd.server import Limits, Server
 from onionskin.storage import locks
-from onionskin.storage.locks import VolumeLock, volume_holder
+from onionskin.storage.locks import VolumeLock, WritersOpening, volume_holder
 
 NAMES = [f"job-{number}" for number in range(8)]
 
@@ -270,14 +270,14 @@ def test_an_interrupt_behind_the_locking_of_one_leaves_it_to_others(
             raise KeyboardInterrupt
         return is_set
 
-    descriptor = locks.open_lock_file(store._opened.layout.lock)
+    opening = WritersOpening(store._opened.layout.lock)
     try:
         monkeypatch.setattr(locks, "_set_lock", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            VolumeLock(store._opened.layout, id, "job-3", lock_file=descriptor)
+            VolumeLock(store._opened.layout, id, "job-3", opening=opening)
         store.open("job-3").close()
     finally:
-        os.close(descriptor)
+        opening.leave()
 
 
 def test_an_interrupt_before_the_unlocking_of_one_leaves_it_to_others(
@@ -291,15 +291,15 @@ def test_an_interrupt_before_the_unlocking_of_one_leaves_it_to_others(
             raise KeyboardInterrupt
         return set_lock(descriptor, kind, start, count)
 
-    descriptor = locks.open_lock_file(store._opened.layout.lock)
+    opening = WritersOpening(store._opened.layout.lock)
     try:
-        lock = VolumeLock(store._opened.layout, id, "job-3", lock_file=descriptor)
+        lock = VolumeLock(store._opened.layout, id, "job-3", opening=opening)
         monkeypatch.setattr(locks, "_set_lock", interrupted)
         with pytest.raises(KeyboardInterrupt):
             lock.close()
         store.open("job-3").close()
     finally:
-        os.close(descriptor)
+        opening.leave()
 
 
 def test_a_volume_whose_name_another_one_was_given_meanwhile_takes_nothing_away_from_that(
@@ -327,3 +327,66 @@ def test_a_volume_whose_name_another_one_was_given_meanwhile_takes_nothing_away_
             assert _read(server, "job-0") == b"b" * 4096
         with Store(at) as store:
             store.open("renamed").close()
+
+
+def test_many_that_were_opened_together_take_one_descriptor_until_the_last_is_closed(store: Store) -> None:
+    def count() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    with store._open_to_write("first", is_one_of_many=True) as first:
+        before = count()
+        volumes = list(open_beside(first, NAMES).values())
+        assert len(volumes) == len(NAMES)
+        assert count() == before + 1
+        for volume in volumes:
+            assert count() == before + 1
+            volume.close()
+        assert count() == before
+
+
+def test_the_child_of_a_fork_leaves_those_that_were_opened_together_locked(store: Store) -> None:
+    with store._open_to_write("first", is_one_of_many=True) as first, ExitStack() as stack:
+        opened = open_beside(first, NAMES)
+        for volume in opened.values():
+            stack.enter_context(volume)
+        locked = store._opened.layout.lock.stat().st_ino
+        child = os.fork()
+        if not child:
+            is_open = True
+            try:
+                for volume in opened.values():
+                    volume.close()
+                is_open = any(_inode_of(int(number)) == locked for number in os.listdir("/proc/self/fd"))
+            finally:
+                os._exit(is_open)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        for name in NAMES:
+            store._opened.layout.volume_lock(store._opened.catalog.volume(name).id).unlink()
+            with pytest.raises(StateError, match="open for writing"):
+                store.open(name)
+
+
+def test_the_names_of_all_that_are_served_are_followed_by_one_question(
+    at: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(Server(limits=Limits(), allow_revert=False, log=lambda line: None)) as server:
+        server.exports.add_store(at)
+        with Store(at) as store:
+            store.rename("job-0", "kept")
+            store.rename("job-1", "job-0")
+        asked = []
+        catalog = server.exports._whole_stores[0]._opened.catalog
+        monkeypatch.setattr(catalog, "rows", lambda *what, rows=catalog.rows: asked.append(what) or rows(*what))
+        server.exports.table.follow_names()
+        monkeypatch.undo()
+        assert len(asked) <= 1
+        assert {"kept", "job-0"} < server.exports.table.served.keys()
+        assert "job-1" not in server.exports.table.served
+        assert server.exports.table.served["kept"].volume.name == "kept"
+
+
+def _inode_of(descriptor: int) -> int:
+    try:
+        return os.fstat(descriptor).st_ino
+    except OSError:  # the one that listed the directory
+        return -1
