@@ -31,7 +31,16 @@ def _all_of(room: str, but: str = "") -> list[str]:
 # Extension module -> the kernels in csrc/ that it links.
 _INDEX = ["index/blockmap", "index/bulk_build"]
 _EXTENTS = ["base/extents"]
-_MAP = [*_INDEX, *_EXTENTS, "layer/layer_map", "layer/map_log", "base/crc32c", "base/linux_io", "base/store_file", "base/whole_io"]
+_MAP = [
+    *_INDEX,
+    *_EXTENTS,
+    "layer/layer_map",
+    "layer/map_log",
+    "base/crc32c",
+    "base/linux_io",
+    "base/store_file",
+    "base/whole_io",
+]
 _BASE = [f"base/{kernel}" for kernel in ("barrier", "epoch", "mappings", "sigbus", "site", "turns")]
 _VOLUME = [*_all_of("volume", but="read_plan"), *_BASE, "bulk/wipe", *_MAP]
 EXTENSIONS = {
