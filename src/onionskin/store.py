@@ -16,7 +16,7 @@ from datetime import UTC, timedelta, tzinfo
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from onionskin.base.held import enter, held_together
+from onionskin.base.held import enter, held, held_together
 from onionskin.base.keyed_locks import KeyedLocks
 from onionskin.base.lazy import logger
 from onionskin.base.limits import HEADER_BYTES, VOLUME_BYTES_MAX, WIPE_POLICIES
@@ -956,7 +956,7 @@ class Store:
                     ) from None
             time.sleep(0.01)
 
-    @contextmanager
+    @held
     def temporary(
         self,
         source: str,

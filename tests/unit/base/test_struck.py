@@ -463,3 +463,19 @@ def test_several_volumes_are_free_wherever_an_interrupt_comes(store: onionskin.S
         for row in rows:
             VolumeLock(layout, row.id, row.name).close()
         assert not store._opened.views._open, interrupt
+
+
+def test_a_temporary_fork_is_dropped_where_an_interrupt_comes_just_behind_its_block(store: onionskin.Store) -> None:
+    strikes = Strikes()
+    raised = []
+    for at in range(1, 8):  # what follows is its close, which goes on in a second one
+        try:
+            with store.temporary("a@s") as volume:
+                volume.write(0, b"gone")
+                strikes.begin(at)
+            strikes.end()
+        except KeyboardInterrupt as interrupt:
+            strikes.end()
+            raised.append(interrupt)
+        assert [row.name for row in store.volumes()] == ["a", "b"], at
+    assert raised
