@@ -16,7 +16,7 @@ import onionskin
 from onionskin.measure.timing import Contestant
 
 START = "python -c 'import click, sqlite3'"
-VERBS = ("snapshots", "list", "tree", "info", "snapshot")
+VERBS = ("snapshots", "list", "tree", "info", "snapshot", "diff", "export", "flatten")
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +26,29 @@ def race(setting: Setting) -> Iterator[Race]:
         for name in ("a", "b", "c"):
             web.write(0, name.encode())
             web.snapshot(name)
+        web.write(0, b"d")
 
     def run(*words: object) -> None:
         subprocess.run([sys.executable, *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+
+    def clone() -> Path:
+        name = f"copy{next(names)}"
+        with onionskin.Store(directory) as store:
+            store.clone("web", "a", name)
+        return directory / name
 
     def verb(name: str) -> Contestant:
         program = Path(sys.executable).with_name("onionskin")
         if name == "snapshot":
             return Contestant(lambda: run(program, name, f"{directory}/web@s{next(names)}"))
+        if name == "diff":
+            return Contestant(lambda: run(program, name, f"{directory}/web@a"))
+        if name == "export":
+            return Contestant(
+                lambda: run(program, name, f"{directory}/web@a", setting.directory / f"{next(names)}.img")
+            )
+        if name == "flatten":
+            return Contestant(lambda copy: run(program, name, copy), prepare=clone)
         return Contestant(lambda: run(program, name, directory if name in ("list", "tree") else directory / "web"))
 
     contestants: dict[str, Contestant | str] = {START: Contestant(lambda: run("-c", "import click, sqlite3"))}

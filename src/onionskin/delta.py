@@ -24,7 +24,6 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from onionskin.base import states
@@ -33,6 +32,7 @@ from onionskin.base.held import held, held_together
 from onionskin.base.limits import BLOCK_SIZE_MAX, NAME_BYTES_MAX, NOTE_BYTES_MAX, VOLUME_BYTES_MAX
 from onionskin.base.naming import check_name
 from onionskin.base.progress import Progress
+from onionskin.base.records import record, replaced
 from onionskin.base.signals import DeferredInterrupt
 from onionskin.catalog import SnapshotRow
 from onionskin.catalog.tree import Snapshot
@@ -101,7 +101,7 @@ class Readable(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Delta:
     """The header of a stream, and how much data the stream holds.
 
@@ -210,7 +210,7 @@ def estimate(store: Store, volume: str | None, a: str | None, b: str) -> Delta:
     with _ends(store, volume, a, b) as ends:
         extents = _extents(store, ends)
         zero_bytes = extents.only(states.ZERO).total_bytes
-        return replace(_header(ends), data_bytes=extents.total_bytes - zero_bytes, zero_bytes=zero_bytes)
+        return replaced(_header(ends), data_bytes=extents.total_bytes - zero_bytes, zero_bytes=zero_bytes)
 
 
 def _header(ends: "_Ends") -> Delta:
@@ -343,7 +343,7 @@ def read_header(stream: Readable) -> Delta:
     return _Reader(stream).header()
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class _Ends:
     """The two snapshots of a stream, and their layers, whose files are pinned. No name is looked up again.
 
@@ -439,8 +439,8 @@ def _full_extents(ends: _Ends) -> Extents:
 
 def _write_records(writer: "_Writer", ends: _Ends, extents: Extents, progress: Progress | None) -> None:
     total, done = extents.total_bytes, 0
-    buffer = memoryview(bytearray(DATA_BYTES_MAX))
-    before = memoryview(bytearray(DATA_BYTES_MAX if ends.view_a else 0))
+    room = min(DATA_BYTES_MAX, total)
+    buffer, before = memoryview(bytearray(room)), memoryview(bytearray(room if ends.view_a else 0))
     for offset, length, state, *_ in extents:
         if state == states.ZERO:
             writer.zero(offset, length)
@@ -572,7 +572,7 @@ class _Writer:
         crc = zlib.crc32(counts, zlib.crc32(RECORD.pack(END, 0, self._header.size_b, length)))
         self._put(RECORD.pack(END, crc, self._header.size_b, length) + counts)
         self._write(self._digest.digest())
-        return replace(self._header, data_bytes=self._data_bytes, zero_bytes=self._zero_bytes)
+        return replaced(self._header, data_bytes=self._data_bytes, zero_bytes=self._zero_bytes)
 
     def _write_pending(self) -> None:
         start, stop = self._pending

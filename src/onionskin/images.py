@@ -22,15 +22,14 @@ import io
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
 
 from onionskin.base.files import data_ranges, refuse_shorter
 from onionskin.base.limits import VOLUME_BYTES_MAX
 from onionskin.base.naming import check_name
+from onionskin.base.paths import FilePath
 from onionskin.base.progress import Progress
 from onionskin.errors import FormatError
-from onionskin.exchange.block_devices import BlockDevice
 from onionskin.exchange.image_formats import (
     READ,
     START_BYTES,
@@ -45,6 +44,7 @@ from onionskin.exchange.image_formats import (
 from onionskin.exchange.streams import COMPRESSED, Source, is_seekable, unpacked
 
 if TYPE_CHECKING:
+    from onionskin.exchange.block_devices import BlockDevice
     from onionskin.kernels._volume import DataPath
     from onionskin.operations.staged_volumes import StagedVolume
     from onionskin.store import Store
@@ -149,7 +149,7 @@ def import_image(
                 disk = made.from_compressed(Source(descriptor, called), kind, note)
             else:
                 is_named = isinstance(path, str | os.PathLike)
-                disk = made.from_file(descriptor, kind, Path(path) if is_named else None)  # type: ignore[arg-type]
+                disk = made.from_file(descriptor, kind, FilePath(path) if is_named else None)  # type: ignore[arg-type]
         else:
             source = Source(descriptor, called, ahead)
             kind = made.kind_of(format_of_start(source.peek(START_BYTES)))
@@ -245,7 +245,7 @@ class _Import:
                 f"{self._called}: the image has {size_bytes} bytes, and a disk at most {VOLUME_BYTES_MAX} (64 TiB)"
             )
 
-    def from_file(self, descriptor: int, kind: str, path: Path | None = None) -> "Volume":
+    def from_file(self, descriptor: int, kind: str, path: FilePath | None = None) -> "Volume":
         """Import an image that can be read at any offset. Without a path, it is read through its descriptor."""
         if kind == "raw":
             before = os.fstat(descriptor)
@@ -439,7 +439,7 @@ def export_image(
     if format not in FORMATS:
         raise ValueError(f"{format!r} is not a format: it is one of {', '.join(FORMATS)}")
     refuse_options(format, options, compress=compress)
-    target = Path(path)
+    target = FilePath(path)
     if format == "raw":
         export.export(volume._opened, target, replace=False, progress=progress)
         return
@@ -462,7 +462,7 @@ def export_image(
         refuse_changed_base(opened)
 
 
-def export_to_device(volume: "Volume", device: BlockDevice, *, progress: Progress | None = None) -> None:
+def export_to_device(volume: "Volume", device: "BlockDevice", *, progress: Progress | None = None) -> None:
     """Write what a volume, or a view of a snapshot, reads over the beginning of a block device; durable on return.
 
     The device keeps what it holds past the size of the disk. If this fails, a part of the device was overwritten.
@@ -531,7 +531,7 @@ def reading(volume: "Volume") -> "Iterator[DataPath]":
         refuse_changed_base(opened)
 
 
-def refuse_device(volume: "Volume", device: BlockDevice) -> None:
+def refuse_device(volume: "Volume", device: "BlockDevice") -> None:
     """Raise if a disk may not be written to a block device; `export_to_device` lists the errors. Nothing is written."""
     from onionskin.operations.export import refuse_file_below
 

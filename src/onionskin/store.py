@@ -1669,6 +1669,18 @@ class Store:
         ValueError
             A machine cannot be so.
         """
+        self._make_machine(name, disks, memory, wipe, configuration)
+        return self.open_machine(name)
+
+    def _make_machine(
+        self,
+        name: str,
+        disks: Sequence[str],
+        memory: "int | str",
+        wipe: "WipePolicy | None",
+        configuration: dict[str, Any],
+    ) -> None:
+        """Make a machine. The command line asks for no more, as what a machine returns takes long to import."""
         import onionskin
         from onionskin.operations import machines
 
@@ -1690,7 +1702,6 @@ class Store:
             memory_bytes=wanted.memory_bytes,
             wipe=wipe,
         )
-        return self.open_machine(name)
 
     def open_machine(self, name: str) -> "onionskin.Machine":
         """Return a machine, whether it runs or is off.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from onionskin.base.naming import check_name, check_note, several
+from onionskin.base.paths import FilePath
 from onionskin.base.progress import Progress
 from onionskin.base.sizes import parse_size
 from onionskin.catalog import new_id
@@ -619,11 +620,9 @@ class Volume:
             A file could not be read to its end, or there is no space (ENOSPC). Then there is no image, and a file that
             was at the path is unchanged.
         """
-        from pathlib import Path
-
         from onionskin.operations import export
 
-        export.export(self._opened, Path(path), replace=True, progress=progress)
+        export.export(self._opened, FilePath(path), replace=True, progress=progress)
 
     def diff(self, a: str, b: str | None = None) -> "Extents":
         """Return where two snapshots, or a snapshot and the head, may differ.

@@ -42,6 +42,12 @@ class FilePath(str):
         return "" if self == "." else os.path.basename(self)
 
     @property
+    def suffix(self) -> str:
+        """What follows the last dot of the last part, with the dot."""
+        found = os.path.splitext(self.name)[1]
+        return "" if found == "." else found
+
+    @property
     def parent(self) -> "FilePath":
         """The directory; of one that has none the path itself."""
         return FilePath(os.path.dirname(self) or ".")
@@ -97,6 +103,11 @@ class FilePath(str):
         """Whether it is a directory."""
         mode = self._mode()
         return mode is not None and stat.S_ISDIR(mode)
+
+    def is_block_device(self) -> bool:
+        """Whether it is a block device."""
+        mode = self._mode()
+        return mode is not None and stat.S_ISBLK(mode)
 
     def _mode(self) -> int | None:
         try:

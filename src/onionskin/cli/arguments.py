@@ -288,6 +288,14 @@ class FileType(click.ParamType):  # type: ignore[type-arg]
         return [CompletionItem(incomplete, type="file")]
 
 
+class PlainFileType(FileType):
+    """A path of any file, as `FilePath`, for verbs that do without `pathlib`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> FilePath:  # type: ignore[override]
+        """Make a path of it."""
+        return FilePath(value)
+
+
 class SizeType(click.ParamType):  # type: ignore[type-arg]
     """A number of bytes, as 4096, 512K, 20G or 1TiB."""
 
@@ -390,6 +398,7 @@ NEW_SNAPSHOT_OR_NONE = NameType("optional", fresh=True)
 SIZE = SizeType()
 NEW_SIZE = NewSizeType()
 FILE = FileType()
+PLAIN_FILE = PlainFileType()
 block_size_option = click.option(
     "--block-size",
     type=SIZE,

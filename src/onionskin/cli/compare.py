@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onionskin.base.paths import FilePath
 from onionskin.cli import exit_status, output
 from onionskin.cli.arguments import VOLUME_OR_SNAPSHOT, Name, open_to_read, trust_option
 from onionskin.cli.output import json_option
@@ -15,8 +16,6 @@ from onionskin.errors import FormatError, OnionskinError
 from onionskin.exchange.image_formats import READ, format_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from click.shell_completion import CompletionItem
 
     from onionskin.exchange.comparison import RawFile
@@ -31,13 +30,11 @@ class SideType(click.ParamType):  # type: ignore[type-arg]
 
     name = "STORE/VOLUME[@SNAPSHOT]|FILE"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> "Name | Path":
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Name | FilePath:
         """Take a file that is there for one, and everything else for a name."""
         if not isinstance(value, str):
             return value  # type: ignore[no-any-return]
-        from pathlib import Path
-
-        path = Path(value)
+        path = FilePath(value)
         try:
             if path.is_file() or path.is_block_device():
                 return path
@@ -87,7 +84,7 @@ class OpenVolume:
 @click.option("--strict", is_flag=True, help="Disks of different sizes differ, also where the rest is zero.")
 @trust_option
 @json_option
-def compare(a: "Name | Path", b: "Name | Path", image_format: str | None, strict: bool, as_json: bool) -> None:
+def compare(a: Name | FilePath, b: Name | FilePath, image_format: str | None, strict: bool, as_json: bool) -> None:
     """Tell whether two disks read the same.
 
     A and B are volumes, snapshots or image files. Exit status 0 means that they read the same, and 1 that they differ;
@@ -104,7 +101,7 @@ def compare(a: "Name | Path", b: "Name | Path", image_format: str | None, strict
 
 
 def _compared(
-    disks: "list[Name | Path]", image_format: str | None, *, strict: bool, as_json: bool
+    disks: list[Name | FilePath], image_format: str | None, *, strict: bool, as_json: bool
 ) -> tuple[int | None, list[int]]:
     """Return where two disks first differ, or None, and their sizes; once it is known that neither changed meanwhile."""
     from onionskin.exchange.comparison import RawFile, first_difference
@@ -133,7 +130,7 @@ def _errors_are_no_difference() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _opened(side: "Name | Path", image_format: str | None) -> "Iterator[RawFile | OpenVolume | Image]":
+def _opened(side: Name | FilePath, image_format: str | None) -> "Iterator[RawFile | OpenVolume | Image]":
     from onionskin.exchange.comparison import RawFile
     from onionskin.images import reading, refuse_changed
 

@@ -12,8 +12,8 @@ import click
 
 from onionskin.cli import output
 from onionskin.cli.arguments import (
-    FILE,
     NEW_VOLUME,
+    PLAIN_FILE,
     SNAPSHOT,
     VOLUME,
     VOLUME_OR_SNAPSHOT,
@@ -32,8 +32,7 @@ from onionskin.errors import FormatError
 from onionskin.exchange.image_formats import KNOWN, READ, SUFFIXES, refuse_options
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from onionskin.base.paths import FilePath
     from onionskin.delta import Delta, Readable
     from onionskin.store import Store
 
@@ -46,7 +45,7 @@ _GOALS = {"stdout": "stdout", "stream": "a pipe", "device": "a block device"}
 
 
 @click.command(name="import")
-@click.argument("image", type=FILE)
+@click.argument("image", type=PLAIN_FILE)
 @click.argument("name", type=NEW_VOLUME, metavar="STORE/VOLUME")
 @click.option("--format", "image_format", type=FORMAT, help="Format of IMAGE; by default told by its first bytes.")
 @block_size_option
@@ -54,7 +53,7 @@ _GOALS = {"stdout": "stdout", "stream": "a pipe", "device": "a block device"}
 @trust_option
 @json_option
 def import_(
-    image: "Path",
+    image: "FilePath",
     name: Name,
     image_format: str | None,
     block_size: int | None,
@@ -91,7 +90,7 @@ def import_(
 
 
 @contextlib.contextmanager
-def _image_to_read(image: "Path") -> "Iterator[Path | IO[bytes]]":
+def _image_to_read(image: "FilePath") -> "Iterator[FilePath | IO[bytes]]":
     """Give the path of a file that can be read, or else stdin or a pipe, open."""
     if str(image) in _STDIN:
         if sys.stdin.isatty():
@@ -113,7 +112,7 @@ def _image_to_read(image: "Path") -> "Iterator[Path | IO[bytes]]":
 
 @click.command()
 @click.argument("name", type=VOLUME_OR_SNAPSHOT, metavar="STORE/VOLUME[@SNAPSHOT]")
-@click.argument("image", type=FILE)
+@click.argument("image", type=PLAIN_FILE)
 @click.option("--format", "image_format", type=FORMAT, help="Format of IMAGE; by default told by its suffix, or raw.")
 @click.option("-c", "--compress", is_flag=True, help="Compress the data, of a qcow2 or VMDK image.")
 @click.option(
@@ -129,7 +128,7 @@ def _image_to_read(image: "Path") -> "Iterator[Path | IO[bytes]]":
 @json_option
 def export(
     name: Name,
-    image: "Path",
+    image: "FilePath",
     image_format: str | None,
     compress: bool,
     options: tuple[str, ...],
@@ -164,7 +163,7 @@ def export(
     output.tell(as_json, value, lambda: f"wrote {image}: {output.size(size_bytes)}, {kind}")
 
 
-def _format_by_suffix(image: "Path") -> str:
+def _format_by_suffix(image: "FilePath") -> str:
     """Return the format that a file's name promises: a raw image under the name of another format would deceive."""
     suffix = image.suffix[1:].lower()
     kind = SUFFIXES.get(suffix, suffix)
@@ -175,7 +174,7 @@ def _format_by_suffix(image: "Path") -> str:
     return kind if kind in READ else "raw"
 
 
-def _goal(image: "Path") -> Literal["file", "stdout", "stream", "device"]:
+def _goal(image: "FilePath") -> Literal["file", "stdout", "stream", "device"]:
     """Tell what is at a path that is to be written."""
     if str(image) in _STDOUT:
         return "stdout"
@@ -188,7 +187,7 @@ def _goal(image: "Path") -> Literal["file", "stdout", "stream", "device"]:
     return "stream" if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) else "file"
 
 
-def _export_as_stream(name: Name, image: "Path", *, as_json: bool, yes: bool) -> None:
+def _export_as_stream(name: Name, image: "FilePath", *, as_json: bool, yes: bool) -> None:
     """Write a raw image to stdout or to a FIFO. Nothing is lost by that, so `yes` does not matter."""
     from onionskin.images import reading
 
@@ -218,7 +217,7 @@ def _export_as_stream(name: Name, image: "Path", *, as_json: bool, yes: bool) ->
 
 
 @contextlib.contextmanager
-def _stream_to(store: "Store", image: "Path") -> Iterator[output.StandardStream]:
+def _stream_to(store: "Store", image: "FilePath") -> Iterator[output.StandardStream]:
     if str(image) in _STDOUT:
         _refuse_stdout_in(store)
         yield output.StandardStream("stdout")
@@ -234,7 +233,7 @@ def _stream_to(store: "Store", image: "Path") -> Iterator[output.StandardStream]
         yield output.StandardStream(str(image), file)
 
 
-def _export_to_device(name: Name, image: "Path", *, as_json: bool, yes: bool) -> None:
+def _export_to_device(name: Name, image: "FilePath", *, as_json: bool, yes: bool) -> None:
     from onionskin.exchange.block_devices import BlockDevice
     from onionskin.images import export_to_device, refuse_device
 
@@ -255,11 +254,11 @@ def _export_to_device(name: Name, image: "Path", *, as_json: bool, yes: bool) ->
 
 @click.command()
 @click.argument("names", type=SNAPSHOT, nargs=-1, required=True, metavar="[STORE/VOLUME@A] STORE/VOLUME@B")
-@click.option("-o", "--output", "path", type=FILE, help="Write to this new file and not to stdout.")
+@click.option("-o", "--output", "path", type=PLAIN_FILE, help="Write to this new file and not to stdout.")
 @click.option("--dry-run", is_flag=True, help="Write nothing, and say how much the stream would hold at most.")
 @trust_option
 @json_option
-def delta(names: tuple[Name, ...], path: "Path | None", dry_run: bool, as_json: bool) -> None:
+def delta(names: tuple[Name, ...], path: "FilePath | None", dry_run: bool, as_json: bool) -> None:
     """Write the changes between two snapshots as a stream.
 
     If no A is given, write all of B. Both may be of different volumes of a store, such as a snapshot and one of a clone.
@@ -322,7 +321,7 @@ def _delta_value(names: tuple[Name, ...], about: "Delta") -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _new_file(store: "Store", path: "Path | None") -> Iterator[output.StandardStream]:
+def _new_file(store: "Store", path: "FilePath | None") -> Iterator[output.StandardStream]:
     """Give stdout, or a new file, which has its name when it is durable and whole."""
     if path is None:
         _refuse_stdout_in(store)
@@ -336,10 +335,10 @@ def _new_file(store: "Store", path: "Path | None") -> Iterator[output.StandardSt
 
 @click.command()
 @click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
-@click.argument("file", type=FILE, default="-")
+@click.argument("file", type=PLAIN_FILE, default="-")
 @trust_option
 @json_option
-def apply(name: Name, file: "Path", as_json: bool) -> None:
+def apply(name: Name, file: "FilePath", as_json: bool) -> None:
     """Bring a volume to the snapshot that a stream leads to.
 
     The stream comes from stdin or FILE.

@@ -150,15 +150,8 @@ def create(
     """
     given = {key: value for key, value in configuration.items() if value is not None}
     with name.open_store() as store:
-        store.create_machine(
-            name.volume,
-            disks=[_disk(name, disk) for disk in disks],
-            memory=memory,
-            wipe=wipe,
-            agent=not no_agent,
-            qemu_args=qemu_args,
-            **given,
-        )
+        given |= {"agent": not no_agent, "qemu_args": qemu_args}
+        store._make_machine(name.volume, [_disk(name, disk) for disk in disks], memory, wipe, given)
         about = store.machine_info(name.volume)
     what = f"{len(about.disks)} disk{'s' * (len(about.disks) != 1)} and {output.size(about.memory_bytes)} of RAM"
     output.tell(as_json, _value(about), lambda: f"made machine {name}: {what}")

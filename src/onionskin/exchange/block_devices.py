@@ -10,11 +10,13 @@ import fcntl
 import os
 import stat
 import struct
-from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from onionskin.base.fsync import sync_file
 from onionskin.errors import StateError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _BLKSSZGET: Final = 0x1268
 _BLKZEROOUT: Final = 0x127F
@@ -25,7 +27,7 @@ class BlockDevice:
 
     Parameters
     ----------
-    path : Path
+    path : path-like
 
     Raises
     ------
@@ -35,7 +37,7 @@ class BlockDevice:
         It cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: "str | os.PathLike[str]") -> None:
         self.path = path
         try:
             # O_EXCL without O_CREAT claims a block device: see open(2).
@@ -94,7 +96,7 @@ class BlockDevice:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
-    def files_below(self) -> list[Path]:
+    def files_below(self) -> "list[Path]":
         """Return the backing files of all loop devices among this device and the devices below it.
 
         Raises
@@ -102,6 +104,8 @@ class BlockDevice:
         StateError
             The system does not say what it stands on.
         """
+        from pathlib import Path
+
         found = []
         directory = Path(f"/sys/dev/block/{os.major(self._number)}:{os.minor(self._number)}")
         if not directory.exists():

@@ -75,9 +75,9 @@ def first_difference(a: Disk, b: Disk, progress: Progress | None = None) -> int 
         One of the disks cannot be read.
     """
     total = max(a.size_bytes, b.size_bytes)
-    buffers = [memoryview(bytearray(_CHUNK_BYTES)) for _ in (a, b)]
-    ranges_a, ranges_b = Extents(a.ranges()), Extents(b.ranges())
-    for start, length, *_ in ranges_a.over(ranges_b).ranges():
+    ranges = Extents(a.ranges()).over(Extents(b.ranges())).ranges()
+    buffers = [memoryview(bytearray(min(_CHUNK_BYTES, ranges.total_bytes))) for _ in (a, b)]
+    for start, length, *_ in ranges:
         for at in range(start, start + length, _CHUNK_BYTES):
             wanted = min(_CHUNK_BYTES, start + length - at)
             ours, theirs = (_fill(disk, at, buffer[:wanted]) for disk, buffer in zip((a, b), buffers, strict=True))

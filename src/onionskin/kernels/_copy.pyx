@@ -11,7 +11,8 @@ from libc.string cimport memcpy
 
 import os
 from errno import EIO as _EIO
-from typing import NamedTuple
+
+from onionskin.base.named_tuples import NamedTuple
 
 cdef extern from "bulk/copy.h" nogil:
     enum: ONION_COPY_REFLINK

@@ -7,12 +7,12 @@ Only one thread at a time may use a LayerMap, because its longer methods release
 
 import contextlib
 import os
-from typing import NamedTuple
 
 from onionskin.errors import FormatError, StateError
 from onionskin.base.lazy import dtypes
 from onionskin.base.lazy import numpy as np
 from onionskin.base.modes import make_file
+from onionskin.base.named_tuples import NamedTuple
 from onionskin.kernels._extents cimport (
     ONION_EXTENT_STATE_DATA, ONION_EXTENT_STATE_ZERO, Extents, onion_extent_row, onion_extents_add, onion_extents_join
 )

@@ -9,8 +9,8 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
 import os
-from typing import NamedTuple
 
+from onionskin.base.named_tuples import NamedTuple
 from onionskin.errors import VerifyError
 
 cdef extern from "bulk/wipe.h" nogil:

@@ -12,12 +12,13 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from onionskin.errors import FormatError, StateError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from onionskin.machine.monitor import Monitor, Standstill
     from onionskin.machine.preload import Preload
     from onionskin.machine.ram import GuestRam
@@ -252,7 +253,7 @@ class Process(Protocol):
 
     pid: int
     monitor: "Monitor"
-    ram_file: Path
+    ram_file: "Path"
     guest_ram: "GuestRam | None"
 
     def ram(self) -> "Preload | None":
@@ -284,7 +285,7 @@ class Process(Protocol):
     def disk_bytes(self) -> list[int]:
         """Return how large its disks are for the guest, in their order: as they were when it was started."""
 
-    def prepare_state(self, path: Path) -> None:
+    def prepare_state(self, path: "Path") -> None:
         """Make the file for the state of its devices, and do all that can be done before it is stopped."""
 
     def save_state(self) -> int:
@@ -293,10 +294,10 @@ class Process(Protocol):
     def finish_state(self) -> None:
         """Let go of the prepared file. Further calls do nothing."""
 
-    def load_state(self, path: Path) -> None:
+    def load_state(self, path: "Path") -> None:
         """Load the state of its devices, while it is stopped and its RAM is as it was then."""
 
-    def loading(self, path: Path) -> AbstractContextManager[Callable[[], None]]:
+    def loading(self, path: "Path") -> AbstractContextManager[Callable[[], None]]:
         """Prepare that, while it may run, and give what does it, as `load_state`."""
 
     def freeze(self) -> list[str]:
@@ -338,10 +339,10 @@ class Hypervisor(Protocol):
         configuration: Configuration,
         *,
         name: str,
-        directory: Path,
-        ram_file: Path | None,
+        directory: "Path",
+        ram_file: "Path | None",
         disks: Sequence[str],
-        state: Path | None,
+        state: "Path | None",
         identity: Identity,
         beside_its_start: Callable[[], None] = lambda: None,
     ) -> Process:

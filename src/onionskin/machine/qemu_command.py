@@ -10,12 +10,14 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
+from typing import TYPE_CHECKING
 
 from onionskin.base.linux_kernel import release_of_file
 from onionskin.errors import StateError
 from onionskin.machine.hypervisor import Configuration, Identity, Recorded
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 QMP, CONSOLE, AGENT, PRELOAD, LOG, EMPTY_RAM = "qmp", "console", "agent", "preload", "qemu.log", "ram.empty"
 SOCKET_BYTES_MAX = 107
@@ -163,9 +165,14 @@ def accelerator(configuration: Configuration) -> str:
     return "kvm" if _has_kvm() else "tcg"
 
 
+def _cpuinfo() -> str:
+    with open("/proc/cpuinfo") as file:
+        return file.read()
+
+
 def _has_kvm() -> bool:
     """Whether the processor lets this host run machines. The device may be there without that, and QEMU then fails."""
-    can = re.search(r"^flags\s*:.*\b(vmx|svm)\b", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    can = re.search(r"^flags\s*:.*\b(vmx|svm)\b", _cpuinfo(), re.MULTILINE)
     return bool(can) and os.access("/dev/kvm", os.R_OK | os.W_OK)
 
 
@@ -189,7 +196,7 @@ def _model(model: str, accel: str) -> str:
     """Return a CPU model; one that is the host's, with the name of the host's."""
     if accel == "tcg" or model.partition(",")[0] not in ("host", "max"):
         return model
-    found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    found = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
     return f"{model} ({found[1] if found else 'unknown'})"
 
 
@@ -240,8 +247,8 @@ def command(
     *,
     name: str,
     machine_type: str,
-    directory: Path,
-    ram_file: Path,
+    directory: "Path",
+    ram_file: "Path",
     disks: Sequence[str],
     identity: Identity,
 ) -> list[str]:
@@ -283,10 +290,10 @@ def node_name(number: int) -> str:
     return f"node{number}"
 
 
-def _node(number: int, uri: str, directory: Path) -> str:
+def _node(number: int, uri: str, directory: "Path") -> str:
     path, export = nbd_address(uri)
     if path.parent == directory:
-        path = Path(path.name)  # QEMU runs there
+        path = path.relative_to(directory)  # QEMU runs there
     if len(os.fsencode(path)) > SOCKET_BYTES_MAX:
         raise StateError(f"the socket {path} of a disk has more than {SOCKET_BYTES_MAX} bytes; use a shorter path")
     return (
@@ -295,7 +302,7 @@ def _node(number: int, uri: str, directory: Path) -> str:
     )
 
 
-def nbd_address(uri: str) -> tuple[Path, str]:
+def nbd_address(uri: str) -> "tuple[Path, str]":
     """Split the URI of a disk into its socket and its export.
 
     Raises
@@ -303,6 +310,10 @@ def nbd_address(uri: str) -> tuple[Path, str]:
     ValueError
         It is not of the form ``nbd+unix:///EXPORT?socket=PATH``.
     """
+    # Imported late: whoever makes a machine imports this module, to refuse arguments.
+    from pathlib import Path
+    from urllib.parse import parse_qs, unquote, urlsplit
+
     parts = urlsplit(uri)
     sockets = parse_qs(parts.query).get("socket", [])
     if parts.scheme != "nbd+unix" or len(sockets) != 1:

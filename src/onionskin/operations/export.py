@@ -11,10 +11,10 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from onionskin.base.fsync import sync_file
+from onionskin.base.paths import FilePath
 from onionskin.errors import StateError
 from onionskin.kernels._wipe import wipe
 from onionskin.operations import copy
@@ -25,20 +25,21 @@ from onionskin.storage.open_head import OpenDisk
 from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
+    from onionskin.base.annotations import AnyPath
     from onionskin.base.progress import Progress
     from onionskin.storage.shared_paths import OpenChain
 
 _NAME_BYTES_MAX = 255  # NAME_MAX of Linux
 
 
-def export(volume: OpenDisk, target: Path, *, replace: bool, progress: "Progress | None") -> None:
+def export(volume: OpenDisk, target: FilePath, *, replace: bool, progress: "Progress | None") -> None:
     """Write the disk of a volume or a view to a raw image file, and keep the holes. The image is durable on return.
 
     Parameters
     ----------
     volume : OpenDisk
         The disk. The image has what was written to it before the call.
-    target : Path
+    target : FilePath
         The path of the image. A regular file there is replaced if `replace` is true.
     replace : bool
         If false, a file at `target` is kept and FileExistsError is raised, even if the file appears meanwhile.
@@ -52,7 +53,7 @@ def export(volume: OpenDisk, target: Path, *, replace: bool, progress: "Progress
 
 
 @contextmanager
-def new_image(store: OpenStore, target: Path, opened: "OpenChain", *, replace: bool) -> Iterator[int]:
+def new_image(store: OpenStore, target: FilePath, opened: "OpenChain", *, replace: bool) -> Iterator[int]:
     """Yield a new file for an image, and give the file its name when the with block ends without an error.
 
     The block writes the file. At its end, the file is made durable and named. After an error, it is wiped and removed.
@@ -79,13 +80,13 @@ def new_image(store: OpenStore, target: Path, opened: "OpenChain", *, replace: b
         os.close(directory)
 
 
-def staged_name(target: Path) -> str:
+def staged_name(target: FilePath) -> str:
     """Draw the name under which a file is made. It is no longer than the file's own, where that is the longest possible."""
     suffix = f".{os.getpid()}.{os.urandom(4).hex()}.part"
     return os.fsencode(target.name)[: _NAME_BYTES_MAX - len(suffix)].decode(errors="ignore") + suffix
 
 
-def give_name(directory: int, staged: str, target: Path, *, replace: bool) -> None:
+def give_name(directory: int, staged: str, target: FilePath, *, replace: bool) -> None:
     """Give a file that was made under another name its own, where no other file has it, or in the place of that."""
     if not replace:
         try:
@@ -102,7 +103,7 @@ def give_name(directory: int, staged: str, target: Path, *, replace: bool) -> No
     os.replace(staged, target.name, src_dir_fd=directory, dst_dir_fd=directory)
 
 
-def _take_name(directory: int, target: Path) -> None:
+def _take_name(directory: int, target: FilePath) -> None:
     """Make an empty file of that name. It belongs to this export, which may therefore replace it."""
     try:
         os.close(os.open(target.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory))
@@ -110,7 +111,7 @@ def _take_name(directory: int, target: Path) -> None:
         raise _exists(target) from None
 
 
-def _exists(target: Path) -> FileExistsError:
+def _exists(target: FilePath) -> FileExistsError:
     return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
 
 
@@ -126,7 +127,7 @@ def _drop_staged(store: OpenStore, directory: int, staged: str, descriptor: int,
 
 
 @contextmanager
-def passing_file(store: OpenStore, directory: Path, policies: Iterable[str]) -> Iterator[IO[bytes]]:
+def passing_file(store: OpenStore, directory: "AnyPath", policies: Iterable[str]) -> Iterator[IO[bytes]]:
     """Yield a file without a name for a temporary copy of a disk. Its contents are wiped at the end.
 
     The file vanishes with the process, however the process ends. But a process that is killed wipes nothing.
@@ -155,7 +156,7 @@ def policies_of(opened: "OpenChain") -> set[str]:
 # ---- files that must not be replaced ----
 
 
-def refuse_target(store: OpenStore, target: Path, *, replace: bool) -> None:
+def refuse_target(store: OpenStore, target: FilePath, *, replace: bool) -> None:
     """Refuse a target in the store, and one that would replace a file that must not be replaced."""
     directory = os.open(target.absolute().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -165,7 +166,7 @@ def refuse_target(store: OpenStore, target: Path, *, replace: bool) -> None:
         os.close(directory)
 
 
-def _refuse_directory(store: OpenStore, directory: int, target: Path) -> None:
+def _refuse_directory(store: OpenStore, directory: int, target: FilePath) -> None:
     """Refuse a directory that is in the store, whatever links or mounts its path goes through."""
     own = set()
     for path in (store.layout.root, *(store.layout.root / name for name in DIRECTORIES)):
@@ -189,7 +190,7 @@ def _refuse_directory(store: OpenStore, directory: int, target: Path) -> None:
         os.close(at)
 
 
-def _refuse_file(store: OpenStore, directory: int, target: Path, *, replace: bool) -> None:
+def _refuse_file(store: OpenStore, directory: int, target: FilePath, *, replace: bool) -> None:
     if not target.name:  # "." and "/", and what was given no name
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     try:
@@ -211,10 +212,10 @@ def _refuse_file(store: OpenStore, directory: int, target: Path, *, replace: boo
         raise StateError(f"{target} is in use, as a base of a volume of some store; choose another path")
 
 
-def refuse_file_below(store: OpenStore, device: Path, file: Path) -> None:
+def refuse_file_below(store: OpenStore, device: "AnyPath", file: "AnyPath") -> None:
     """Refuse to write to a block device that stands on a file that is needed."""
     try:
-        found = file.stat()
+        found = FilePath(file).stat()
     except FileNotFoundError:  # the file was unlinked, so it is no base
         return
     if _is_own_file(store, found):
@@ -245,7 +246,7 @@ def _is_base(store: OpenStore, found: os.stat_result) -> bool:
                 return True
     for base in store.catalog.bases():
         with suppress(FileNotFoundError, NotADirectoryError):  # else it may be that file
-            if os.path.samestat(Path(base.path).stat(), found):
+            if os.path.samestat(FilePath(base.path).stat(), found):
                 return True
     return False
 

@@ -8,15 +8,15 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import IO
 
 from onionskin.base.fsync import sync_file
+from onionskin.base.paths import FilePath
 from onionskin.operations.export import give_name, staged_name
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[IO[bytes]]:
+def new_file(path: FilePath) -> Iterator[IO[bytes]]:
     """Give a new file to write, and its name at the end of the block. Until then the caller makes its contents durable.
 
     Raises

@@ -21,7 +21,6 @@ from onionskin.errors import ChainError, SnapshotExistsError, StateError
 from onionskin.operations import ownership, reclaim, volumes
 from onionskin.operations.flush import finish, flush
 from onionskin.operations.reclaim import add_files_of, unlink_files_of
-from onionskin.operations.restart import restart_on
 from onionskin.operations.seal import seal
 from onionskin.operations.snapshots import is_changed_over
 from onionskin.storage.chain import NewHead
@@ -70,6 +69,9 @@ class StagedVolume:
         SnapshotExistsError
             The volume has a snapshot of that name.
         """
+        # Imported late: an import is staged, too, and puts nothing in the place of a disk.
+        from onionskin.operations.restart import restart_on
+
         catalog = self.head.store.catalog
         taken: list[Snapshot] = []
         with self.head.operation():

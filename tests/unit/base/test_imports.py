@@ -130,7 +130,10 @@ def test_a_verb_that_frees_slots_imports_no_numpy(tmp_path: Path, words: list[st
 
 def test_a_machine_is_made_without_what_only_running_or_forking_it_needs(tmp_path: Path) -> None:
     onionskin.Store(tmp_path / "vms").create("web", size="1M").close()
-    unneeded = "{'concurrent.futures', 'logging', 'hashlib', 'numpy', 'onionskin.control.server'}"
+    unneeded = {
+        *("concurrent.futures", "logging", "hashlib", "numpy", "pathlib", "socket", "subprocess", "urllib"),
+        *("onionskin.control.client", "onionskin.machine.machine", "onionskin.operations.fold"),
+    }
     run(
         "import sys; from onionskin.cli.app import onionskin\n"
         f"try: onionskin({['machine', 'create', str(tmp_path / 'vms/lab'), '--disk', 'web', '--memory', '1M']!r})\n"
@@ -288,18 +291,33 @@ def make_store(directory: Path) -> None:
             delta.delta(store, "web", None, "a", stream)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    ["import IMAGE STORE/new", "export STORE/web@a OUT", "flatten STORE/copy", "delta STORE/web@a --output OUT",
+     "compare STORE/based@a IMAGE"],
+)  # fmt: skip
+def test_a_verb_that_reads_or_writes_an_image_imports_no_pathlib(tmp_path: Path, arguments: str) -> None:
+    make_store(tmp_path)
+    run_verb(tmp_path, arguments, "{'numpy', 'pathlib', 'urllib', 'dataclasses', 'socket', 'subprocess'}")
+
+
 @pytest.mark.parametrize("arguments", VERBS)
 def test_a_verb_imports_no_numpy(tmp_path: Path, arguments: str) -> None:
     make_store(tmp_path)
+    run_verb(tmp_path, arguments, "{'numpy', 'zoneinfo'}")
+
+
+def run_verb(directory: Path, arguments: str, unneeded: str) -> None:
+    """Run a verb, and check that it imports nothing that is unneeded."""
     places = {"STORE": "store", "IMAGE": "disk.img", "OUT": "out", "STREAM": "stream"}
     words = arguments.split()
     for word, name in places.items():
-        words = [one.replace(word, str(tmp_path / name)) for one in words]
+        words = [one.replace(word, str(directory / name)) for one in words]
     program = (
         "import sys; from onionskin.cli.app import onionskin\n"
         f"try: onionskin({words!r})\n"
         f"except SystemExit as end: assert not end.code or {words[0]!r} == 'compare', end.code\n"
-        "assert not {'numpy', 'zoneinfo'} & sys.modules.keys()\n"
+        f"assert not {unneeded} & sys.modules.keys(), {unneeded} & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL, input=b"")
 

@@ -37,6 +37,7 @@ def test_a_path_is_written_as_pathlib_writes_it(text: str) -> None:
     assert os.fspath(ours) == os.fspath(theirs)
     assert (ours.name, ours.parent) == (theirs.name, str(theirs.parent))
     assert list(ours.parents) == list(map(str, theirs.parents))
+    assert ours.suffix == theirs.suffix
     assert ours / "x" == str(theirs / "x")
     assert ours / "/x" == "/x"
     assert ours.absolute() == str(theirs.absolute())
