@@ -144,8 +144,8 @@ class Store:
         await self.close()
 
     async def run(self, function: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
-        """Run any function in a thread of the store, like the store's own methods: `onionskin.delta.delta`, for
-        example.
+        """Run any function in a thread of the store, like the store's own methods: `onionskin.connect`, or a method of a
+        machine, for example. For functions that report progress there is `run_with_progress`.
 
         Parameters
         ----------
@@ -160,6 +160,30 @@ class Store:
             What the function returns.
         """
         return await self._calls.run(partial(function, *args, **kwargs))
+
+    async def run_with_progress(
+        self, function: Callable[..., Result], *args: Any, progress: Progress | None = None, **kwargs: Any
+    ) -> Result:
+        """Run a function that reports its progress in a thread of the store, and stop it if the task is cancelled.
+
+        `onionskin.delta.delta` and `onionskin.delta.apply` are such functions, and so are `onionskin.images.import_image` and
+        `onionskin.images.export_image`.
+
+        Parameters
+        ----------
+        function : callable
+            The function, which takes `progress` by keyword. It may use `sync` of this store and of its volumes.
+        *args, **kwargs
+            The other arguments that it is called with.
+        progress : callable, optional
+            Called in the event loop, with the latest figures.
+
+        Returns
+        -------
+        object
+            What the function returns.
+        """
+        return await self._calls.run_with_progress(progress, lambda report: function(*args, progress=report, **kwargs))
 
     def _opening(self, open: "Callable[[], onionskin.volume.Volume]") -> "Opening":
         async def opened() -> Volume:

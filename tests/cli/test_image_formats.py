@@ -124,6 +124,15 @@ def test_no_raw_image_is_written_under_the_name_of_another_format(run: Run, tmp_
     assert run("export", f"{tmp_path}/vms/web", tmp_path / f"out.{suffix}", "--format", "raw").exit_code == 0
 
 
+def test_a_disk_that_a_format_does_not_hold_is_no_damage(run: Run, tmp_path: Path) -> None:
+    assert run("create", f"{tmp_path}/vms/web", "--size", "3T").exit_code == 0
+    refused = run("export", f"{tmp_path}/vms/web", tmp_path / "out.vhd")
+    assert refused.exit_code == 2
+    assert "makes no vhd image of this disk: Disk size is too large" in refused.stderr
+    assert "choose another format" in refused.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["vms"]
+
+
 def test_a_delta_that_is_given_to_import_is_no_disk(run: Run, tmp_path: Path) -> None:
     assert run("create", f"{tmp_path}/vms/web", "--size", "1M").exit_code == 0
     assert run("snapshot", f"{tmp_path}/vms/web@a").exit_code == 0

@@ -213,7 +213,7 @@ def write_image(
     Raises
     ------
     ValueError
-        qemu-img does not take the value of an option.
+        qemu-img does not take the value of an option, or the format does not hold such a disk.
     """
     said = list(options)
     if kind == "vhd":
@@ -226,10 +226,11 @@ def write_image(
     try:
         run(*arguments, about=about, keep=(disk, target), percent=percent)
     except FormatError as error:
-        refused = _NOT_MADE.search(str(error)) if options else None
+        refused = _NOT_MADE.search(str(error))
         if refused is None:
             raise
-        raise ValueError(f"qemu-img makes no {kind} image with {', '.join(options)}: {refused[1]}") from None
+        which, advice = (f"with {', '.join(options)}", "") if options else ("of this disk", "; choose another format")
+        raise ValueError(f"qemu-img makes no {kind} image {which}: {refused[1]}{advice}") from None
 
 
 def run(

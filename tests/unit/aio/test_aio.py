@@ -12,6 +12,7 @@ import pytest
 
 import onionskin
 from onionskin import aio
+from onionskin.images import import_image
 
 QUICK = {"path", "read_only", "unreachable_bytes", "open_file"}  # asked by way of `sync`
 
@@ -307,7 +308,9 @@ def twins() -> Iterator[tuple[str, str]]:
                 yield kind, name
 
 
-TWINS = [(kind, name) for kind, name in twins() if name not in ("run", "close")]  # which have tests of their own
+TWINS = [
+    (kind, name) for kind, name in twins() if name not in ("run", "run_with_progress", "close")
+]  # which have tests of their own
 
 
 def test_the_list_of_twins_has_all_that_is_public() -> None:
@@ -387,5 +390,39 @@ def test_a_twin_that_is_cancelled_before_a_thread_is_free_does_not_begin(tmp_pat
                 owner._sync = real
                 for held in busy:
                     held.go_on.set()
+
+    asyncio.run(main())
+
+
+def test_functions_that_report_progress_are_awaited_and_stopped_with_their_task(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(bytes(range(256)) * (1 << 15))
+    seen: list[tuple[int, int]] = []
+
+    async def main() -> None:
+        async with aio.Store(tmp_path / "vms") as store:
+            size = await store.run_with_progress(
+                import_image, store.sync, tmp_path / "image", "web", progress=lambda *figures: seen.append(figures)
+            )
+            assert size == 1 << 23
+            assert seen[-1] == (size, size)
+            await stopped(store)
+            assert [one.name for one in await store.volumes()] == ["web"]
+
+    async def stopped(store: aio.Store) -> None:
+        begun, go_on = asyncio.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+
+        def held(*args: object, progress: Callable[[int, int], object]) -> None:
+            loop.call_soon_threadsafe(begun.set)
+            assert go_on.wait(60)
+            import_image(*args, progress=progress)  # type: ignore[arg-type]
+
+        task = asyncio.create_task(store.run_with_progress(held, store.sync, tmp_path / "image", "cut short"))
+        await begun.wait()
+        task.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
     asyncio.run(main())
