@@ -683,7 +683,7 @@ def _is_of_session(pid: int, leader: int) -> bool:
         return False
 
 
-def _kill_session(child: "subprocess.Popen[bytes]") -> None:
+def _kill_session(child: "subprocess.Popen[Any]") -> None:
     """Kill a child that leads a session, with what it started and left there."""
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
