@@ -34,6 +34,7 @@ from onionskin.machine.hypervisor import Configuration, Identity, Recorded
 from onionskin.machine.monitor import JOB_PREFIX, Monitor, MonitorError, MonitorTimeout, Standstill
 from onionskin.machine.orphans import copy_of_ram
 from onionskin.machine.preload import Preload, library
+from onionskin.machine.record import open_log
 from onionskin.storage.locks import start_ticks
 
 if TYPE_CHECKING:
@@ -644,7 +645,7 @@ def _start(
             "ONIONSKIN_RAM": str(ram.absolute()),
             "ONIONSKIN_PRELOAD": qemu_command.PRELOAD,
         }
-    log = os.open(directory / qemu_command.LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    log = open_log(directory / qemu_command.LOG, os.O_TRUNC)
     try:
         child = subprocess.Popen(
             command,

@@ -292,6 +292,8 @@ class Supervisor:
         self._log(f"the supervisor of machine {self._name!r} was killed; taking it over")
         if self._server.process is None:
             self._server.start()  # QEMU may wait for it, and then answers nothing
+            # Where QEMU answers nothing all the same, whoever takes it over next finds this server, which goes on.
+            replace(found, server=self._server.process).write(self._directory)
         self._process = qemu.adopt(
             *(hypervisor.pid, hypervisor.ticks, self._name, self._directory, Path(found.ram_file)),
             is_tracked=found.is_tracked,
