@@ -5,6 +5,8 @@ import fcntl
 import os
 import signal
 import socket
+import subprocess
+import sys
 import termios
 import time
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support.guests import SECONDS_MAX, Console, configuration, count_in, stop_process, until
+from support.guests import SECONDS_MAX, Console, configuration, count_in, has_ended, stop_process, until
 
 import onionskin
 from onionskin.errors import FormatError, SnapshotExistsError, SnapshotNotFoundError, StateError
@@ -555,6 +557,46 @@ def test_supervisor_and_server_killed_together_are_both_followed(lab: Machine) -
         until(lambda: not record.supervisor.is_alive and not record.server.is_alive)
         assert lab.state == "running"
         screen.wait_ticks(5)
+
+
+_TAKES_OVER_IN_VAIN = """
+import sys
+import onionskin
+from onionskin.machine import qemu, supervisor
+
+def answer_nothing(*given, **named):
+    raise onionskin.StateError("it answers nothing")
+
+qemu.adopt = answer_nothing
+supervisor.Supervisor(onionskin.Store(sys.argv[1]), "lab", print).begin()
+"""
+
+
+def test_a_takeover_that_fails_behind_the_start_of_a_server_leaves_it_to_the_next_one(lab: Machine) -> None:
+    lab.start()
+    with console(lab) as screen:
+        screen.wait_ticks()
+        record = found(lab)
+        for process in (record.supervisor, record.server):
+            os.kill(process.pid, signal.SIGKILL)
+        until(lambda: has_ended(record.supervisor.pid) and has_ended(record.server.pid))
+        taking = [sys.executable, "-c", _TAKES_OVER_IN_VAIN, lab._store.path]
+        assert "it answers nothing" in subprocess.run(taking, capture_output=True, text=True).stderr
+        assert lab.state == "running"
+        screen.wait_ticks(5)
+
+
+@pytest.mark.parametrize("log", ["supervisor.log", "server.log", "qemu.log"])
+def test_no_file_is_written_to_that_a_link_in_the_place_of_a_log_leads_to(
+    lab: Machine, tmp_path: Path, log: str
+) -> None:
+    other = tmp_path / "of somebody"
+    other.write_text("precious")
+    lab._directory.mkdir(parents=True)
+    (lab._directory / log).symlink_to(other)
+    with pytest.raises(OSError, match=log):
+        lab.start()
+    assert other.read_text() == "precious" and lab.state == "off"
 
 
 def test_a_killed_hypervisor_is_reported_and_the_machine_starts_again(lab: Machine) -> None:

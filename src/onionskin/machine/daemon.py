@@ -16,7 +16,7 @@ from pathlib import Path
 
 from onionskin.control import frames
 from onionskin.errors import StateError
-from onionskin.machine.record import SUPERVISOR_LOG
+from onionskin.machine.record import SUPERVISOR_LOG, open_log
 from onionskin.nbd.systemd import notify
 
 _ONLY_FROM = "--only-from="
@@ -35,7 +35,7 @@ def start(store: Path, name: str, directory: Path, *, paused: bool, trust: bool,
     """
     reader, writer = os.pipe2(os.O_CLOEXEC)
     try:
-        log = os.open(directory / SUPERVISOR_LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        log = open_log(directory / SUPERVISOR_LOG, os.O_APPEND)
         try:
             flags = (["--paused"] if paused else []) + (["--trust"] if trust else [])
             flags += [] if only_from is None else [_ONLY_FROM + only_from]

@@ -18,7 +18,7 @@ from typing import IO
 from urllib.parse import quote
 
 from onionskin.errors import StateError
-from onionskin.machine.record import DISKS, SERVER_LOG, ProcessId
+from onionskin.machine.record import DISKS, SERVER_LOG, ProcessId, open_log
 
 READY_SECONDS = 60.0
 END_SECONDS = 60.0  # it flushes the disks
@@ -111,7 +111,7 @@ class DiskServer:
             return
         trust = ["--trust"] if self._trust else []
         names = [f"{self._store}/{volume}" for volume in self._volumes]
-        log = os.open(self._directory / SERVER_LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        log = open_log(self._directory / SERVER_LOG, os.O_TRUNC)
         arguments = ["serve", *names, "--socket", str(self._directory / DISKS), "--allow-revert", "--json", *trust]
         arguments += [TELL_LISTENING]
         arguments += [f"--as={label}" for label in self.labels]

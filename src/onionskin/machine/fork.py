@@ -23,6 +23,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from onionskin.base.forking import ForkableLock
@@ -30,7 +31,7 @@ from onionskin.base.sockets import UnixListener
 from onionskin.control import frames
 from onionskin.errors import OnionskinError, StateError
 from onionskin.machine import daemon, disk_server
-from onionskin.machine.record import SUPERVISOR_LOG, make_directory
+from onionskin.machine.record import SUPERVISOR_LOG, make_directory, open_log
 from onionskin.operations import load_all, machines
 
 STARTS_AT_ONCE = 16
@@ -326,7 +327,7 @@ def _listening(arguments: list[str]) -> list[str]:
 
 def _write_to(log: str) -> None:
     """Have what this process says added to a file."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    descriptor = open_log(Path(log), os.O_APPEND)
     for standard in (1, 2):
         os.dup2(descriptor, standard)
     os.close(descriptor)

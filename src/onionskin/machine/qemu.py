@@ -35,6 +35,7 @@ from onionskin.machine.hypervisor import Configuration, Identity, Recorded
 from onionskin.machine.monitor import JOB_PREFIX, Monitor, MonitorError, MonitorTimeout, Standstill
 from onionskin.machine.orphans import copy_of_ram
 from onionskin.machine.preload import Preload, library
+from onionskin.machine.record import open_log
 from onionskin.storage.locks import start_ticks
 
 if TYPE_CHECKING:
@@ -647,7 +648,7 @@ def _start(
             "ONIONSKIN_RAM": str(ram.absolute()),
             "ONIONSKIN_PRELOAD": qemu_command.PRELOAD,
         }
-    log = os.open(directory / qemu_command.LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    log = open_log(directory / qemu_command.LOG, os.O_TRUNC)
     try:
         child = subprocess.Popen(
             command,
@@ -686,7 +687,7 @@ def _is_of_session(pid: int, leader: int) -> bool:
         return False
 
 
-def _kill_session(child: "subprocess.Popen[str] | subprocess.Popen[bytes]") -> None:
+def _kill_session(child: "subprocess.Popen[Any]") -> None:
     """Kill a child that leads a session, with what it started and left there."""
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)

@@ -239,6 +239,14 @@ def write_json(path: Path, value: object) -> None:
         raise
 
 
+def open_log(path: Path, how: int) -> int:
+    """Open a log of a machine to write to it: `how` is O_APPEND or O_TRUNC. A link in its place is refused with an error.
+
+    A store that came from somewhere else may have one there, to a file of whoever starts the machine.
+    """
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | how, 0o600)
+
+
 def remove_directory(directory: Path) -> None:
     """Remove what a machine that is gone left in its directory, as far as that can be done."""
     with suppress(OSError):

@@ -662,7 +662,7 @@ class Supervisor:
 
     def pause(self, has_gone: Callable[[], None]) -> bool:
         """Have it stand still until it is resumed. Return whether it ran."""
-        with self.running.guard:
+        with self._turn(has_gone):
             ran = self._process.pause()
             try:
                 self._note(is_paused=True)
@@ -674,7 +674,7 @@ class Supervisor:
 
     def resume(self, has_gone: Callable[[], None]) -> None:
         """Let it go on."""
-        with self.running.guard:
+        with self._turn(has_gone):
             if self.running.is_broken:
                 raise StateError(
                     f"machine {self._name!r} is between two states, since a revert of it failed; revert it again, or stop it"
@@ -703,7 +703,7 @@ class Supervisor:
         return "forced" if force else "shut down"
 
     def _ask_to_shut_down(self, has_gone: Callable[[], None], seconds: float) -> None:
-        with self.running.guard:
+        with self._turn(has_gone):
             if self.running.is_broken:
                 raise StateError(f"machine {self._name!r} is between two states; end it with --force")
             if self._process.guest_has_ended:
@@ -755,12 +755,16 @@ class Supervisor:
         self, has_gone: Callable[[], None], name: str | None, note: str, mode: str | None, freeze: bool
     ) -> dict[str, Any]:
         """Take a snapshot: see `capture.snapshot`."""
-        with self.running.guard, self._held(), self._marked(is_frozen=freeze, is_standing=not self._process.is_paused):
+        with (
+            self._turn(has_gone),
+            self._held(),
+            self._marked(is_frozen=freeze, is_standing=not self._process.is_paused),
+        ):
             return asdict(capture.snapshot(self.running, name, note, mode, freeze=freeze, go_on=has_gone))
 
     def revert(self, has_gone: Callable[[], None], name: str) -> None:
         """Put the machine back to a snapshot, in place: see `restore.revert`."""
-        with self.running.guard, self._held():
+        with self._turn(has_gone), self._held():
             goes_on = self.running.goes_on if self.running.is_broken else not self._process.is_paused
             self._note(is_reverting=True, is_standing=goes_on)
             try:
@@ -782,6 +786,13 @@ class Supervisor:
         """Tell the guest, through its agent, who and when it is. Return what could not be done."""
         with self._process.agent() as agent:
             return tell_identity(agent, hostname=hostname, mac=None, clock_ns=time.time_ns() if clock else None)
+
+    @contextmanager
+    def _turn(self, has_gone: Callable[[], None]) -> Iterator[None]:
+        """Wait until nobody else does something to the machine. Whoever has given up meanwhile has nothing done to it."""
+        with self.running.guard:
+            has_gone()
+            yield
 
     @contextmanager
     def _held(self) -> Iterator[None]:

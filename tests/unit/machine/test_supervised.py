@@ -21,7 +21,7 @@ from onionskin.control import frames
 from onionskin.errors import StateError
 from onionskin.machine import qemu_command
 from onionskin.machine import supervisor as supervisor_module
-from onionskin.machine.control import VERSION, ControlServer, MachineControl
+from onionskin.machine.control import VERSION, ControlServer, Gone, MachineControl
 from onionskin.machine.hypervisor import Configuration, Recorded
 from onionskin.machine.qemu import QemuHypervisor
 from onionskin.machine.record import Record
@@ -52,6 +52,33 @@ def test_the_network_of_a_machine_reaches_something_and_that_of_a_fork_does_not(
     assert is_isolated(store, lab) is False
     assert is_isolated(store, fork) is True
     assert is_isolated(store, open_fork) is False
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments"),
+    [
+        ("pause", {}),
+        ("resume", {}),
+        ("stop", {"timeout": None, "force": False}),
+        ("snapshot", {"name": "ready", "note": "", "mode": None, "freeze": False}),
+        ("revert", {"name": "ready"}),
+    ],
+)
+def test_nothing_is_done_for_a_caller_that_went_away_while_it_waited_for_its_turn(
+    store: onionskin.Store, verb: str, arguments: dict[str, object]
+) -> None:
+    store.create_machine("lab", disks=["web"], memory="1M")
+    supervisor = Supervisor(store, "lab", print)
+    supervisor.running = SimpleNamespace(guard=threading.RLock())  # type: ignore[assignment] # it has nothing to be done with
+
+    def has_gone() -> None:
+        raise Gone
+
+    try:
+        with pytest.raises(Gone):
+            getattr(supervisor, verb)(has_gone, **arguments)
+    finally:
+        supervisor._ends.close()
 
 
 @pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1.0, 1e300])
