@@ -2,9 +2,9 @@
  *
  * Linux lets a thread run on for its turn (its "slice", 1.4 ms on two processors, and up to a tick of 4 ms) while others
  * that were woken wait, even those that need a few microseconds. One that is woken takes the processor at once only from
- * a thread whose turns are longer than its own. So whoever answers clients, or holds writers, has short turns, and
- * whoever works beside the writers has long ones: it gets no less of the processor, and nobody waits for its turn to
- * end. Where all have short turns each is only taken off at the next tick. */
+ * a thread whose turns are longer than its own; from one with equal ones, often only at the next tick. So whoever answers
+ * clients, holds writers, or waits for others at each step has short turns: it is put on soon. Whoever computes for
+ * milliseconds beside the writers has long ones, and gives way to each of them. Neither gets less of the processor. */
 #ifndef ONIONSKIN_BASE_TURNS_H
 #define ONIONSKIN_BASE_TURNS_H
 

@@ -29,7 +29,7 @@ from onionskin.base.sockets import UnixListener, credentials_of, has_hung_up, ma
 from onionskin.base.threads import SureThread
 from onionskin.control import acceptor, frames, groups
 from onionskin.errors import OnionskinError, StateError
-from onionskin.kernels._volume import LongTurns
+from onionskin.kernels._volume import ShortTurns
 from onionskin.operations import forks, machines, snapshots
 from onionskin.operations.fold import fold_unnamed_below
 from onionskin.storage.open_head import OpenHead
@@ -208,7 +208,7 @@ class ControlSocket:
             connection.settimeout(IDLE_SECONDS)
             with connection:
                 session = _Session(connection, self._served, self._log, f"process {pid} of user {uid}")
-                with LongTurns(), self._living(session):  # writers of the volume are not to wait for its work
+                with ShortTurns(), self._living(session):  # writers of the volume are not to wait for its work
                     session.run(first)
         except OSError:
             pass  # the other end disconnected, and its operation was cancelled

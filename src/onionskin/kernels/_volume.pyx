@@ -33,6 +33,7 @@ cdef extern from "Python.h":
     void PyErr_Clear()
 
 cdef extern from "base/turns.h" nogil:
+    uint64_t onion_turns_take_short()
     uint64_t onion_turns_take_long()
     void onion_turns_end(uint64_t before_ns)
 
@@ -1337,11 +1338,25 @@ cdef onion_seal_step *_steps(paths) except NULL:
     return steps
 
 
+cdef class ShortTurns:
+    """While this is entered, the calling thread has short turns on its processor: see csrc/base/turns.h.
+
+    For what others wait for, and what waits often itself: it is put on soon when it is woken.
+    """
+
+    cdef uint64_t _before_ns
+
+    def __enter__(self):
+        self._before_ns = onion_turns_take_short()
+
+    def __exit__(self, kind, error, trace):
+        onion_turns_end(self._before_ns)
+
+
 cdef class LongTurns:
     """While this is entered, the calling thread has long turns on its processor: see csrc/base/turns.h.
 
-    It gets no less of the processor, and does not keep writers waiting that need it for a moment: they have shorter turns,
-    and need not wait for the end of its own.
+    For what computes for long beside writers: they have shorter turns, and need not wait for the end of its own.
     """
 
     cdef uint64_t _before_ns

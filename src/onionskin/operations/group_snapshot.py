@@ -15,7 +15,7 @@ from onionskin.base.signals import DeferredInterrupt
 from onionskin.catalog import new_id
 from onionskin.catalog.tree import Snapshot
 from onionskin.errors import StateError
-from onionskin.kernels._volume import LongTurns
+from onionskin.kernels._volume import ShortTurns
 from onionskin.operations import snapshots
 from onionskin.operations.seal import RemoteHead
 from onionskin.storage.locks import volume_holder
@@ -53,7 +53,7 @@ def open_heads(store: OpenStore, volumes: Iterable[str], opener: Opener, finder:
 
     Those that nobody holds by their ids, so that of two groups that meet one gets all.
     """
-    with LongTurns(), held_together() as stack:  # the writers of all wait for the slowest of the processes
+    with ShortTurns(), held_together() as stack:  # the writers of all wait for the slowest of the processes
         heads = Heads(store, opener, finder, stack)
         heads.find({name: row.id for name, row in store.catalog.volumes_called(volumes).items()})
         yield heads

@@ -23,7 +23,7 @@ from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.records import record
 from onionskin.catalog import CommitUnknownError, LayerRow, SegmentRow, VolumeRow, new_id
 from onionskin.errors import FormatError, StateError
-from onionskin.kernels._volume import LongTurns, begin_heads, cut_heads, sync_heads
+from onionskin.kernels._volume import LongTurns, ShortTurns, begin_heads, cut_heads, sync_heads
 from onionskin.operations import reclaim
 from onionskin.storage.chain import NewHead, replace_spare
 from onionskin.storage.open_head import OpenHead, if_begun
@@ -525,7 +525,8 @@ def seal_together(
 
     try:
         here = [part.head for part in parts if isinstance(part.head, OpenHead)]
-        with LongTurns(), begin_seals(here, remotes, when_cut, when_ready) as sealings:
+        # The rows of a group of eight are milliseconds of computing, for which no writer is to wait.
+        with ShortTurns(), begin_seals(here, remotes, when_cut, when_ready) as sealings, LongTurns():
             rows = store.change(write_rows)
     except CommitUnknownError:
         raise
