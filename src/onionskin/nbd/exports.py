@@ -325,18 +325,16 @@ class Exports:
             return False  # of stores that have volumes of the same name, the first is meant
         if name and not stands_beside(first.volume, name):
             return False
-        is_opened = False
+        served: set[str] = set()
+
+        def serve(called: str, volume: Volume) -> None:
+            self._offer(volume, called, is_found=True)
+            self._nbd.found(called)
+            served.add(called)
+
         with suppress(OnionskinError, OSError, ValueError), self.table.being_made_together(wanted) as mine:
-            volumes = open_beside(first.volume, mine)
-            try:
-                while volumes:
-                    called, volume = volumes.popitem()
-                    self._offer(volume, called, is_found=True)
-                    self._nbd.found(called)
-                    is_opened |= called == name
-            finally:
-                call_all([volume.close for volume in volumes.values()])
-        return is_opened
+            open_beside(first.volume, mine, serve)
+        return name in served
 
     def _is_new(self, name: str) -> bool:
         """Whether this is the name of a volume that no export stands for, under whatever label.

@@ -7,7 +7,7 @@ Forks of one snapshot that clients ask for at once are opened together.
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 
@@ -22,6 +22,8 @@ from onionskin.storage.open_store import OpenStore
 from onionskin.storage.shared_paths import OpenChain
 from onionskin.store import Store
 from onionskin.volume import Volume
+
+Give = Callable[[str, Volume], object]
 
 WAIT_SECONDS = 2.0
 _AGAIN_SECONDS = 0.01
@@ -56,32 +58,29 @@ def stands_beside(first: Volume, name: str) -> bool:
     return head is not None and head.parent == below
 
 
-def open_beside(first: Volume, names: Iterable[str]) -> dict[str, Volume]:
+def open_beside(first: Volume, names: Iterable[str], give: Give) -> None:
     """Open those of the volumes that stand on the same snapshot as `first`, if nothing was written to it or to them.
 
     They are volumes of its store. What is asked of the catalog is asked once for all of them, which is half of the work.
-    Those that cannot be opened so are left out; to open each by itself works, or says why not.
+    Each is handed to `give`, which has to close it, as soon as it is open: so its client is answered while the next ones are
+    opened. Those that cannot be opened so are left out; to open each by itself works, or says why not.
     """
     of, below = first.store._opened, first._opened.read_through
-    opened: dict[str, Volume] = {}
+    given: set[str] = set()
     locks: dict[str, tuple[bytes, VolumeLock]] = {}
     if below is None:
-        return opened
+        return
     try:
         view = of.views.take(below, lambda: of.open_layer(below))
         try:
             _lock_all(of, names, locks)
-            _open_locked(first.store, view, locks, opened)
+            _open_locked(first.store, view, locks, given, give)
         finally:
             of.views.give_back(below)
     except (OnionskinError, OSError):
         pass  # those that are open already are as they should be
-    except BaseException:
-        call_all([volume.close for volume in opened.values()])
-        raise
     finally:
-        call_all([lock.close for name, (_, lock) in locks.items() if name not in opened])
-    return opened
+        call_all([lock.close for name, (_, lock) in locks.items() if name not in given])
 
 
 def _lock_all(of: OpenStore, names: Iterable[str], locks: dict[str, tuple[bytes, VolumeLock]]) -> None:
@@ -98,9 +97,9 @@ def _lock_all(of: OpenStore, names: Iterable[str], locks: dict[str, tuple[bytes,
 
 
 def _open_locked(
-    store: Store, view: OpenChain, locks: Mapping[str, tuple[bytes, VolumeLock]], opened: dict[str, Volume]
+    store: Store, view: OpenChain, locks: Mapping[str, tuple[bytes, VolumeLock]], given: set[str], give: Give
 ) -> None:
-    """Open heads that nothing was written to, by the view of the layer that they stand on, into `opened`.
+    """Open heads that nothing was written to, by the view of the layer that they stand on. Their names go into `given`.
 
     The volumes and the files of the view are locked, so what the rows say now holds until the heads are open.
     """
@@ -122,7 +121,9 @@ def _open_locked(
         files = [of.layout.segment_path(segment.id) for segment in segments[head.id]]
         is_same = (top.size_bytes, top.block_size) == (head.size_bytes, head.block_size)
         if is_same and is_unwritten(of, row.id, head) and not any(bytes_in(file) for file in files):
-            opened[row.name] = Volume(_opened_head(store, row, head, locks[row.name][1]), store)
+            volume = Volume(_opened_head(store, row, head, locks[row.name][1]), store)
+            given.add(row.name)
+            give(row.name, volume)
 
 
 def _opened_head(store: Store, row: VolumeRow, head: LayerRow, lock: VolumeLock) -> OpenHead:

@@ -24,7 +24,7 @@ def prepare() -> None:
 def _keep_collections_short() -> None:
     """Leave what is there by now to no collection of garbage, and begin one less often.
 
-    It stays until the end, and to go through all of it took 20 ms and more, in which no export could be opened.
+    It stays until the end, and to go through all of it took 10 to 20 ms, in which no export could be opened.
     """
     gc.freeze()
     gc.set_threshold(GARBAGE_OBJECTS, *gc.get_threshold()[1:])

@@ -4,7 +4,7 @@ import fcntl
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,10 @@ import pytest
 from support.nbd_client import NbdClient
 
 import onionskin
-from onionskin import StateError, Store
+from onionskin import StateError, Store, Volume
 from onionskin.base.waiting import within
 from onionskin.nbd import exports, opening
 from onionskin.nbd import server as servers
-from onionskin.nbd.opening import open_beside
 from onionskin.nbd.server import Limits, Server
 from onionskin.storage import locks
 from onionskin.storage.locks import VolumeLock, WritersOpening, volume_holder
@@ -43,6 +42,13 @@ def at(tmp_path: Path) -> Path:
 def store(at: Path) -> Iterator[Store]:
     with Store(at) as opened:
         yield opened
+
+
+def open_beside(first: Volume, names: Iterable[str]) -> dict[str, Volume]:
+    """Return what is opened, once all of it is."""
+    opened: dict[str, Volume] = {}
+    opening.open_beside(first, names, opened.__setitem__)
+    return opened
 
 
 def _together(store: Store, *names: str) -> set[str]:
@@ -137,8 +143,11 @@ def test_where_one_cannot_be_opened_the_others_are_as_they_should_be(
     assert not store._opened.views._open
 
 
-def test_an_interrupt_closes_what_was_opened(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_leaves_what_was_given_and_holds_none_of_the_others(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made, make = [], store._unwritten_head
+    given: dict[str, Volume] = {}
 
     def interrupt_third(*arguments: Any) -> Any:
         made.append(arguments)
@@ -149,15 +158,62 @@ def test_an_interrupt_closes_what_was_opened(store: Store, monkeypatch: pytest.M
     with store.open("first") as first:
         monkeypatch.setattr(store, "_unwritten_head", interrupt_third)
         with pytest.raises(KeyboardInterrupt):
-            open_beside(first, NAMES)
+            opening.open_beside(first, NAMES, given.__setitem__)
         monkeypatch.undo()
+        assert len(given) == 2
         for name in NAMES:
-            store.open(name).close()
+            with given.get(name) or store.open(name) as volume:
+                volume.write(0, b"mine")
     assert not store._opened.views._open
 
 
-def _read_when_all_wait(server: Server, asked: list[str]) -> dict[str, bytes]:
-    """Read from exports for which all clients wait at once."""
+def test_where_one_cannot_be_taken_those_behind_it_are_left_to_others(store: Store) -> None:
+    taken: dict[str, Volume] = {}
+
+    def take(name: str, volume: Volume) -> None:
+        if len(taken) == 2:
+            volume.close()
+            raise StateError("the server is stopping")
+        taken[name] = volume
+
+    with store.open("first") as first:
+        opening.open_beside(first, NAMES, take)
+        assert len(taken) == 2
+        for name in NAMES:
+            (taken.get(name) or store.open(name)).close()
+    assert not store._opened.views._open
+
+
+def test_a_client_is_answered_while_the_fork_of_the_next_one_is_opened(
+    at: Path, by_themselves: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered, made = threading.Event(), []
+    monkeypatch.setattr(servers, "TURN_SECONDS", 300)
+    with closing(Server(limits=Limits(), allow_revert=False, log=lambda line: None)) as server:
+        with Store(at) as store:
+            store.delete("later-1", "later-2", *NAMES)
+            server.exports.add_store(at)
+            store.fork("web@clean", names=NAMES)
+        whole = server.exports._whole_stores[0]
+        make = whole._unwritten_head
+        by_themselves.clear()
+
+        def make_when_answered(*arguments: Any) -> Any:
+            if len(made) == 2:  # the first is opened by itself, the next one is told as soon as it is open
+                made.append(answered.wait(20))
+            else:
+                made.append(True)
+            return make(*arguments)
+
+        monkeypatch.setattr(whole, "_unwritten_head", make_when_answered)
+        _read_when_all_wait(server, NAMES, lambda name: name in by_themselves or answered.set())
+    assert made == [True] * len(NAMES)
+
+
+def _read_when_all_wait(
+    server: Server, asked: list[str], then: Callable[[str], object] = lambda name: None
+) -> dict[str, bytes]:
+    """Read from exports for which all clients wait at once. What was read is followed by `then`."""
     found: dict[str, bytes] = {}
     nbd = server._nbd
     find = nbd.on_unknown_export
@@ -169,6 +225,7 @@ def _read_when_all_wait(server: Server, asked: list[str]) -> dict[str, bytes]:
 
     def read(name: str) -> None:
         found[name] = _read(server, name)
+        then(name)
 
     nbd.on_unknown_export = find_when_all_wait
     threads = [threading.Thread(target=read, args=(name,)) for name in asked]
@@ -193,7 +250,7 @@ def by_themselves(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     open_it = exports.open_to_serve
 
-    def note(store: Store, name: str, **how: bool) -> "onionskin.Volume":
+    def note(store: Store, name: str, **how: bool) -> Volume:
         names.append(name)
         return open_it(store, name, **how)
 
@@ -307,7 +364,7 @@ def test_a_volume_whose_name_another_one_was_given_meanwhile_takes_nothing_away_
 ) -> None:
     open_it = exports.open_to_serve
 
-    def late(store: Store, name: str, **how: bool) -> "onionskin.Volume":
+    def late(store: Store, name: str, **how: bool) -> Volume:
         volume = open_it(store, name, **how)
         store.rename(name, "renamed")
         store.rename("web", name)
