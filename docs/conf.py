@@ -56,7 +56,7 @@ nitpick_ignore = [
             "AnyPath",
             "Array",
             "Bytes",
-            "Extents",
+            "ExtentArray",
             "ReadableBuffer",
             "WipePolicy",
             "WritableBuffer",

@@ -39,7 +39,7 @@ from onionskin.operations.usage import Usage
 if TYPE_CHECKING:
     import numpy.typing
 
-    from onionskin.base.annotations import AnyPath, Bytes, Extents, ReadableBuffer, WipePolicy, WritableBuffer
+    from onionskin.base.annotations import AnyPath, Bytes, ExtentArray, ReadableBuffer, WipePolicy, WritableBuffer
     from onionskin.catalog import Defaults
     from onionskin.operations.chain_members import ChainLayer
     from onionskin.operations.layering import Layering
@@ -567,7 +567,7 @@ class Store:
         return await self.run(self.sync.bytes_freed_by_merge, volume, snapshots)
 
     @_twin_of(onionskin.store.Store.diff)
-    async def diff(self, name: str, a: str | None = None, b: str | None = None) -> "Extents":
+    async def diff(self, name: str, a: str | None = None, b: str | None = None) -> "ExtentArray":
         """Await `onionskin.Store.diff`."""
         return await self.run(self.sync.diff, name, a, b)
 
@@ -732,7 +732,7 @@ class Volume:
         await self._run(self._sync.resize, size, force=force)
 
     @_twin_of(onionskin.volume.Volume.extents)
-    async def extents(self) -> "Extents":
+    async def extents(self) -> "ExtentArray":
         """Await `onionskin.Volume.extents`."""
         return await self._run(self._sync.extents)
 
@@ -799,7 +799,7 @@ class Volume:
         await self._calls.run_with_progress(progress, lambda report: self._sync.export(path, progress=report))
 
     @_twin_of(onionskin.volume.Volume.diff)
-    async def diff(self, a: str, b: str | None = None) -> "Extents":
+    async def diff(self, a: str, b: str | None = None) -> "ExtentArray":
         """Await `onionskin.Volume.diff`."""
         return await self._run(self._sync.diff, a, b)
 

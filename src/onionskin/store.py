@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import onionskin
-    from onionskin.base.annotations import AnyPath, Extents, WipePolicy
+    from onionskin.base.annotations import AnyPath, ExtentArray, WipePolicy
     from onionskin.catalog.rows import LayerRow
     from onionskin.operations import forks
     from onionskin.operations.chain_members import ChainLayer
@@ -2368,7 +2368,7 @@ class Store:
 
         return losses.of_merge(self._opened, volume, several("snapshot", snapshots)).bytes_freed
 
-    def diff(self, name: str, a: str | None = None, b: str | None = None) -> "Extents":
+    def diff(self, name: str, a: str | None = None, b: str | None = None) -> "ExtentArray":
         """Return where two states of disks may differ. A state is a snapshot or a head, and they may be of two volumes.
 
         ``diff("web", "a", "b")`` compares two snapshots of a volume, and ``diff("web", "a")`` compares a snapshot with

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy.typing
 
     import onionskin
-    from onionskin.base.annotations import AnyPath, Bytes, Extents, ReadableBuffer, WritableBuffer
+    from onionskin.base.annotations import AnyPath, Bytes, ExtentArray, ReadableBuffer, WritableBuffer
     from onionskin.kernels import _extents
     from onionskin.kernels._volume import DataPath
     from onionskin.operations.layering import Layering
@@ -389,7 +389,7 @@ class Volume:
 
         return DiskFile(self)
 
-    def extents(self) -> "Extents":
+    def extents(self) -> "ExtentArray":
         """Return the parts of the disk that come from layers, and not from the base or a hole. Any thread may call it.
 
         Returns
@@ -624,7 +624,7 @@ class Volume:
 
         export.export(self._opened, FilePath(path), replace=True, progress=progress)
 
-    def diff(self, a: str, b: str | None = None) -> "Extents":
+    def diff(self, a: str, b: str | None = None) -> "ExtentArray":
         """Return where two snapshots, or a snapshot and the head, may differ.
 
         Parameters

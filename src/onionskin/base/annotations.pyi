@@ -20,4 +20,4 @@ WipePolicy: TypeAlias = Literal["release", "zero"]
 # memoryview is one of them: whether it is of a writable object only the program knows.
 WritableBuffer: TypeAlias = bytearray | memoryview | array.array[Any] | mmap.mmap | numpy.typing.NDArray[Any]
 Bytes: TypeAlias = numpy.typing.NDArray[numpy.uint8]
-Extents: TypeAlias = numpy.typing.NDArray[numpy.void]
+ExtentArray: TypeAlias = numpy.typing.NDArray[numpy.void]

@@ -71,7 +71,7 @@ class Name(NamedTuple):
 _TRUST = "onionskin.trust"
 
 
-def refuse_volume(path: "Path") -> None:
+def refuse_volume(path: "Path | FilePath") -> None:
     """Raise FileNotFoundError if a path that is to be an image is none, but looks like a volume of a store."""
     import errno
 

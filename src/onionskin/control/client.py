@@ -34,8 +34,7 @@ from onionskin.storage.open_store import OpenStore
 from onionskin.store import Store
 
 if TYPE_CHECKING:
-    import numpy.typing
-
+    from onionskin.base.annotations import ExtentArray
     from onionskin.operations.forks import Wanted
 
 
@@ -298,7 +297,7 @@ class LiveVolume:
         """
         return [Usage(**value) for value in self._call("usage")]
 
-    def diff(self, a: str, b: str | None = None) -> "numpy.typing.NDArray[Any]":
+    def diff(self, a: str, b: str | None = None) -> "ExtentArray":
         """Return the extents in which two snapshots, or a snapshot and the head, may differ.
 
         Parameters
