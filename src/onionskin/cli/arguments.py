@@ -292,7 +292,9 @@ class PlainFileType(FileType):
     """A path of any file, as `FilePath`, for verbs that do without `pathlib`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> FilePath:  # type: ignore[override]
-        """Make a path of it."""
+        """Make a path of it, or fail as a usage error: an empty text comes from a variable that is not set."""
+        if value == "":
+            self.fail("the path is empty", param, ctx)
         return FilePath(value)
 
 
