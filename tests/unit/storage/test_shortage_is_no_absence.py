@@ -211,7 +211,7 @@ def test_a_ram_file_of_which_nobody_knows_where_its_data_is_is_overwritten_as_a_
 def test_a_hypervisor_that_cannot_be_started_now_is_not_said_to_be_none(
     monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr(qemu.subprocess, "run", failing(number))
+    monkeypatch.setattr(qemu.subprocess, "Popen", failing(number))
     with pytest.raises(OSError, match=os.strerror(number)):
         qemu._probe("/usr/bin/qemu", 0)
 
