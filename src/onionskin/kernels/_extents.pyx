@@ -79,7 +79,8 @@ cdef class Extents:
         cdef onion_extent_row row
         cdef uint64_t end = 0
         for row.offset, row.length, row.state, row.source, row.place in extents:
-            if row.offset < end or not row.length or row.offset + row.length > ONION_EXTENTS_END:
+            is_far = row.length > ONION_EXTENTS_END or row.offset > ONION_EXTENTS_END - row.length
+            if row.offset < end or not row.length or is_far:
                 raise ValueError(f"the extent of {row.length} bytes at {row.offset} is empty, out of order, or too far away")
             end = row.offset + row.length
             check(onion_extents_add(&made.table, &row))
