@@ -316,7 +316,7 @@ class WritersOpening:
     def __init__(self, path: FilePath) -> None:
         self._guard = threading.RLock()  # a finalizer may close one volume in the thread that is just locking another
         self._users: set[int | None] = {None}
-        self.descriptor = open_lock_file(path)
+        self.descriptor: int = open_lock_file(path)
         forking.register(self)
 
     def join(self, byte: int) -> int:
