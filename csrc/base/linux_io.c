@@ -74,17 +74,29 @@ int onion_data_walk_begin(struct onion_data_walk *walk, int fd) {
     return status;
 }
 
+/* Where the first data at or after `offset` begins, if that is below `before`: 1, 0 or -errno. *start is -1 where the file
+ * system knows no holes. */
+static int first_data(int fd, uint64_t offset, uint64_t before, off_t *start) {
+    *start = -1;
+    if (offset >= before)
+        return 0;
+    *start = lseek(fd, (off_t)offset, SEEK_DATA);
+    if (*start < 0)
+        return errno == ENXIO ? 0 : (errno == EINVAL || errno == EOPNOTSUPP) ? 1 : -errno;
+    return (uint64_t)*start < before;
+}
+
 int onion_seek_data(int fd, uint64_t offset, uint64_t end, struct onion_data_span *span) {
+    return onion_seek_data_to(fd, offset, end, end, span);
+}
+
+int onion_seek_data_to(int fd, uint64_t offset, uint64_t before, uint64_t end, struct onion_data_span *span) {
     off_t start, stop;
+    int status = first_data(fd, offset, before, &start);
 
     *span = (struct onion_data_span){.offset = offset, .length = end - offset};
-    if (offset >= end)
-        return 0;
-    start = lseek(fd, (off_t)offset, SEEK_DATA);
-    if (start < 0)
-        return errno == ENXIO ? 0 : (errno == EINVAL || errno == EOPNOTSUPP) ? 1 : -errno;
-    if ((uint64_t)start >= end)
-        return 0;
+    if (status <= 0 || start < 0)
+        return status;
     stop = lseek(fd, start, SEEK_HOLE);
     if (stop < 0 && errno != ENXIO)
         return -errno;
@@ -92,6 +104,12 @@ int onion_seek_data(int fd, uint64_t offset, uint64_t end, struct onion_data_spa
     span->offset = (uint64_t)start;
     span->length = (stop > start && (uint64_t)stop < end ? (uint64_t)stop : end) - (uint64_t)start;
     return 1;
+}
+
+int onion_has_data(int fd, uint64_t offset, uint64_t end) {
+    off_t start;
+
+    return first_data(fd, offset, end, &start);
 }
 
 int onion_was_cut(int fd, uint64_t size_bytes) {

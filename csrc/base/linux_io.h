@@ -37,6 +37,11 @@ int onion_data_walk_next(struct onion_data_walk *walk, uint64_t offset, uint64_t
 
 /* The first range at or after `offset` that SEEK_DATA calls data, cut at `end`: 1, 0 or -errno as above. */
 int onion_seek_data(int fd, uint64_t offset, uint64_t end, struct onion_data_span *span);
+/* The same, of data that begins below `before`; it may reach past that, and is cut at `end`. */
+int onion_seek_data_to(int fd, uint64_t offset, uint64_t before, uint64_t end, struct onion_data_span *span);
+
+/* Whether something from `offset` up to `end` is data: 1, 0 or -errno. It does not look where that ends. */
+int onion_has_data(int fd, uint64_t offset, uint64_t end);
 
 /* Whether fd is a regular file that is shorter than it was when its size was taken: 1, 0 or -errno. Everything
  * beyond the end of a file looks like a hole. So code that lets a hole read zero asks this after onion_seek_data; 0

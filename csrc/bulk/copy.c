@@ -77,6 +77,14 @@ struct copy_piece {
     uint64_t source_offset, destination_offset, length;
 };
 
+/* A range of a source that has no holes, as one thread found it last. Where an extent lies in it, nobody looks again: on
+ * tmpfs the look for the end of the data goes through all pages up to there, so that a copy of a segment whose blocks lie
+ * scattered took time with the square of their number. If a hole comes to be in it, that is copied as zeros. */
+struct known_data {
+    const struct copy_pair *pair;
+    uint64_t offset, end;
+};
+
 static uint64_t min_u64(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
 static int is_cancelled(const struct copy_job *job) {
@@ -259,7 +267,6 @@ static int write_zeros(struct copy_job *job, struct copy_piece *piece) {
  * never makes a file longer. */
 static int make_hole(const struct copy_piece *piece) {
     uint64_t end = piece->destination_offset + piece->length;
-    struct onion_data_span data;
     struct stat destination;
     int status;
 
@@ -267,7 +274,7 @@ static int make_hole(const struct copy_piece *piece) {
         return -errno;
     if (!S_ISREG(destination.st_mode) || end > (uint64_t)destination.st_size)
         return 0;
-    status = onion_seek_data(piece->pair->destination, piece->destination_offset, end, &data);
+    status = onion_has_data(piece->pair->destination, piece->destination_offset, end);
     if (status <= 0)
         return status < 0 ? status : 1; /* it is a hole already, so save a journal transaction of the file system */
     return onion_punch(piece->pair->destination, piece->destination_offset, piece->length);
@@ -295,16 +302,31 @@ static int move_data(struct copy_job *job, unsigned char *buffer, struct copy_pi
     return status < 0 ? status : copy_through_buffer(job, buffer, piece);
 }
 
-static int move_data_and_holes(struct copy_job *job, unsigned char *buffer, struct copy_piece *piece) {
+/* Finds the first data of the source from the beginning of the piece on; *data reaches past the piece where that does.
+ * Returns 1, 0 if all of the piece is a hole, or a negative code. */
+static int find_data(const struct copy_piece *piece, struct known_data *data) {
+    struct onion_data_span span;
+    int status;
+
+    if (data->pair == piece->pair && data->offset <= piece->source_offset && piece->source_offset < data->end)
+        return 1;
+    status = onion_seek_data_to(piece->pair->source, piece->source_offset, piece->source_offset + piece->length,
+                                piece->pair->source_size_bytes, &span);
+    if (status > 0)
+        *data = (struct known_data){.pair = piece->pair, .offset = span.offset, .end = span.offset + span.length};
+    return status;
+}
+
+static int move_data_and_holes(struct copy_job *job, unsigned char *buffer, struct known_data *data,
+                               struct copy_piece *piece) {
     while (piece->length > 0) {
-        uint64_t end = piece->source_offset + piece->length;
-        struct onion_data_span data = {0};
+        uint64_t end = piece->source_offset + piece->length, offset = piece->source_offset;
         struct copy_piece part = *piece;
-        int status = onion_seek_data(piece->pair->source, piece->source_offset, end, &data);
+        int status = find_data(piece, data);
 
         if (status < 0)
             return status;
-        part.length = (status ? data.offset : end) - piece->source_offset;
+        part.length = !status ? piece->length : data->offset > offset ? data->offset - offset : 0;
         status = part.length > 0 ? onion_was_cut(piece->pair->source, piece->pair->source_size_bytes) : 0;
         if (status != 0)
             return status < 0 ? status : -EIO;
@@ -312,8 +334,8 @@ static int move_data_and_holes(struct copy_job *job, unsigned char *buffer, stru
         status = make_zero(job, &part);
         if (status == 0 && piece->length > 0) {
             part = *piece;
-            part.length = data.length;
-            advance(piece, data.length);
+            part.length = min_u64(data->end, end) - part.source_offset;
+            advance(piece, part.length);
             status = move_data(job, buffer, &part);
         }
         if (status < 0)
@@ -322,7 +344,7 @@ static int move_data_and_holes(struct copy_job *job, unsigned char *buffer, stru
     return 0;
 }
 
-static int copy_piece(struct copy_job *job, unsigned char *buffer, struct copy_piece *piece) {
+static int copy_piece(struct copy_job *job, unsigned char *buffer, struct known_data *data, struct copy_piece *piece) {
     const struct copy_pair *pair = piece->pair;
 
     if (pair->source < 0)
@@ -332,7 +354,7 @@ static int copy_piece(struct copy_job *job, unsigned char *buffer, struct copy_p
     if (piece->source_offset + piece->length > pair->source_size_bytes)
         return -EIO;
     return (job->flags & (ONION_COPY_ZERO_HOLES | ONION_COPY_SOLID)) == ONION_COPY_ZERO_HOLES
-               ? move_data_and_holes(job, buffer, piece)
+               ? move_data_and_holes(job, buffer, data, piece)
                : move_data(job, buffer, piece);
 }
 
@@ -391,6 +413,7 @@ static void fail(struct copy_job *job, int status) {
 static void *copy_pieces(void *argument) {
     struct copy_job *job = argument;
     struct copy_piece piece;
+    struct known_data data = {0};
     void *buffer = NULL;
 
     if (posix_memalign(&buffer, ALIGNMENT_BYTES, BUFFER_BYTES) != 0) {
@@ -398,7 +421,7 @@ static void *copy_pieces(void *argument) {
         return NULL;
     }
     while (take_piece(job, &piece)) {
-        int status = copy_piece(job, buffer, &piece);
+        int status = copy_piece(job, buffer, &data, &piece);
         if (status < 0)
             fail(job, status);
         else

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "bulk/copy.h"
@@ -22,6 +23,15 @@
     } while (0)
 
 enum { FILE_BYTES = 600 * 1024, EXTENTS_MAX = 64 };
+
+/* In the place of libc's: how often somebody looked for the end of data. */
+static int looks_for_ends;
+
+off_t lseek(int fd, off_t offset, int whence) {
+    if (whence == SEEK_HOLE)
+        __atomic_fetch_add(&looks_for_ends, 1, __ATOMIC_RELAXED);
+    return syscall(SYS_lseek, fd, offset, whence);
+}
 
 static int temporary_file(void) {
     const char *directory = getenv("TMPDIR");
@@ -107,6 +117,30 @@ static void check_random_extents(int with_holes, int flags, int threads) {
     close(destination);
 }
 
+/* A look for the end of data takes longer the farther that is: on tmpfs it goes through all pages up to there. */
+static void check_that_the_end_of_data_is_looked_for_once(void) {
+    static unsigned char contents[FILE_BYTES], got[FILE_BYTES];
+    struct onion_copy_extent extents[EXTENTS_MAX];
+    struct onion_copy_progress progress = {0};
+    int source = temporary_file(), destination = temporary_file();
+
+    fill(source, contents, 0);
+    for (size_t i = 0; i < EXTENTS_MAX; i++)
+        extents[i] = (struct onion_copy_extent){source, destination, (i * 37) % EXTENTS_MAX * 4096, i * 4096, 4096};
+    looks_for_ends = 0;
+    CHECK(onion_copy(extents, EXTENTS_MAX, 1, ONION_COPY_ZERO_HOLES, &progress) == 0);
+    CHECK(looks_for_ends == 1);
+    CHECK(pread(destination, got, EXTENTS_MAX * 4096, 0) == EXTENTS_MAX * 4096);
+    for (size_t i = 0; i < EXTENTS_MAX; i++)
+        CHECK(memcmp(got + i * 4096, contents + (i * 37) % EXTENTS_MAX * 4096, 4096) == 0);
+    for (size_t i = 0; i < EXTENTS_MAX; i++)
+        extents[i].source = -1;
+    CHECK(onion_copy(extents, EXTENTS_MAX, 1, ONION_COPY_ZERO_HOLES, &progress) == 0);
+    CHECK(looks_for_ends == 1); /* whether there is something to punch is told by where data begins */
+    close(source);
+    close(destination);
+}
+
 static void *cancel_after_the_first_bytes(void *argument) {
     struct onion_copy_progress *progress = argument;
 
@@ -146,6 +180,7 @@ int main(void) {
     srand(1);
     for (int i = 0; i < 48; i++)
         check_random_extents(i % 2, i / 2 % 4, 1 + i / 8 % 4);
+    check_that_the_end_of_data_is_looked_for_once();
     check_cancel();
     check_refusals();
     return 0;

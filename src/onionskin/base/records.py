@@ -45,32 +45,45 @@ class _AsDataclass:
         self._find = find
 
     def __get__(self, of: Any, kind: type) -> Any:
-        return self._find(_dataclass_like(kind))
+        return self._find(kind)
 
 
 def _dataclass_like(kind: type) -> type:
+    """Return a dataclass of the fields of a record, or of the record that a class inherits from."""
+    record_kind: Any = next(one for one in kind.__mro__ if "_setters" in one.__dict__)
+    if record_kind is _Record:
+        raise AttributeError(f"{kind.__qualname__} is no record")
+    found: type | None = record_kind.__dict__.get("_like")
+    if found is None:  # two threads may make one each, and either is good
+        found = record_kind._like = _made_dataclass(record_kind)
+    return found
+
+
+def _made_dataclass(kind: Any) -> type:
     import dataclasses
 
-    names: tuple[str, ...] = kind.__match_args__  # type: ignore[attr-defined]
-    factories: dict[str, _Field] = kind._factories  # type: ignore[attr-defined]
+    factories: dict[str, _Field] = kind._factories
     made = {
         name: dataclasses.field(default_factory=one.default_factory, hash=one.hash) for name, one in factories.items()
     }
-    defaults: dict[str, Any] = kind._defaults  # type: ignore[attr-defined]
-    annotations = {name: kind.__annotations__[name] for name in names}
-    return dataclasses.dataclass(type(kind.__name__, (), {"__annotations__": annotations, **defaults, **made}))
+    annotations = {name: kind.__annotations__[name] for name in kind.__match_args__}
+    like = type(kind.__name__, (), {"__annotations__": annotations, **kind._defaults, **made})
+    return dataclasses.dataclass(frozen=issubclass(kind, _Frozen))(like)
 
 
-def _signature(like: type) -> Any:
+def _signature(kind: Any) -> Any:
     import inspect
 
-    return inspect.signature(like)
+    if kind.__init__ is not _Record.__init__:
+        raise AttributeError(f"{kind.__qualname__} says itself what it is made of")
+    return inspect.signature(_dataclass_like(kind))
 
 
 class _Record:
     __slots__ = ()
     __match_args__: ClassVar[tuple[str, ...]] = ()
-    __dataclass_fields__ = _AsDataclass(lambda like: like.__dataclass_fields__)  # type: ignore[attr-defined]
+    __dataclass_fields__ = _AsDataclass(lambda kind: _dataclass_like(kind).__dataclass_fields__)  # type: ignore[attr-defined]
+    __dataclass_params__ = _AsDataclass(lambda kind: _dataclass_like(kind).__dataclass_params__)  # type: ignore[attr-defined]
     __signature__ = _AsDataclass(_signature)
     _setters: ClassVar[tuple[Callable[[Any, Any], None], ...]] = ()
     _defaults: ClassVar[dict[str, Any]] = {}
@@ -123,6 +136,9 @@ class _Record:
 
     def __replace__(self, **changes: Any) -> Any:
         return type(self)(**as_dict(self) | changes)
+
+
+_Record.__annotations__ = {}  # `typing.get_type_hints` of a record is to give its fields, and nothing else
 
 
 class _Frozen(_Record):

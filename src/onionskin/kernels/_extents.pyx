@@ -79,7 +79,7 @@ cdef class Extents:
         cdef onion_extent_row row
         cdef uint64_t end = 0
         for row.offset, row.length, row.state, row.source, row.place in extents:
-            if row.offset < end or not row.length or row.offset + row.length > ONION_EXTENTS_END:
+            if row.offset < end or not row.length or row.offset > ONION_EXTENTS_END - min(row.length, ONION_EXTENTS_END):
                 raise ValueError(f"the extent of {row.length} bytes at {row.offset} is empty, out of order, or too far away")
             end = row.offset + row.length
             check(onion_extents_add(&made.table, &row))

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import inspect
 import pickle
+import typing
 from typing import Any
 
 import pytest
@@ -95,6 +96,43 @@ def test_a_record_is_copied_pickled_and_matched() -> None:
             assert (name, size) == ("a", 5)
         case _:
             raise AssertionError
+
+
+class Below(Ours):
+    """A class that inherits from a record, and is none itself."""
+
+
+class BelowTheirs(Theirs):
+    """The same, of a dataclass."""
+
+
+@dataclasses.dataclass(frozen=True)
+class More(Ours):
+    """A dataclass with a field more than a record."""
+
+    more: int = 7
+
+
+def test_a_class_that_inherits_from_a_record_is_a_dataclass_too() -> None:
+    assert dataclasses.is_dataclass(Below) and inspect.signature(Below) == inspect.signature(Ours)
+    assert dataclasses.asdict(Below("a")) == dataclasses.asdict(BelowTheirs("a"))
+    assert dataclasses.replace(Below("a"), size=4) == Below("a", 4) != Ours("a", 4)
+
+
+def test_a_dataclass_inherits_the_fields_of_a_record() -> None:
+    one = More("a", more=8)
+    assert dataclasses.asdict(one) == {"name": "a", "size": 3, "labels": {}, "more": 8}
+    assert list(inspect.signature(More).parameters) == ["name", "size", "labels", "more"]
+    assert pickle.loads(pickle.dumps(one)) == copy.copy(one) == one != More("a")
+    assert hash(dataclasses.replace(More("a"), more=8)) == hash(dataclasses.replace(one, labels={}))
+    with pytest.raises(TypeError, match="cannot inherit non-frozen"):
+        dataclasses.dataclass(type("Changing", (Ours,), {}))
+
+
+def test_the_fields_of_a_record_are_made_once_and_nothing_else_is_one() -> None:
+    assert dataclasses.fields(Ours)[0] is dataclasses.fields(Ours("a"))[0]
+    assert not any(dataclasses.is_dataclass(kind) for kind in Ours.__mro__[1:])
+    assert list(typing.get_type_hints(Ours)) == ["name", "size", "labels"]
 
 
 def test_two_kinds_with_the_same_values_differ() -> None:

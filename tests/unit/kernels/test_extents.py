@@ -148,7 +148,13 @@ def test_what_is_no_table_is_refused() -> None:
         Extents([(10, 20), (5, 30)])
     with pytest.raises(ValueError, match="too far"):
         Extents([(0, (1 << 63) + 1)])
-    for rows in ([(0, 0, DATA, 0, 0)], [(0, 8, DATA, 0, 0), (7, 1, DATA, 0, 0)], [((1 << 63) - 1, 2, DATA, 0, 0)]):
+    for rows in (
+        [(0, 0, DATA, 0, 0)],
+        [(0, 8, DATA, 0, 0), (7, 1, DATA, 0, 0)],
+        [((1 << 63) - 1, 2, DATA, 0, 0)],
+        [(1 << 63, (1 << 63) + 5, DATA, 0, 0)],
+        [(0, (1 << 64) - 1, DATA, 0, 0)],
+    ):
         with pytest.raises(ValueError, match="empty, out of order, or too far"):
             Extents.of(rows)
     with pytest.raises(TypeError):
