@@ -403,6 +403,20 @@ def test_many_that_were_opened_together_take_one_descriptor_until_the_last_is_cl
         assert count() == before
 
 
+def test_one_opening_lets_no_two_writers_have_one_volume(store: Store) -> None:
+    id, opening = store._opened.catalog.volume("job-3").id, WritersOpening(store._opened.layout.lock)
+    try:
+        lock = VolumeLock(store._opened.layout, id, "job-3", opening=opening)
+        with pytest.raises(StateError, match="open for writing"):
+            VolumeLock(store._opened.layout, id, "job-3", opening=opening)
+        with pytest.raises(StateError, match="open for writing"):
+            store.open("job-3")
+        lock.close()
+        store.open("job-3").close()
+    finally:
+        opening.leave()
+
+
 def test_the_child_of_a_fork_leaves_those_that_were_opened_together_locked(store: Store) -> None:
     with store._open_to_write("first", is_one_of_many=True) as first, ExitStack() as stack:
         opened = open_beside(first, NAMES)
