@@ -306,13 +306,15 @@ class QemuProcess:
         from onionskin.machine.ram import FIRST_PAGE, GuestRam  # it brings NumPy, which whoever only looks needs not
 
         ram = GuestRam(self._tracker, where.length)
-        ram.try_out(writes=not again)
-        if not again:
-            with suppress(OSError):  # a revert writes over what cannot be dropped
-                self._preload.forget(FIRST_PAGE)
         # The marks of noting look like pages that were swapped out.
         if not again or _swapped_bytes(self.pid):
             ram.add_private(swapped=True)
+        # QEMU may have put something into it (-device loader), which is nowhere else.
+        is_as_in_file = not (ram.unsaved_runs["start"] == FIRST_PAGE["start"]).any()
+        ram.try_out(writes=not again)
+        if not again and is_as_in_file:
+            with suppress(OSError):  # a revert writes over what cannot be dropped
+                self._preload.forget(FIRST_PAGE)
         self._preload.arm()
         ram.add_private(swapped=False)
         self.guest_ram = ram
