@@ -78,6 +78,15 @@ def test_writes_are_noted_from_before_the_first_instruction(launch: Launch, dire
     assert ram.unsaved_pages < 4096 // 2
 
 
+def test_what_the_hypervisor_put_into_the_first_page_is_there_when_the_guest_begins(launch: Launch) -> None:
+    process = launch(given={"qemu_args": ("-device", "loader,addr=0x400,data=0x12345678,data-len=4")})
+    ram = process.guest_ram
+    assert ram is not None
+    said = process.monitor.execute("human-monitor-command", {"command-line": "xp /1xw 0x400"})
+    assert said.split() == ["0000000000000400:", "0x12345678"]
+    assert ram._unsaved[0]  # the first snapshot has it, too
+
+
 def test_a_pause_says_whether_it_ran(launch: Launch) -> None:
     process = launch()
     assert process.pause() is False
@@ -273,6 +282,10 @@ def test_without_tracking_its_ram_is_a_shared_file_of_its_own(
         (("-bios", "/usr/share/OVMF/OVMF_CODE.fd"), "UEFI"),
         (("-device", "vfio-pci,host=01:00.0"), "vfio"),
         (("-netdev", "vhost-user,id=n"), "vhost-user"),
+        (("-device", "vhost-scsi-pci,wwpn=naa.5001405324af0985"), "vhost-scsi"),
+        (("-device", "pvrdma,netdev=n"), "pvrdma"),
+        (("-device", "scsi-generic,drive=d"), "a disk of the machine"),
+        (("-device", '{"driver":"scsi-block","drive":"d"}'), "a disk of the machine"),
         (("-device", "virtio-balloon-pci"), "balloon"),
         (("-device", '{"driver":"virtio-balloon-pci","free-page-reporting":true}'), "balloon"),
         (("-incoming", "defer"), "-incoming"),
