@@ -230,8 +230,8 @@ def test_a_machine_outlives_the_script_that_started_it_and_is_ended_all_the_same
     )
     try:
         assert process._child is not None
-        process._child.kill()
-        process._child.wait()
+        os.kill(process._child.pid, signal.SIGKILL)
+        assert process._child.wait(SECONDS_MAX) == -signal.SIGKILL
         assert process.wait(0) is None
         with Console(directory / "console") as console:
             process.resume()
@@ -420,6 +420,30 @@ def test_no_process_is_left_of_a_program_that_leaves_one_in_the_background(
         QemuHypervisor().check(Configuration(16 * MIB, program=str(script)), 1)
     pid = int((tmp_path / "pid").read_text())
     until(lambda: has_ended(pid))
+
+
+def test_no_session_is_killed_whose_number_may_be_somebody_elses_by_then(
+    qemu: list[str], directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = []
+
+    def kill(session: int, number: int) -> None:
+        os.waitid(os.P_PID, session, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # raises where it was reaped
+        killed.append(session)
+        os.kill(-session, number)
+
+    monkeypatch.setattr("os.killpg", kill)
+    script = tmp_path / "script"
+    script.write_text(f'#!/bin/sh\n{shlex.join(qemu)} "$@"\nsleep 1000 >/dev/null 2>&1 &\necho $! > {tmp_path}/pid\n')
+    script.chmod(0o700)
+    with pytest.raises(StateError, match=r"did not start: .*nonsense"):
+        QemuHypervisor().launch(
+            configuration([str(script)], qemu_args=("-device", "nonsense")),
+            **{"name": "lab", "directory": directory, "ram_file": None, "disks": [], "state": None},
+            identity=Identity(),
+        )
+    until(lambda: has_ended(int((tmp_path / "pid").read_text())))
+    assert len(killed) >= 2  # that of the look at its version, and that of the start
 
 
 def test_a_machine_type_that_is_missing_is_refused(qemu: list[str]) -> None:
