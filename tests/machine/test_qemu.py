@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,33 @@ def test_who_answers_in_the_place_of_its_qemu_is_named_and_not_taken_over(launch
     process.close()
     with pytest.raises(StateError, match=f"process {process.pid} answers at .* which is not QEMU of machine 'lab'"):
         adopt(os.getpid(), start_ticks(os.getpid()), "lab", directory, process.ram_file, is_tracked=True, on_event=None)
+
+
+def test_a_connection_that_ended_while_it_lives_is_made_again(launch: Launch, directory: Path, tmp_path: Path) -> None:
+    heard: list[str] = []
+    process = launch()
+    process._on_event = lambda event, _: heard.append(event)
+    process.prepare_state(tmp_path / "state")
+    assert not process.is_disconnected
+    with suppress(MonitorError):  # QEMU takes it for the end
+        process.monitor._await(_cut(process), "cut", SECONDS_MAX)
+    until(lambda: process.is_disconnected)
+    with pytest.raises(MonitorError, match="has it ended"):
+        _ = process.status
+    process.connect_again()
+    assert not process.is_disconnected
+    with Console(directory / "console") as console:
+        process.resume()
+        console.wait_ticks()
+    until(lambda: "RESUME" in heard)
+    process.prepare_state(tmp_path / "state")  # nothing of the first one is left
+    process.finish_state()
+
+
+async def _cut(process: QemuProcess) -> None:
+    writer = process.monitor._client._writer
+    assert writer is not None
+    writer.transport.abort()
 
 
 def test_without_tracking_its_ram_is_a_shared_file_of_its_own(

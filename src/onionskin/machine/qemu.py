@@ -227,7 +227,9 @@ class QemuProcess:
         self._prepared: tuple[str, Path] | None = None
         self._empty_state = b""
         self._status: int | None = None
+        self._is_closed = False
         self._ending = threading.Lock()
+        self._on_event = on_event
         self.monitor = self._connect(on_event)
         try:
             self._know_who_answers()
@@ -252,6 +254,31 @@ class QemuProcess:
                 f"{self.name!r} (process {self.pid}); end it, if it has no business there"
             )
         self.pid, self.ticks = answers, start_ticks(answers)
+
+    @property
+    def is_disconnected(self) -> bool:
+        """Whether the connection to it has ended, and nobody closed it."""
+        return self.monitor.is_broken
+
+    def connect_again(self) -> None:
+        """Connect to QEMU again, where the connection has ended and QEMU has not. Nobody may be using the machine.
+
+        Raises
+        ------
+        OSError, StateError
+            It does not answer: it is ending, or somebody else listens in its place.
+        """
+        found = Monitor(self.directory / qemu_command.QMP, self.name, on_event=self._on_event)
+        if found.pid not in (0, self.pid):
+            found.close()
+            raise StateError(f"process {found.pid} answers for QEMU of machine {self.name!r} (process {self.pid})")
+        with self._ending:
+            before, self.monitor = self.monitor, found
+            before.close()
+            if self._is_closed:
+                found.close()
+        self._prepared = None
+        self.drop_leftovers()
 
     def meet_library(self) -> None:
         """Connect to the library in the process. Raise OSError where it is not there."""
@@ -577,6 +604,7 @@ class QemuProcess:
 
     def close(self) -> None:
         """Close the connections. The process goes on, if it still runs."""
+        self._is_closed = True
         self.monitor.close()
         if self._preload is not None:
             self._preload.close()
