@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from onionskin.base.lazy import logger
 from onionskin.base.sockets import has_hung_up
+from onionskin.base.waiting import within
 from onionskin.errors import OnionskinError, StateError
 from onionskin.machine import capture, disk_server, orphans, qemu, record, restore
 from onionskin.machine.agent import kernel_of, tell_identity
@@ -649,7 +650,8 @@ class Supervisor:
             return f"unknown: {error}"
         except MonitorError:  # one that was killed gives up its connection a moment before it has ended
             self.wake()  # where it has not, `run` connects again
-            if self._process.wait(DYING_SECONDS) is not None:
+            within(DYING_SECONDS, lambda: self._process.wait(0) is not None or not self._process.is_disconnected)
+            if self._process.wait(0) is not None:
                 return _ENDED
         try:
             return self._process.status

@@ -340,6 +340,10 @@ class _Disconnected:
             raise MonitorError("it is being disconnected")
         return "paused"
 
+    @property
+    def is_disconnected(self) -> bool:
+        return not self.is_there
+
     def wait(self, seconds: float) -> None:
         self.is_there = True
 
