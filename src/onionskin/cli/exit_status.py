@@ -277,7 +277,7 @@ class Verbs(click.Group):
             from onionskin.cli import completion  # noqa: F401  it tells click of its bash
 
             try:
-                status = shell_complete(self, {}, "onionskin", "_ONIONSKIN_COMPLETE", instruction)
+                status: int = shell_complete(self, {}, "onionskin", "_ONIONSKIN_COMPLETE", instruction)
             except (click.ClickException, OnionskinError, OSError, ValueError, KeyboardInterrupt):
                 status = 1  # the line is not finished, and what is wrong with it is said when it is run
             sys.exit(status)
