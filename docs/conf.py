@@ -66,6 +66,8 @@ nitpick_ignore = [
             "TypeAliasForwardRef",
             "timedelta",
             "Path",
+            "Configuration",
+            "socket",
         ),  # what Sphinx makes of an alias and of a name in a quoted annotation
         "callable",
         "collections.abc.Callable",

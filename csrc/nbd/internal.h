@@ -172,6 +172,7 @@ struct onion_nbd_server {
     uint64_t next_id;
     int stopping;                    /* atomic */
     struct onion_nbd_asking *asking; /* connections that wait for their turn, first come first */
+    uint64_t askings;                /* how many have waited so far, those of `asking` included */
     int is_asked;                    /* one of them has it */
     struct onion_nbd_counters past;  /* the sum of connections that ended */
 

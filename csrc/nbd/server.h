@@ -128,11 +128,13 @@ enum onion_nbd_access { ONION_NBD_TO_WRITE, ONION_NBD_TO_READ, ONION_NBD_UNWRITT
  * -EEXIST: the name is taken. -EINVAL: the name or the description is longer than the protocol allows. */
 int onion_nbd_add_export(struct onion_nbd_server *server, const char *name, struct onion_volume *volume,
                          enum onion_nbd_access access, const char *description);
-/* Tells clients that wait for their turn to call find_export that an export of that name was added. They do not call it. */
-void onion_nbd_found(struct onion_nbd_server *server, const char *name);
-/* Copies the names that such clients ask for, each with a terminating zero: any bytes that they sent. The caller frees
- * them. Returns their length, or -ENOMEM. */
-int64_t onion_nbd_asked(struct onion_nbd_server *server, char **out);
+/* Copies the names for which clients wait until it is their turn to call find_export, each with a terminating zero: any
+ * bytes that they sent. The caller frees them. Returns their length, or -ENOMEM. `until` is set to a moment: all that wait
+ * now have asked before it. */
+int64_t onion_nbd_asked(struct onion_nbd_server *server, char **out, uint64_t *until);
+/* Tells those clients that asked before that moment that an export of that name was added. They do not call find_export.
+ * Who asked later still does: what the caller knows of the name may be older than that question. */
+void onion_nbd_found(struct onion_nbd_server *server, const char *name, uint64_t until);
 /* Makes the export of that name the one that clients get by the empty name. -ENOENT. */
 int onion_nbd_set_default(struct onion_nbd_server *server, const char *name);
 /* Connections that have the export open go on. Later clients ask for the new name. -ENOENT, -EEXIST, -EINVAL. */

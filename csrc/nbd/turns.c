@@ -14,6 +14,7 @@
 struct onion_nbd_asking {
     struct onion_nbd_asking *next;
     const struct onion_nbd_string *name;
+    uint64_t number; /* they are counted in the order in which they asked */
     int is_found;
     pthread_cond_t changed;
 };
@@ -44,6 +45,7 @@ static int wait_for_turn(struct onion_nbd_server *server, struct onion_nbd_askin
     while (*at)
         at = &(*at)->next;
     *at = own;
+    own->number = ++server->askings;
     while (server->is_asked && !own->is_found &&
            pthread_cond_timedwait(&own->changed, &server->lock, &until) != ETIMEDOUT)
         ;
@@ -74,21 +76,22 @@ int onion_nbd_ask(struct onion_nbd_server *server, const struct onion_nbd_string
     return is_found;
 }
 
-void onion_nbd_found(struct onion_nbd_server *server, const char *name) {
+void onion_nbd_found(struct onion_nbd_server *server, const char *name, uint64_t until) {
     size_t length = strlen(name);
     pthread_mutex_lock(&server->lock);
     for (struct onion_nbd_asking *at = server->asking; at; at = at->next)
-        if (at->name->length == length && !memcmp(at->name->bytes, name, length)) {
+        if (at->number <= until && at->name->length == length && !memcmp(at->name->bytes, name, length)) {
             at->is_found = 1;
             pthread_cond_signal(&at->changed);
         }
     pthread_mutex_unlock(&server->lock);
 }
 
-int64_t onion_nbd_asked(struct onion_nbd_server *server, char **out) {
+int64_t onion_nbd_asked(struct onion_nbd_server *server, char **out, uint64_t *until) {
     size_t length = 0;
     *out = NULL;
     pthread_mutex_lock(&server->lock);
+    *until = server->askings;
     for (struct onion_nbd_asking *at = server->asking; at; at = at->next)
         length += at->name->length + 1;
     char *to = *out = length ? malloc(length) : NULL;

@@ -1,13 +1,12 @@
-"""Stores and volumes for programs that use asyncio: a call that can take longer than a millisecond is awaited.
+"""Stores, volumes and machines for programs that use asyncio: a call that can take longer than a millisecond is awaited.
 
-Each method calls the method of the same name of `onionskin.Store` or `onionskin.Volume`, in a thread of a bounded pool.
-What must hold:
+Each method calls the method of the same name of `onionskin.Store`, `Volume`, `LiveVolume`, `Machine` or `MachinePool`, in a
+thread of a bounded pool. What must hold:
 
-- An await ends when its call has ended, even if the task was cancelled. When CancelledError is raised, the operation
-has
+- An await ends when its call has ended, even if the task was cancelled. When CancelledError is raised, the operation has
   happened or has not, no part of it is under way, and no thread still reads or writes a buffer of the caller.
 - A cancelled call that had not begun does not begin. A call that reports progress is told to stop when it reports next.
-- A volume or store that a cancelled call opened is closed again.
+- A volume, store or connection that a cancelled call opened is closed again, and a pool that it started is ended.
 - `close` waits for the calls that are under way, and no cancellation cuts it short.
 - Reads and writes have threads of their own, so that they do not wait behind merges.
 """
@@ -21,8 +20,11 @@ from contextlib import asynccontextmanager, suppress
 from datetime import UTC, timedelta, tzinfo
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar
 
+import onionskin.control.client
+import onionskin.machine.machine
+import onionskin.machine.pool
 import onionskin.store
 import onionskin.volume
 from onionskin.base.progress import Progress
@@ -37,10 +39,14 @@ from onionskin.operations.prune import Retention
 from onionskin.operations.usage import Usage
 
 if TYPE_CHECKING:
+    from socket import socket
+
     import numpy.typing
 
     from onionskin.base.annotations import AnyPath, Bytes, ExtentArray, ReadableBuffer, WipePolicy, WritableBuffer
     from onionskin.catalog import Defaults
+    from onionskin.machine.hypervisor import Configuration
+    from onionskin.machine.taken import MachineSnapshot
     from onionskin.operations.chain_members import ChainLayer
     from onionskin.operations.layering import Layering
     from onionskin.operations.machine_tree import MachineSnapshotInfo
@@ -55,6 +61,15 @@ THREADS = 8
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
 Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class _Ended(Protocol):
+    """What ends with a block of ``async with``."""
+
+    async def __aexit__(self, *error: object) -> None: ...
+
+
+Opened = TypeVar("Opened", bound=_Ended)
 
 
 def _twin_of(twin: object) -> Callable[[Method], Method]:
@@ -144,8 +159,9 @@ class Store:
         await self.close()
 
     async def run(self, function: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
-        """Run any function in a thread of the store, like the store's own methods: `onionskin.connect`, or a method of a
-        machine, for example. For functions that report progress there is `run_with_progress`.
+        """Run any function in a thread of the store, like the store's own methods.
+
+        For functions that report progress there is `run_with_progress`.
 
         Parameters
         ----------
@@ -185,7 +201,7 @@ class Store:
         """
         return await self._calls.run_with_progress(progress, lambda report: function(*args, progress=report, **kwargs))
 
-    def _opening(self, open: "Callable[[], onionskin.volume.Volume]") -> "Opening":
+    def _opening(self, open: "Callable[[], onionskin.volume.Volume]") -> "Opening[Volume]":
         async def opened() -> Volume:
             return Volume(self, await self._calls.run(open, undo=onionskin.volume.Volume.close))
 
@@ -204,7 +220,7 @@ class Store:
         wipe: "WipePolicy | None" = None,
         digest: bool = False,
         base_format: "Literal['raw'] | None" = None,
-    ) -> "Opening":
+    ) -> "Opening[Volume]":
         """Await `onionskin.Store.create`, or use it with ``async with``."""
         return self._opening(
             partial(
@@ -220,7 +236,9 @@ class Store:
         )
 
     @_twin_of(onionskin.store.Store.open)
-    def open(self, name: str, *, snapshot: str | None = None, verify: bool = False, mode: str = "w") -> "Opening":
+    def open(
+        self, name: str, *, snapshot: str | None = None, verify: bool = False, mode: str = "w"
+    ) -> "Opening[Volume]":
         """Await `onionskin.Store.open`, or use it with ``async with``."""
         return self._opening(partial(self.sync.open, name, snapshot=snapshot, verify=verify, mode=mode))
 
@@ -447,14 +465,15 @@ class Store:
         memory: "int | str",
         wipe: "WipePolicy | None" = None,
         **configuration: Any,
-    ) -> "onionskin.Machine":
-        """Await `onionskin.Store.create_machine`. The calls of what it returns block: await them with `run`."""
-        return await self.run(self.sync.create_machine, name, disks=disks, memory=memory, wipe=wipe, **configuration)
+    ) -> "Machine":
+        """Await `onionskin.Store.create_machine`."""
+        create = partial(self.sync.create_machine, disks=disks, memory=memory, wipe=wipe, **configuration)
+        return Machine(self, await self.run(create, name))
 
     @_twin_of(onionskin.store.Store.open_machine)
-    async def open_machine(self, name: str) -> "onionskin.Machine":
-        """Await `onionskin.Store.open_machine`. The calls of what it returns block: await them with `run`."""
-        return await self.run(self.sync.open_machine, name)
+    async def open_machine(self, name: str) -> "Machine":
+        """Await `onionskin.Store.open_machine`."""
+        return Machine(self, await self.run(self.sync.open_machine, name))
 
     @_twin_of(onionskin.store.Store.machines)
     async def machines(self, *, labels: "Mapping[str, str] | None" = None) -> "list[MachineInfo]":
@@ -593,23 +612,23 @@ class Store:
         self._calls.threads.end()
 
 
-class Opening:
-    """A volume that is to be opened or created. Await it, or use it with ``async with``, once: the call begins then."""
+class Opening(Generic[Opened]):
+    """What is to be opened or begun. Await it, or use it with ``async with``, once: the call begins then."""
 
-    def __init__(self, open: "Callable[[], Coroutine[Any, Any, Volume]]") -> None:
+    def __init__(self, open: "Callable[[], Coroutine[Any, Any, Opened]]") -> None:
         self._open = open
-        self._volume: Volume | None = None
+        self._opened: Opened | None = None
 
-    def __await__(self) -> "Generator[Any, None, Volume]":
+    def __await__(self) -> "Generator[Any, None, Opened]":
         return self._open().__await__()
 
-    async def __aenter__(self) -> "Volume":
-        self._volume = await self._open()
-        return self._volume
+    async def __aenter__(self) -> "Opened":
+        self._opened = await self._open()
+        return self._opened
 
     async def __aexit__(self, *error: object) -> None:
-        if self._volume is not None:
-            await self._volume.close()
+        if self._opened is not None:
+            await self._opened.__aexit__(*error)
 
 
 class Volume:
@@ -819,6 +838,397 @@ class Volume:
         await self._calls.end(self._sync.close)
 
 
+@_twin_of(onionskin.control.client.connect)
+def connect(store: Store, name: str) -> Opening["LiveVolume"]:
+    """Await `onionskin.connect`, or use it with ``async with``. The store is one of `onionskin.aio`, which is open."""
+    call = partial(onionskin.control.client.connect, store.sync, name)
+
+    async def connected() -> LiveVolume:
+        return LiveVolume(store, await store._calls.run(call, undo=onionskin.control.client.LiveVolume.close))
+
+    return Opening(connected)
+
+
+class LiveVolume:
+    """A volume that another process serves. `connect` returns it, and ``async with`` closes the connection.
+
+    Its calls run one after the other, also those of several tasks. Only `name` needs no await. The documentation of `Store`
+    says what holds when an await is cancelled.
+    """
+
+    def __init__(self, store: Store, sync: "onionskin.control.client.LiveVolume") -> None:
+        self._sync = sync
+        # A thread of its own: calls that wait for their turn take none of the store's, and do not begin if cancelled.
+        self._calls = _Calls(f"the connection to volume {sync.name!r}", _Threads(1), within=store._calls)
+
+    @property
+    def sync(self) -> "onionskin.control.client.LiveVolume":
+        """The `onionskin.LiveVolume` that does the work, for calls that may block."""
+        return self._sync
+
+    @property
+    def name(self) -> str:
+        """The volume's name, also after `rename`."""
+        return self._sync.name
+
+    def __repr__(self) -> str:
+        return f"<aio {self._sync!r}>"
+
+    async def __aenter__(self) -> "LiveVolume":
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def _run(self, function: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
+        return await self._calls.run(partial(function, *args, **kwargs))
+
+    @_twin_of(onionskin.control.client.LiveVolume.size_bytes)
+    async def size_bytes(self) -> int:
+        """Await the property `onionskin.LiveVolume.size_bytes`."""
+        return await self._run(lambda: self._sync.size_bytes)
+
+    @_twin_of(onionskin.control.client.LiveVolume.block_size)
+    async def block_size(self) -> int:
+        """Await the property `onionskin.LiveVolume.block_size`."""
+        return await self._run(lambda: self._sync.block_size)
+
+    @_twin_of(onionskin.control.client.LiveVolume.snapshots)
+    async def snapshots(self) -> list[Snapshot]:
+        """Await the property `onionskin.LiveVolume.snapshots`."""
+        return await self._run(lambda: self._sync.snapshots)
+
+    @_twin_of(onionskin.control.client.LiveVolume.parent)
+    async def parent(self) -> Snapshot | None:
+        """Await the property `onionskin.LiveVolume.parent`."""
+        return await self._run(lambda: self._sync.parent)
+
+    @_twin_of(onionskin.control.client.LiveVolume.head_changed)
+    async def head_changed(self) -> bool:
+        """Await the property `onionskin.LiveVolume.head_changed`."""
+        return await self._run(lambda: self._sync.head_changed)
+
+    @_twin_of(onionskin.control.client.LiveVolume.info)
+    async def info(self) -> dict[str, Any]:
+        """Await `onionskin.LiveVolume.info`."""
+        return await self._run(self._sync.info)
+
+    @_twin_of(onionskin.control.client.LiveVolume.stats)
+    async def stats(self) -> dict[str, Any]:
+        """Await `onionskin.LiveVolume.stats`."""
+        return await self._run(self._sync.stats)
+
+    @_twin_of(onionskin.control.client.LiveVolume.usage)
+    async def usage(self) -> list[Usage]:
+        """Await `onionskin.LiveVolume.usage`."""
+        return await self._run(self._sync.usage)
+
+    @_twin_of(onionskin.control.client.LiveVolume.diff)
+    async def diff(self, a: str, b: str | None = None) -> "ExtentArray":
+        """Await `onionskin.LiveVolume.diff`."""
+        return await self._run(self._sync.diff, a, b)
+
+    @_twin_of(onionskin.control.client.LiveVolume.read)
+    async def read(self, offset: int, length: int) -> bytes:
+        """Await `onionskin.LiveVolume.read`."""
+        return await self._run(self._sync.read, offset, length)
+
+    @_twin_of(onionskin.control.client.LiveVolume.trim)
+    async def trim(self, offset: int, length: int) -> None:
+        """Await `onionskin.LiveVolume.trim`."""
+        await self._run(self._sync.trim, offset, length)
+
+    @_twin_of(onionskin.control.client.LiveVolume.zero)
+    async def zero(self, offset: int, length: int) -> None:
+        """Await `onionskin.LiveVolume.zero`."""
+        await self._run(self._sync.zero, offset, length)
+
+    @_twin_of(onionskin.control.client.LiveVolume.flush)
+    async def flush(self) -> None:
+        """Await `onionskin.LiveVolume.flush`."""
+        await self._run(self._sync.flush)
+
+    @_twin_of(onionskin.control.client.LiveVolume.resize)
+    async def resize(self, size: "int | str", *, force: bool = False) -> None:
+        """Await `onionskin.LiveVolume.resize`."""
+        await self._run(self._sync.resize, size, force=force)
+
+    @_twin_of(onionskin.control.client.LiveVolume.snapshot)
+    async def snapshot(self, name: str | None = None, note: str = "") -> Snapshot:
+        """Await `onionskin.LiveVolume.snapshot`."""
+        return await self._run(self._sync.snapshot, name, note)
+
+    @_twin_of(onionskin.control.client.LiveVolume.revert)
+    async def revert(self, name: str, *, guid: str | None = None) -> None:
+        """Await `onionskin.LiveVolume.revert`."""
+        await self._run(self._sync.revert, name, guid=guid)
+
+    @_twin_of(onionskin.control.client.LiveVolume.discard)
+    async def discard(
+        self, name: "str | Sequence[str]", *, recursive: bool = False, guid: "str | Sequence[str] | None" = None
+    ) -> None:
+        """Await `onionskin.LiveVolume.discard`."""
+        await self._run(self._sync.discard, name, recursive=recursive, guid=guid)
+
+    @_twin_of(onionskin.control.client.LiveVolume.merge)
+    async def merge(self, name: "str | Sequence[str]", *, guid: "str | Sequence[str] | None" = None) -> None:
+        """Await `onionskin.LiveVolume.merge`."""
+        await self._run(self._sync.merge, name, guid=guid)
+
+    @_twin_of(onionskin.control.client.LiveVolume.rename)
+    async def rename(self, new_name: str) -> None:
+        """Await `onionskin.LiveVolume.rename`."""
+        await self._run(self._sync.rename, new_name)
+
+    @_twin_of(onionskin.control.client.LiveVolume.merge_into_base)
+    async def merge_into_base(
+        self,
+        upto: str | None = None,
+        *,
+        progress: Progress | None = None,
+        threads: int = 0,
+        bytes_per_second: int = 0,
+    ) -> None:
+        """Await `onionskin.LiveVolume.merge_into_base`. A cancelled task cancels the merge, and ends the connection."""
+        merge = partial(self._sync.merge_into_base, upto, threads=threads, bytes_per_second=bytes_per_second)
+        await self._calls.run_with_progress(progress, lambda report: merge(progress=report))
+
+    @_twin_of(onionskin.control.client.LiveVolume.close)
+    async def close(self) -> None:
+        """Await `onionskin.LiveVolume.close`, after all calls that are under way."""
+        try:
+            await self._calls.end(self._sync.close)
+        finally:
+            self._sync.close()  # also behind a store that was closed, where no call is made any more
+            self._calls.threads.end()
+
+
+class Machine:
+    """A machine. `Store.create_machine` and `Store.open_machine` return it. It holds nothing, so it need not be closed.
+
+    Only `name` needs no await. `run` and `be_pool` are not here, because they take a whole process. The documentation of
+    `Store` says what holds when an await is cancelled; so a cancelled `stop` goes on for as long as the guest has.
+    """
+
+    def __init__(self, store: Store, sync: "onionskin.machine.machine.Machine") -> None:
+        self._store = store
+        self._sync = sync
+
+    @property
+    def store(self) -> Store:
+        """The store in which the machine was opened."""
+        return self._store
+
+    @property
+    def sync(self) -> "onionskin.machine.machine.Machine":
+        """The `onionskin.Machine` that does the work, for calls that may block."""
+        return self._sync
+
+    @property
+    def name(self) -> str:
+        """As it was called when it was opened."""
+        return self._sync.name
+
+    def __repr__(self) -> str:
+        return f"<aio {self._sync!r}>"
+
+    async def _run(self, function: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
+        return await self._store.run(function, *args, **kwargs)
+
+    # ---- looking ----
+
+    @_twin_of(onionskin.machine.machine.Machine.state)
+    async def state(self) -> str:
+        """Await the property `onionskin.Machine.state`."""
+        return await self._run(lambda: self._sync.state)
+
+    @_twin_of(onionskin.machine.machine.Machine.configuration)
+    async def configuration(self) -> "Configuration":
+        """Await the property `onionskin.Machine.configuration`."""
+        return await self._run(lambda: self._sync.configuration)
+
+    @_twin_of(onionskin.machine.machine.Machine.snapshots)
+    async def snapshots(self) -> "list[MachineSnapshotInfo]":
+        """Await the property `onionskin.Machine.snapshots`."""
+        return await self._run(lambda: self._sync.snapshots)
+
+    @_twin_of(onionskin.machine.machine.Machine.info)
+    async def info(self) -> "MachineInfo":
+        """Await `onionskin.Machine.info`."""
+        return await self._run(self._sync.info)
+
+    @_twin_of(onionskin.machine.machine.Machine.status)
+    async def status(self) -> dict[str, Any]:
+        """Await `onionskin.Machine.status`."""
+        return await self._run(self._sync.status)
+
+    @_twin_of(onionskin.machine.machine.Machine.console)
+    async def console(self) -> "socket":
+        """Await `onionskin.Machine.console`. If the task is cancelled, the connection is closed."""
+        return await self._store._calls.run(self._sync.console, undo=lambda connection: connection.close())
+
+    # ---- running ----
+
+    @_twin_of(onionskin.machine.machine.Machine.start)
+    async def start(self, *, paused: bool = False, fresh: bool = False) -> None:
+        """Await `onionskin.Machine.start`."""
+        await self._run(self._sync.start, paused=paused, fresh=fresh)
+
+    @_twin_of(onionskin.machine.machine.Machine.stop)
+    async def stop(self, timeout: float | None = None, *, force: bool = False) -> None:
+        """Await `onionskin.Machine.stop`."""
+        await self._run(self._sync.stop, timeout, force=force)
+
+    @_twin_of(onionskin.machine.machine.Machine.pause)
+    async def pause(self) -> bool:
+        """Await `onionskin.Machine.pause`."""
+        return await self._run(self._sync.pause)
+
+    @_twin_of(onionskin.machine.machine.Machine.resume)
+    async def resume(self) -> None:
+        """Await `onionskin.Machine.resume`."""
+        await self._run(self._sync.resume)
+
+    @_twin_of(onionskin.machine.machine.Machine.tell)
+    async def tell(self, hostname: str | None = None, *, clock: bool = True) -> list[str]:
+        """Await `onionskin.Machine.tell`."""
+        return await self._run(self._sync.tell, hostname, clock=clock)
+
+    # ---- snapshots ----
+
+    @_twin_of(onionskin.machine.machine.Machine.snapshot)
+    async def snapshot(
+        self, name: str | None = None, note: str = "", *, mode: str | None = None, freeze: bool = False
+    ) -> "MachineSnapshot":
+        """Await `onionskin.Machine.snapshot`."""
+        return await self._run(self._sync.snapshot, name, note, mode=mode, freeze=freeze)
+
+    @_twin_of(onionskin.machine.machine.Machine.revert)
+    async def revert(self, name: str) -> None:
+        """Await `onionskin.Machine.revert`."""
+        await self._run(self._sync.revert, name)
+
+    @_twin_of(onionskin.machine.machine.Machine.revert_to_beginning)
+    async def revert_to_beginning(self) -> None:
+        """Await `onionskin.Machine.revert_to_beginning`."""
+        await self._run(self._sync.revert_to_beginning)
+
+    @_twin_of(onionskin.machine.machine.Machine.merge)
+    async def merge(self, names: "str | Sequence[str]") -> list[str]:
+        """Await `onionskin.Machine.merge`."""
+        return await self._run(self._sync.merge, names)
+
+    @_twin_of(onionskin.machine.machine.Machine.discard)
+    async def discard(self, names: "str | Sequence[str]", *, recursive: bool = False) -> list[str]:
+        """Await `onionskin.Machine.discard`."""
+        return await self._run(self._sync.discard, names, recursive=recursive)
+
+    @_twin_of(onionskin.machine.machine.Machine.delete)
+    async def delete(self, *, recursive: bool = False) -> int:
+        """Await `onionskin.Machine.delete`."""
+        return await self._run(self._sync.delete, recursive=recursive)
+
+    @_twin_of(onionskin.machine.machine.Machine.fork)
+    async def fork(
+        self,
+        snapshot: str,
+        *,
+        count: int | None = None,
+        names: "Sequence[str] | None" = None,
+        pattern: str | None = None,
+        idempotency_key: str | None = None,
+        lifetime: "str | float | timedelta | None" = None,
+        labels: "Mapping[str, str] | None" = None,
+        wipe: "WipePolicy | None" = None,
+        network: bool = False,
+        start: bool = True,
+    ) -> "list[Machine]":
+        """Await `onionskin.Machine.fork`. If the task is cancelled meanwhile, either none is left or all of them run."""
+        forks = await self._run(
+            self._sync.fork,
+            snapshot,
+            count=count,
+            names=names,
+            pattern=pattern,
+            idempotency_key=idempotency_key,
+            lifetime=lifetime,
+            labels=labels,
+            wipe=wipe,
+            network=network,
+            start=start,
+        )
+        return [Machine(self._store, one) for one in forks]
+
+    @_twin_of(onionskin.machine.machine.Machine.pool)
+    def pool(self, snapshot: str, *, warm: int = 4) -> "Opening[MachinePool]":
+        """Await `onionskin.Machine.pool`, or use it with ``async with``. If that is cancelled, the pool is ended."""
+        call = partial(self._sync.pool, snapshot, warm=warm)
+
+        async def started() -> MachinePool:
+            pool = await self._store._calls.run(call, undo=onionskin.machine.pool.MachinePool.stop)
+            return MachinePool(self._store, pool)
+
+        return Opening(started)
+
+    @_twin_of(onionskin.machine.machine.Machine.pools)
+    async def pools(self) -> "list[MachinePool]":
+        """Await `onionskin.Machine.pools`."""
+        return [MachinePool(self._store, one) for one in await self._run(self._sync.pools)]
+
+
+class MachinePool:
+    """Forks of a snapshot that are ready to run. `Machine.pool` and `Machine.pools` return it, and ``async with`` ends it.
+
+    Only `snapshot` needs no await. The documentation of `Store` says what holds when an await is cancelled.
+    """
+
+    def __init__(self, store: Store, sync: "onionskin.machine.pool.MachinePool") -> None:
+        self._store = store
+        self._sync = sync
+
+    @property
+    def sync(self) -> "onionskin.machine.pool.MachinePool":
+        """The `onionskin.MachinePool` that does the work, for calls that may block."""
+        return self._sync
+
+    @property
+    def snapshot(self) -> str:
+        """The snapshot."""
+        return self._sync.snapshot
+
+    def __repr__(self) -> str:
+        return f"<aio {self._sync!r}>"
+
+    async def __aenter__(self) -> "MachinePool":
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._store._calls.finish(self._sync.stop)
+
+    async def _run(self, function: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
+        return await self._store.run(function, *args, **kwargs)
+
+    @_twin_of(onionskin.machine.pool.MachinePool.is_there)
+    async def is_there(self) -> bool:
+        """Await the property `onionskin.MachinePool.is_there`."""
+        return await self._run(lambda: self._sync.is_there)
+
+    @_twin_of(onionskin.machine.pool.MachinePool.status)
+    async def status(self) -> dict[str, Any]:
+        """Await `onionskin.MachinePool.status`."""
+        return await self._run(self._sync.status)
+
+    @_twin_of(onionskin.machine.pool.MachinePool.wait)
+    async def wait(self) -> None:
+        """Await `onionskin.MachinePool.wait`."""
+        await self._run(self._sync.wait)
+
+    @_twin_of(onionskin.machine.pool.MachinePool.stop)
+    async def stop(self) -> None:
+        """Await `onionskin.MachinePool.stop`."""
+        await self._run(self._sync.stop)
+
+
 class _Threads:
     """The two pools of threads of a store: one for reads and writes, one for other calls. They start when needed."""
 
@@ -991,4 +1401,4 @@ class _Report:
             self.error = StateError("the task that waited for it was cancelled")
 
 
-__all__ = ["Opening", "Store", "Volume"]
+__all__ = ["LiveVolume", "Machine", "MachinePool", "Opening", "Store", "Volume", "connect"]

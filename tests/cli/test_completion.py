@@ -127,7 +127,7 @@ def typed() -> Iterator[Callable[[Path, str], list[str]]]:
 
 
 SETUP = f"""\
-PS1=; bind "set bell-style none"; bind "set enable-bracketed-paste off"
+PS1=; shopt -s failglob; bind "set bell-style none"; bind "set enable-bracketed-paste off"
 shown() {{ printf '|words'; printf '|%s' "$@" over; echo '|'; }}
 onionskin() {{ if [ "$_ONIONSKIN_COMPLETE" ]; then {sys.executable} -m onionskin; else shown "$@"; fi; }}
 eval "$({sys.executable} -m onionskin completion bash)"
@@ -154,6 +154,10 @@ def until(descriptor: int, end: bytes) -> bytes:
         ("onionskin info vms/i", ["info", "vms/it's $x"]),
         ("onionskin info 'vms/i", ["info", "vms/it's $x"]),
         ('onionskin info "vms/i', ["info", "vms/it's $x"]),
+        ('onionskin info "vms/st', ["info", "vms/st*r?"]),
+        ("onionskin info vms/st", ["info", "vms/st*r?"]),
+        ("onionskin info vms/co\\$", ["info", "vms/co$(exit)`exit`"]),
+        ('onionskin info "vms/co\\$', ["info", "vms/co$(exit)`exit`"]),
         ("onionskin info vms/col:", ["info", "vms/col:on"]),
         ("onionskin info ~/vms/we", ["info", "HOME/vms/web"]),
         ("onionskin set vms/web wipe=z", ["set", "vms/web", "wipe=zero"]),
@@ -165,10 +169,18 @@ def test_bash_gives_the_command_what_was_completed_in_one_word(
     run: Run, vms: Path, typed: Callable[[Path, str], list[str]], line: str, words: list[str]
 ) -> None:
     (vms.parent / "my disk.raw").touch()
-    for name in ("my vol", "it's $x", "col:on"):
+    for name in ("my vol", "it's $x", "col:on", "st*r?", "co$(exit)`exit`"):
         run("create", f"{vms}/{name}", "--size", "1M")
     run("snapshot", f"{vms}/my vol@a b")
     assert typed(vms.parent, line) == [word.replace("HOME", str(vms.parent)) for word in words]
+
+
+@pytest.mark.parametrize("line", ["onionskin infos vms/", "onionskin machine strat vms/"])
+def test_completing_a_line_that_is_wrong_shows_nothing(line: str) -> None:
+    environment = {"_ONIONSKIN_COMPLETE": "bash_complete", "_ONIONSKIN_LINE": line}
+    answer = CliRunner().invoke(onionskin, [], env=environment)
+    assert isinstance(answer.exception, SystemExit | None)
+    assert answer.output.strip() == ""
 
 
 def test_an_option_and_its_value_stay_one_word_in_each_shell() -> None:

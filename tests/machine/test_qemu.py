@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,15 @@ def test_writes_are_noted_from_before_the_first_instruction(launch: Launch, dire
     assert ram._unsaved[9]  # the page at 0x9000, which tick.S fills
     assert ram._unsaved[7]  # the boot sector itself
     assert ram.unsaved_pages < 4096 // 2
+
+
+def test_what_the_hypervisor_put_into_the_first_page_is_there_when_the_guest_begins(launch: Launch) -> None:
+    process = launch(given={"qemu_args": ("-device", "loader,addr=0x400,data=0x12345678,data-len=4")})
+    ram = process.guest_ram
+    assert ram is not None
+    said = process.monitor.execute("human-monitor-command", {"command-line": "xp /1xw 0x400"})
+    assert said.split() == ["0000000000000400:", "0x12345678"]
+    assert ram._unsaved[0]  # the first snapshot has it, too
 
 
 def test_a_pause_says_whether_it_ran(launch: Launch) -> None:
@@ -221,8 +231,8 @@ def test_a_machine_outlives_the_script_that_started_it_and_is_ended_all_the_same
     )
     try:
         assert process._child is not None
-        process._child.kill()
-        process._child.wait()
+        os.kill(process._child.pid, signal.SIGKILL)
+        assert process._child.wait(SECONDS_MAX) == -signal.SIGKILL
         assert process.wait(0) is None
         with Console(directory / "console") as console:
             process.resume()
@@ -238,6 +248,33 @@ def test_who_answers_in_the_place_of_its_qemu_is_named_and_not_taken_over(launch
     process.close()
     with pytest.raises(StateError, match=f"process {process.pid} answers at .* which is not QEMU of machine 'lab'"):
         adopt(os.getpid(), start_ticks(os.getpid()), "lab", directory, process.ram_file, is_tracked=True, on_event=None)
+
+
+def test_a_connection_that_ended_while_it_lives_is_made_again(launch: Launch, directory: Path, tmp_path: Path) -> None:
+    heard: list[str] = []
+    process = launch()
+    process._on_event = lambda event, _: heard.append(event)
+    process.prepare_state(tmp_path / "state")
+    assert not process.is_disconnected
+    with suppress(MonitorError):  # QEMU takes it for the end
+        process.monitor._await(_cut(process), "cut", SECONDS_MAX)
+    until(lambda: process.is_disconnected)
+    with pytest.raises(MonitorError, match="has it ended"):
+        _ = process.status
+    process.connect_again()
+    assert not process.is_disconnected
+    with Console(directory / "console") as console:
+        process.resume()
+        console.wait_ticks()
+    until(lambda: "RESUME" in heard)
+    process.prepare_state(tmp_path / "state")  # nothing of the first one is left
+    process.finish_state()
+
+
+async def _cut(process: QemuProcess) -> None:
+    writer = process.monitor._client._writer
+    assert writer is not None
+    writer.transport.abort()
 
 
 def test_without_tracking_its_ram_is_a_shared_file_of_its_own(
@@ -273,6 +310,10 @@ def test_without_tracking_its_ram_is_a_shared_file_of_its_own(
         (("-bios", "/usr/share/OVMF/OVMF_CODE.fd"), "UEFI"),
         (("-device", "vfio-pci,host=01:00.0"), "vfio"),
         (("-netdev", "vhost-user,id=n"), "vhost-user"),
+        (("-device", "vhost-scsi-pci,wwpn=naa.5001405324af0985"), "vhost-scsi"),
+        (("-device", "pvrdma,netdev=n"), "pvrdma"),
+        (("-device", "scsi-generic,drive=d"), "a disk of the machine"),
+        (("-device", '{"driver":"scsi-block","drive":"d"}'), "a disk of the machine"),
         (("-device", "virtio-balloon-pci"), "balloon"),
         (("-device", '{"driver":"virtio-balloon-pci","free-page-reporting":true}'), "balloon"),
         (("-incoming", "defer"), "-incoming"),
@@ -407,6 +448,30 @@ def test_no_process_is_left_of_a_program_that_leaves_one_in_the_background(
         QemuHypervisor().check(Configuration(16 * MIB, program=str(script)), 1)
     pid = int((tmp_path / "pid").read_text())
     until(lambda: has_ended(pid))
+
+
+def test_no_session_is_killed_whose_number_may_be_somebody_elses_by_then(
+    qemu: list[str], directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = []
+
+    def kill(session: int, number: int) -> None:
+        os.waitid(os.P_PID, session, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # raises where it was reaped
+        killed.append(session)
+        os.kill(-session, number)
+
+    monkeypatch.setattr("os.killpg", kill)
+    script = tmp_path / "script"
+    script.write_text(f'#!/bin/sh\n{shlex.join(qemu)} "$@"\nsleep 1000 >/dev/null 2>&1 &\necho $! > {tmp_path}/pid\n')
+    script.chmod(0o700)
+    with pytest.raises(StateError, match=r"did not start: .*nonsense"):
+        QemuHypervisor().launch(
+            configuration([str(script)], qemu_args=("-device", "nonsense")),
+            **{"name": "lab", "directory": directory, "ram_file": None, "disks": [], "state": None},
+            identity=Identity(),
+        )
+    until(lambda: has_ended(int((tmp_path / "pid").read_text())))
+    assert len(killed) >= 2  # that of the look at its version, and that of the start
 
 
 def test_a_machine_type_that_is_missing_is_refused(qemu: list[str]) -> None:

@@ -1,16 +1,19 @@
 """Machines with their supervisors: processes that stay, are asked, and are killed."""
 
 import array
+import ctypes
 import fcntl
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import termios
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,12 +22,14 @@ import pytest
 from support.guests import SECONDS_MAX, Console, configuration, count_in, has_ended, stop_process, until
 
 import onionskin
+from onionskin.base.sockets import credentials_of
 from onionskin.errors import FormatError, SnapshotExistsError, SnapshotNotFoundError, StateError
 from onionskin.machine.machine import Machine
 from onionskin.machine.monitor import Monitor
 from onionskin.machine.record import Record
 
 pytestmark = pytest.mark.slow  # each starts several processes
+_PIDFD_GETFD = 438  # asm-generic/unistd.h; Python 3.11 does not have the call
 PATIENCE = Path(__file__).parent.parent / "support" / "patience"
 
 
@@ -619,6 +624,35 @@ def test_a_killed_hypervisor_is_never_said_to_be_paused(lab: Machine) -> None:
     until(lambda: lab.state == "failed")
     lab.start()
     assert lab.state == "running"
+
+
+def test_a_machine_whose_monitor_was_disconnected_can_be_taken_and_put_back(lab: Machine) -> None:
+    lab.start()
+    cut_connections(pid_of(lab, "supervisor"), pid_of(lab, "hypervisor"))
+    until(lambda: lab.state == "running")
+    lab.snapshot("behind")
+    lab.revert("behind")
+    with console(lab) as screen:
+        screen.wait_ticks()
+
+
+def cut_connections(pid: int, other: int) -> None:
+    """Shut what a process has of connections to another one that listens."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    process = os.pidfd_open(pid)
+    count = 0
+    for one in os.listdir(f"/proc/{pid}/fd"):
+        copy = libc.syscall(_PIDFD_GETFD, process, int(one), 0)
+        if copy < 0 or not stat.S_ISSOCK(os.fstat(copy).st_mode):
+            continue
+        with socket.socket(fileno=copy) as connection:
+            if connection.family == socket.AF_UNIX and credentials_of(connection)[0] == other:
+                with suppress(OSError):
+                    if str(connection.getpeername()).endswith("qmp"):
+                        connection.shutdown(socket.SHUT_RDWR)
+                        count += 1
+    os.close(process)
+    assert count == 1
 
 
 def test_all_killed_leaves_a_machine_that_starts_again(lab: Machine) -> None:

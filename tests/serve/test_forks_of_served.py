@@ -222,6 +222,33 @@ def test_disks_are_forked_together_by_awaiting(at: Path) -> None:
     assert asyncio.run(_fork_awaited(at)) == {"web": ["web-1"], "db": ["db-1"]}
 
 
+async def _used_awaited(at: Path) -> None:
+    import asyncio
+
+    async with aio.Store(at) as store:
+        async with aio.connect(store, "web") as live:
+            assert (live.name, await live.size_bytes(), await live.block_size()) == ("web", MIB, 4096)
+            taken, *others = await asyncio.gather(live.snapshot("now"), live.read(0, 3), live.head_changed())
+            assert (taken.name, others[0]) == ("now", b"web")
+            assert [one.name for one in await live.snapshots()] == ["clean", "now"]
+            await live.zero(0, 8)
+            assert len(await live.diff("now")) == 1
+            with pytest.raises(onionskin.SnapshotNotFoundError):
+                await live.merge("gone")
+            await live.merge("now")
+        with pytest.raises(onionskin.StateError, match="closed"):
+            await live.info()
+        with pytest.raises(onionskin.StateError, match="nobody serves"):
+            await aio.connect(store, "db")
+
+
+def test_a_served_disk_is_used_by_awaiting(at: Path, here: Here) -> None:
+    import asyncio
+
+    here("web")
+    asyncio.run(_used_awaited(at))
+
+
 def test_the_command_line_forks_served_disks(at: Path, tmp_path: Path) -> None:
     with Serve(at / "web", "--socket", tmp_path / "s", log=tmp_path / "log") as server, server.client() as client:
         client.write(0, b"now")

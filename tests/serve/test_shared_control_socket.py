@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,11 +85,18 @@ def test_the_time_to_choose_is_for_all_of_the_choice_and_not_for_each_byte(
     served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, _ = served
+    has_come = threading.Event()
+
+    def begin() -> float:
+        assert has_come.wait(60)  # the first byte: else it would be sent to one who is gone
+        return time.monotonic() - 3600
+
     monkeypatch.setattr(server, "CHOICE_SECONDS", 3600)  # by the clock of the listener all of it is over at once
-    monkeypatch.setattr(server, "time", SimpleNamespace(monotonic=lambda: time.monotonic() - 3600))
+    monkeypatch.setattr(server, "time", SimpleNamespace(monotonic=begin))
     with connect_unix(_path(store, "b")) as connection:
         connection.settimeout(60)
         connection.sendall(b"\0")
+        has_come.set()
         assert frames.receive(connection, bytes_max=1 << 20)["version"] == frames.SHARED_VERSION
         assert frames.receive(connection, bytes_max=1 << 20) is None
 

@@ -24,10 +24,9 @@ from onionskin.base.named_tuples import NamedTuple
 
 _BASH: Final = """\
 %(complete_func)s() {
-    local IFS=$'\\n' line type value
+    local line type value
     COMPREPLY=()
-    for line in $(_ONIONSKIN_LINE="${COMP_LINE:0:COMP_POINT}" _ONIONSKIN_BREAKS="$COMP_WORDBREAKS" \\
-        %(complete_var)s=bash_complete %(prog_name)s); do
+    while IFS= read -r line; do
         type="${line%%%%,*}"
         value="${line#*,}"
         case $type in
@@ -35,7 +34,8 @@ _BASH: Final = """\
             file) compopt -o default ;;
             plain) COMPREPLY+=("$value") ;;
         esac
-    done
+    done <<< "$(_ONIONSKIN_LINE="${COMP_LINE:0:COMP_POINT}" _ONIONSKIN_BREAKS="$COMP_WORDBREAKS" \\
+        %(complete_var)s=bash_complete %(prog_name)s)"
     return 0
 }
 complete -o nosort -F %(complete_func)s %(prog_name)s

@@ -19,7 +19,7 @@ from onionskin.control.client import is_stopped
 from onionskin.errors import StateError
 
 try:
-    from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
+    from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError, Runstate
     from qemu.qmp import StateError as DisconnectedError
 except ImportError as error:
     raise StateError(
@@ -123,6 +123,11 @@ class Monitor:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the connection has ended, and nobody closed it: it takes no command any more."""
+        return not self._is_closed and self._client.runstate is not Runstate.RUNNING
 
     def close(self) -> None:
         """Disconnect. QEMU goes on. Further calls do nothing."""

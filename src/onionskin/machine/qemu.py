@@ -36,6 +36,7 @@ from onionskin.machine.monitor import JOB_PREFIX, Monitor, MonitorError, Monitor
 from onionskin.machine.orphans import copy_of_ram
 from onionskin.machine.preload import Preload, library
 from onionskin.machine.record import open_log
+from onionskin.machine.session import Session, say
 from onionskin.storage.locks import start_ticks
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ class QemuProcess:
         What its RAM is mapped over.
     on_event : callable, optional
         Is given QEMU's events.
-    child : Popen, optional
+    child : Session, optional
         The process, where it is a child of this one.
     is_tracked : bool
         Whether the preload library is in it.
@@ -209,7 +210,7 @@ class QemuProcess:
         ram_file: Path,
         *,
         on_event: OnEvent | None = None,
-        child: "subprocess.Popen[bytes] | None" = None,
+        child: Session | None = None,
         is_tracked: bool = True,
     ) -> None:
         self.pid = pid
@@ -226,7 +227,9 @@ class QemuProcess:
         self._prepared: tuple[str, Path] | None = None
         self._empty_state = b""
         self._status: int | None = None
+        self._is_closed = False
         self._ending = threading.Lock()
+        self._on_event = on_event
         self.monitor = self._connect(on_event)
         try:
             self._know_who_answers()
@@ -251,6 +254,31 @@ class QemuProcess:
                 f"{self.name!r} (process {self.pid}); end it, if it has no business there"
             )
         self.pid, self.ticks = answers, start_ticks(answers)
+
+    @property
+    def is_disconnected(self) -> bool:
+        """Whether the connection to it has ended, and nobody closed it."""
+        return self.monitor.is_broken
+
+    def connect_again(self) -> None:
+        """Connect to QEMU again, where the connection has ended and QEMU has not. Nobody may be using the machine.
+
+        Raises
+        ------
+        OSError, StateError
+            It does not answer: it is ending, or somebody else listens in its place.
+        """
+        found = Monitor(self.directory / qemu_command.QMP, self.name, on_event=self._on_event)
+        if found.pid not in (0, self.pid):
+            found.close()
+            raise StateError(f"process {found.pid} answers for QEMU of machine {self.name!r} (process {self.pid})")
+        with self._ending:
+            before, self.monitor = self.monitor, found
+            before.close()
+            if self._is_closed:
+                found.close()
+        self._prepared = None
+        self.drop_leftovers()
 
     def meet_library(self) -> None:
         """Connect to the library in the process. Raise OSError where it is not there."""
@@ -306,13 +334,15 @@ class QemuProcess:
         from onionskin.machine.ram import FIRST_PAGE, GuestRam  # it brings NumPy, which whoever only looks needs not
 
         ram = GuestRam(self._tracker, where.length)
-        ram.try_out(writes=not again)
-        if not again:
-            with suppress(OSError):  # a revert writes over what cannot be dropped
-                self._preload.forget(FIRST_PAGE)
         # The marks of noting look like pages that were swapped out.
         if not again or _swapped_bytes(self.pid):
             ram.add_private(swapped=True)
+        # QEMU may have put something into it (-device loader), which is nowhere else.
+        is_as_in_file = not (ram.unsaved_runs["start"] == FIRST_PAGE["start"]).any()
+        ram.try_out(writes=not again)
+        if not again and is_as_in_file:
+            with suppress(OSError):  # a revert writes over what cannot be dropped
+                self._preload.forget(FIRST_PAGE)
         self._preload.arm()
         ram.add_private(swapped=False)
         self.guest_ram = ram
@@ -574,20 +604,27 @@ class QemuProcess:
 
     def close(self) -> None:
         """Close the connections. The process goes on, if it still runs."""
+        self._is_closed = True
         self.monitor.close()
         if self._preload is not None:
             self._preload.close()
         if self._tracker is not None:
             self._tracker.close()
+        if self._status is not None and self._child is not None:
+            self._child.reap()
         if not self._is_tracked and self._status is not None:
             self.ram_file.unlink(missing_ok=True)
 
     def _kill(self) -> None:
-        if start_ticks(self.pid) == self.ticks:
-            with suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-        if self._child is not None and self._child.pid != self.pid and self._child.poll() is None:
-            _kill_session(self._child)
+        with suppress(ProcessLookupError):
+            descriptor = os.pidfd_open(self.pid)
+            try:
+                if start_ticks(self.pid) == self.ticks:  # else the descriptor may mean another one
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            finally:
+                os.close(descriptor)
+        if self._child is not None:
+            self._child.kill()
 
     def wait(self, seconds: float) -> int | None:
         """Wait for the end of the process. Return its exit status, or None where it still runs.
@@ -600,14 +637,9 @@ class QemuProcess:
 
     def _wait_for_child(self, seconds: float) -> int | None:
         assert self._child is not None
-        try:
-            status = self._child.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
-        if (
-            self._child.pid != self.pid and self._wait_for_other(seconds) is None
-        ):  # a script that started it ended before it
-            return None
+        status = self._child.wait(seconds)
+        if status is not None and self._child.pid != self.pid and self._wait_for_other(seconds) is None:
+            return None  # a script that started it ended before it
         return status
 
     def _wait_for_other(self, seconds: float) -> int | None:
@@ -650,15 +682,17 @@ def _start(
         }
     log = open_log(directory / qemu_command.LOG, os.O_TRUNC)
     try:
-        child = subprocess.Popen(
-            command,
-            cwd=directory,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            umask=0o077,
-            start_new_session=True,  # Ctrl-C is for the command that started it, which ends it in order
+        child = Session(
+            subprocess.Popen(
+                command,
+                cwd=directory,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                umask=0o077,
+                start_new_session=True,  # Ctrl-C is for the command that started it, which ends it in order
+            )
         )
     finally:
         os.close(log)
@@ -675,8 +709,8 @@ def _start(
             is_tracked=is_tracked,
         )
     except BaseException:
-        _kill_session(child)
-        child.wait()
+        child.kill()
+        child.reap()
         raise
 
 
@@ -685,12 +719,6 @@ def _is_of_session(pid: int, leader: int) -> bool:
         return os.getsid(pid) == leader
     except ProcessLookupError:
         return False
-
-
-def _kill_session(child: "subprocess.Popen[Any]") -> None:
-    """Kill a child that leads a session, with what it started and left there."""
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
 
 
 def adopt(
@@ -781,21 +809,9 @@ def _asked(program: str) -> tuple[str, str]:
 
     No process stays, also where the program is a script that starts it.
     """
-    commands = ("qmp_capabilities", "query-version", "query-machines", "quit")
-    with subprocess.Popen(
-        [program, "-machine", "none", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    ) as child:
-        try:
-            text = "".join(json.dumps({"execute": command}) for command in commands)
-            return child.communicate(text, PROBE_SECONDS)
-        finally:
-            _kill_session(child)
+    arguments = ("-machine", "none", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio")
+    asked = [{"execute": one} for one in ("qmp_capabilities", "query-version", "query-machines", "quit")]
+    return say([program, *arguments], "".join(map(json.dumps, asked)).encode(), PROBE_SECONDS)
 
 
 @lru_cache(16)

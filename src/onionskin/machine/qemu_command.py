@@ -50,8 +50,10 @@ _OURS = {
 }
 _UEFI = re.compile(r"if=pflash|pflash[01]=|ovmf|edk2|\.fd\b", re.IGNORECASE)
 _PAST_TRACKING = re.compile(
-    r"vhost-user|vfio|vdpa|ivshmem|virtio-mem|virtio-pmem|pc-dimm|nvdimm|memory-backend|balloon"
+    r"vhost-user|vhost-scsi|vfio|vdpa|pvrdma|x-pci-proxy|ivshmem|virtio-mem|virtio-pmem|pc-dimm|nvdimm|memory-backend|balloon"
 )
+# These pass the guest's commands on to a disk of the host, also such as write, to a drive that is opened only to read.
+_PAST_READ_ONLY = re.compile(r"\bscsi-(block|generic)\b")
 # The host's disk writes what it reads there to RAM itself, at some time after it was told to, and no page says so.
 _PAST_CACHE = re.compile(
     r"cache=(none|directsync)\b|\bcache\.direct=(on|true|yes)\b|\"(cache\.)?direct\"\s*:\s*true|=nvme\b"
@@ -113,6 +115,8 @@ def _refuse(option: str, value: str) -> None:
             f"the argument {option} {value} for QEMU cannot be given: what is read past the host's cache goes to RAM in a "
             "way that snapshots do not see; leave out cache=none, and what else says so"
         )
+    if option == "-device" and _PAST_READ_ONLY.search(value):
+        raise StateError(f"the argument {option} {value} for QEMU cannot be given: {_NO_DISK}")
     if found := _PAST_TRACKING.search(value):
         raise StateError(
             f"the argument {option} {value} for QEMU cannot be given: {found[0]} writes RAM, drops some, or has some, and "

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from onionskin.base.lazy import logger
 from onionskin.base.sockets import has_hung_up
+from onionskin.base.waiting import within
 from onionskin.errors import OnionskinError, StateError
 from onionskin.machine import capture, disk_server, orphans, qemu, record, restore
 from onionskin.machine.agent import kernel_of, tell_identity
@@ -445,6 +446,7 @@ class Supervisor:
             if self._process.wait(0) is None:
                 self._look_at_pool()
                 self._look_at_server()
+                self._look_at_connection()
                 self._look_at_guest()
         except OSError as error:  # no descriptor or no memory is left to look with: the guest goes on, and is not ended
             if str(error) != self._said_of_looking:
@@ -540,6 +542,24 @@ class Supervisor:
             if hasattr(self, "record"):  # else the machine begins, and it is not recorded yet
                 self._note_what_is(server=self._server.process)
 
+    def _look_at_connection(self) -> None:
+        """Connect to the hypervisor again where the connection has ended, and it has not."""
+        if not self._process.is_disconnected or not self.running.guard.acquire(blocking=False):
+            return
+        try:
+            self._process.connect_again()
+            self._is_stopped = self._process.is_paused  # events were lost
+            self._log("the connection to the hypervisor had ended; it is there again")
+        except (OSError, StateError) as error:
+            why = f"the connection to the hypervisor has ended, and it takes no other one: {error}"
+            if (
+                self._process.wait(DYING_SECONDS) is None and why != self._said_of_looking
+            ):  # else its end was the reason
+                self._said_of_looking = why
+                self._log(why)
+        finally:
+            self.running.guard.release()
+
     def _look_at_guest(self) -> None:
         """Let a machine go on that the hypervisor stopped for an error of a disk, now that the disks are served.
 
@@ -628,8 +648,15 @@ class Supervisor:
             return self._process.status
         except MonitorTimeout as error:
             return f"unknown: {error}"
-        except MonitorError as error:  # one that was killed gives up its connection a moment before it has ended
-            return f"unknown: {error}" if self._process.wait(DYING_SECONDS) is None else _ENDED
+        except MonitorError:  # one that was killed gives up its connection a moment before it has ended
+            self.wake()  # where it has not, `run` connects again
+            within(DYING_SECONDS, lambda: self._process.wait(0) is not None or not self._process.is_disconnected)
+            if self._process.wait(0) is not None:
+                return _ENDED
+        try:
+            return self._process.status
+        except MonitorError as error:
+            return f"unknown: {error}"
 
     def _state(self, said: str) -> str:
         if (

@@ -69,8 +69,8 @@ cdef extern from "nbd/server.h" nogil:
         ONION_NBD_TO_READ
         ONION_NBD_UNWRITTEN
     int onion_nbd_add_export(onion_nbd_server *, const char *, onion_volume *, onion_nbd_access, const char *)
-    void onion_nbd_found(onion_nbd_server *, const char *)
-    int64_t onion_nbd_asked(onion_nbd_server *, char **)
+    void onion_nbd_found(onion_nbd_server *, const char *, uint64_t)
+    int64_t onion_nbd_asked(onion_nbd_server *, char **, uint64_t *)
     int onion_nbd_set_default(onion_nbd_server *, const char *)
     int onion_nbd_rename_export(onion_nbd_server *, const char *, const char *, const char *)
     int onion_nbd_remove_export(onion_nbd_server *, const char *, int)
@@ -453,9 +453,13 @@ cdef class NbdServer:
             self._raise(status, name)
 
     def asked(self):
-        """Return the names for which clients wait until it is their turn to call `on_unknown_export`, each once."""
+        """Return the names for which clients wait until it is their turn to call `on_unknown_export`, each once.
+
+        Returns them with this moment, for `found`.
+        """
         cdef char *raw = NULL
-        cdef int64_t length = onion_nbd_asked(self._server, &raw)
+        cdef uint64_t until = 0
+        cdef int64_t length = onion_nbd_asked(self._server, &raw, &until)
         if length < 0:
             raise MemoryError("no memory for the names that clients ask for")
         try:
@@ -468,11 +472,14 @@ cdef class NbdServer:
                 names.append(part.decode())
             except UnicodeDecodeError:
                 pass  # nothing here could be called so
-        return [name for name in names if name]
+        return [name for name in names if name], until
 
-    def found(self, name):
-        """Tell the clients that wait for their turn, and want this export, that it was added: they go on at once."""
-        onion_nbd_found(self._server, _encoded(name))
+    def found(self, name, until):
+        """Tell the clients that wait for their turn, and want this export, that it was added: they go on at once.
+
+        Only those that had asked when `asked` returned `until`. The name may have got another meaning before others asked.
+        """
+        onion_nbd_found(self._server, _encoded(name), until)
 
     def set_default(self, name):
         """Make an export answer to the empty name, too."""

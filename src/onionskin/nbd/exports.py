@@ -21,7 +21,7 @@ from onionskin.errors import OnionskinError, StateError, VolumeNotFoundError
 from onionskin.nbd._nbd import NbdServer
 from onionskin.nbd.changed_blocks import ChangedBlocks
 from onionskin.nbd.export_table import ExportTable
-from onionskin.nbd.exported import ServedVolume, View, open_snapshot, snapshot_names_behind
+from onionskin.nbd.exported import OPEN_TRIES, ServedVolume, View, open_snapshot, snapshot_names_behind
 from onionskin.nbd.opening import open_beside, open_to_serve, stands_beside
 from onionskin.operations import expiry, reclaim
 from onionskin.operations.flush import compact_map_if_wanted, reclaim_freed
@@ -260,7 +260,11 @@ class Exports:
     # ---- callbacks of the C server, in its threads ----
 
     def _is_still_export(self, name: str) -> bool:
-        """Return whether an export is what its label means now. This always holds for the default export (no name)."""
+        """Return whether an export is what its label means now. This always holds for the default export (no name).
+
+        One that is not in the table is just being made or taken away: its name may have been looked up before this client
+        asked.
+        """
         if not name:
             return True
         with self.table.guard:
@@ -270,7 +274,7 @@ class Exports:
         try:
             if served:
                 return served.is_fixed or served.volume.name == name
-            return view is None or view.meaning() == name
+            return view is not None and view.meaning() == name
         except (OnionskinError, OSError) as error:
             self._log(f"export {name!r}: {error}")
             return False
@@ -302,15 +306,28 @@ class Exports:
         if served and not served.is_fixed and served.volume.name != volume_name:
             raise StateError(f"volume {volume_name!r} is being renamed; ask again when the operation on it has ended")
         if served is None:
-            for store in self._whole_stores:
-                if store._opened.catalog.volume_named(volume_name):
-                    served = self._serve(store, volume_name)
-                    self._latest = volume_name
-                    break
+            served = self._open_volume(volume_name)
         if served is None or not at:
             return served is not None
         self._open_view(served, snapshot)
         return True
+
+    def _open_volume(self, name: str) -> ServedVolume | None:
+        """Serve the volume of the first whole store that has this name, if one does.
+
+        Another thread may be making an export of that name, for a client that asked before the volume was renamed. That one
+        gets its new label then, and the volume that has the name now is served.
+        """
+        for _ in range(OPEN_TRIES):
+            store = next((one for one in self._whole_stores if one._opened.catalog.volume_named(name)), None)
+            if store is None:
+                return None
+            served = self._serve(store, name)
+            if served.is_fixed or served.volume.name == name:
+                self._latest = name
+                return served
+            self.table.follow_names()
+        raise StateError(f"volume {name!r} is renamed again and again; ask again when its name stays")
 
     def _open_beside(self, name: str = "") -> bool:
         """Open what clients wait for, where those are forks of the same snapshot as the one that was opened last.
@@ -318,7 +335,10 @@ class Exports:
         Returns whether the fork `name` was opened so. What cannot be opened so is opened in the turn of its client, which
         says what is wrong.
         """
-        wanted = [one for one in (name, *self._nbd.asked()) if one and "@" not in one][:TOGETHER_MAX]
+        asked, until = (
+            self._nbd.asked()
+        )  # before the catalog is: who asks later may mean another volume by the same name
+        wanted = [one for one in (name, *asked) if one and "@" not in one][:TOGETHER_MAX]
         with self.table.guard:
             first = self.table.served.get(self._latest)
         if not wanted or first is None or first.volume.store not in self._whole_stores[:1]:
@@ -329,7 +349,7 @@ class Exports:
 
         def serve(called: str, volume: Volume) -> None:
             self._offer(volume, called, is_found=True)
-            self._nbd.found(called)
+            self._nbd.found(called, until)
             served.add(called)
 
         with suppress(OnionskinError, OSError, ValueError), self.table.being_made_together(wanted) as mine:

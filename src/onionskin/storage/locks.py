@@ -316,8 +316,13 @@ class WritersOpening:
     def __init__(self, path: FilePath) -> None:
         self._guard = threading.RLock()  # a finalizer may close one volume in the thread that is just locking another
         self._users: set[int | None] = {None}
-        self.descriptor = open_lock_file(path)
+        self.descriptor: int = open_lock_file(path)
         forking.register(self)
+
+    def has(self, byte: int) -> bool:
+        """Whether a writer has this byte by it, which the system would let another one have too."""
+        with self._guard:
+            return byte in self._users
 
     def join(self, byte: int) -> int:
         """Keep it open for the writer with this byte, and return the descriptor. The caller is one of those who have it."""
@@ -359,14 +364,13 @@ class VolumeLock:
     def __init__(
         self, layout: Layout, volume_id: bytes, volume_name: str, *, opening: WritersOpening | None = None
     ) -> None:
-        """Lock the byte, by an opening of the lock file that locks of other volumes may have too, where one is given.
-
-        Locks of the same volume must not have the same one: those would not keep each other out.
-        """
+        """Lock the byte, by an opening of the lock file that locks of other volumes may have too, where one is given."""
         self._path, self._volume_name = layout.volume_lock(volume_id), volume_name
         self._left_socket = layout.volume_control_path(volume_id)
         self._byte = _writer_byte(volume_id)
         self._descriptor = self._byte_descriptor = -1
+        if opening is not None and opening.has(self._byte):
+            _refuse_held(self._path, volume_name)
         self._opening = opening  # of the byte, where it is no opening of the volume's own
         self._shared: SharedFile | None = None  # the file, where it is no file of the volume's own
         try:

@@ -15,19 +15,22 @@ from onionskin import aio
 from onionskin.images import import_image
 
 QUICK = {"path", "read_only", "unreachable_bytes", "open_file"}  # asked by way of `sync`
+WHOLE_PROCESS = {"run", "be_pool"}  # of a machine: they take this process
+KINDS = ["Store", "Volume", "LiveVolume", "Machine", "MachinePool"]
 
 
-@pytest.mark.parametrize("kind", ["Store", "Volume"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_all_that_is_public_has_a_twin_or_is_quick(kind: str) -> None:
     ours, twins = getattr(onionskin, kind), getattr(aio, kind)
-    assert {name for name in dir(ours) if name[0] != "_"} - set(dir(twins)) <= QUICK
+    quick = WHOLE_PROCESS if kind == "Machine" else QUICK
+    assert {name for name in dir(ours) if name[0] != "_"} - set(dir(twins)) <= quick
 
 
-@pytest.mark.parametrize("kind", ["Store", "Volume"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_twin_takes_what_its_twin_takes_and_says_the_same(kind: str) -> None:
     ours, twins = getattr(onionskin, kind), getattr(aio, kind)
     for name, method in vars(ours).items():
-        if inspect.isfunction(method) and name[0] != "_" and name not in QUICK:
+        if inspect.isfunction(method) and name[0] != "_" and name not in QUICK | WHOLE_PROCESS:
             twin = getattr(twins, name)
             one, other = inspect.signature(method).parameters, inspect.signature(twin).parameters
             assert [(p.name, p.kind, p.default) for p in one.values()] == [
@@ -301,7 +304,7 @@ class StandIn:
 
 
 def twins() -> Iterator[tuple[str, str]]:
-    for kind in ("Store", "Volume"):
+    for kind in KINDS:
         for name, twin in vars(getattr(aio, kind)).items():
             opens = "Opening" in str(inspect.signature(twin).return_annotation) if inspect.isfunction(twin) else False
             if name[0] != "_" and (inspect.iscoroutinefunction(twin) or opens):
@@ -315,10 +318,10 @@ TWINS = [
 
 def test_the_list_of_twins_has_all_that_is_public() -> None:
     found = {(kind, name) for kind, name in TWINS}
-    for kind in ("Store", "Volume"):
+    for kind in KINDS:
         ours = vars(getattr(onionskin, kind))
         awaited = {name for name, value in ours.items() if name[0] != "_" and inspect.isfunction(value)}
-        assert awaited - QUICK - {"close", "temporary"} <= {name for of, name in found if of == kind}
+        assert awaited - QUICK - WHOLE_PROCESS - {"close", "temporary"} <= {name for of, name in found if of == kind}
 
 
 def call_of(twin: Callable[..., Any]) -> Any:
@@ -332,6 +335,11 @@ def call_of(twin: Callable[..., Any]) -> Any:
     )
 
 
+def owner_of(kind: str, store: aio.Store, disk: aio.Volume) -> Any:
+    """Something whose twins can be called, of a store that is open."""
+    return {"Store": store, "Volume": disk}.get(kind) or getattr(aio, kind)(store, StandIn(getattr(onionskin, kind)))
+
+
 async def turns() -> None:
     for _ in range(10):
         await asyncio.sleep(0)
@@ -341,7 +349,7 @@ async def turns() -> None:
 def test_a_twin_that_is_cancelled_ends_with_its_call_and_not_before(tmp_path: Path, kind: str, name: str) -> None:
     async def main() -> None:
         async with aio.Store(tmp_path / "vms") as store, store.create("web", size="1M") as disk:
-            owner: Any = store if kind == "Store" else disk
+            owner: Any = owner_of(kind, store, disk)
             real, owner._sync = owner._sync, StandIn(getattr(onionskin, kind))
             try:
                 task = asyncio.ensure_future(call_of(getattr(owner, name)))
@@ -357,6 +365,8 @@ def test_a_twin_that_is_cancelled_ends_with_its_call_and_not_before(tmp_path: Pa
             finally:
                 owner.sync.held.go_on.set()
                 owner._sync = real
+                if kind == "LiveVolume":
+                    owner._calls.threads.end()
             await disk.write(0, b"goes on")
 
     asyncio.run(main())
@@ -366,10 +376,10 @@ def test_a_twin_that_is_cancelled_ends_with_its_call_and_not_before(tmp_path: Pa
 def test_a_twin_that_is_cancelled_before_a_thread_is_free_does_not_begin(tmp_path: Path, kind: str, name: str) -> None:
     async def main() -> None:
         async with aio.Store(tmp_path / "vms", threads=1) as store, store.create("web", size="1M") as disk:
-            owner: Any = store if kind == "Store" else disk
+            owner: Any = owner_of(kind, store, disk)
             busy = [Held(lambda: None), Held(lambda: None)]
             blockers = [
-                asyncio.create_task(store.run(busy[0])),
+                asyncio.create_task(getattr(owner, "_calls", store._calls).run(busy[0])),
                 asyncio.create_task(disk._bytes(busy[1])),
             ]
             for held in busy:
@@ -390,6 +400,100 @@ def test_a_twin_that_is_cancelled_before_a_thread_is_free_does_not_begin(tmp_pat
                 owner._sync = real
                 for held in busy:
                     held.go_on.set()
+                if kind == "LiveVolume":
+                    owner._calls.threads.end()
+
+    asyncio.run(main())
+
+
+# ---- what is connected or begun ----
+
+
+async def ended_again(store: aio.Store, of: Any, call: str, opening: Any, monkeypatch: pytest.MonkeyPatch) -> MagicMock:
+    """Cancel an opening while its call is under way; return what that call opened."""
+    found = MagicMock()
+    held = Held(lambda *args, **kwargs: found)
+    with monkeypatch.context() as patch:
+        patch.setattr(of, call, held)
+        task = asyncio.ensure_future(opening())
+        await begun(held)
+        task.cancel()
+        await turns()
+        assert not task.done()
+        held.go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    return found
+
+
+def test_what_a_cancelled_call_connected_or_began_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with aio.Store(tmp_path / "vms") as store:
+            real = MagicMock()
+            machine = aio.Machine(store, real)
+            console = await ended_again(store, real, "console", machine.console, monkeypatch)
+            console.close.assert_called_once_with()
+            stopped = MagicMock()
+            monkeypatch.setattr(onionskin.MachinePool, "stop", stopped)
+            pool = await ended_again(store, real, "pool", lambda: machine.pool("clean"), monkeypatch)
+            stopped.assert_called_once_with(pool)
+            closed = MagicMock()
+            monkeypatch.setattr(onionskin.LiveVolume, "close", closed)
+            live = await ended_again(
+                store, onionskin.control.client, "connect", lambda: aio.connect(store, "web"), monkeypatch
+            )
+            closed.assert_called_once_with(live)
+
+    asyncio.run(main())
+
+
+def test_a_pool_is_ended_with_its_block_though_the_task_is_cancelled_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with aio.Store(tmp_path / "vms") as store:
+            real = MagicMock()
+            held = real.pool.return_value.stop = Held(lambda: None)
+            inside = asyncio.Event()
+
+            async def use() -> None:
+                async with aio.Machine(store, real).pool("clean", warm=2) as pool:
+                    assert pool.sync is real.pool.return_value
+                    inside.set()
+                    await asyncio.Event().wait()
+
+            task = asyncio.create_task(use())
+            await inside.wait()
+            for _ in range(3):
+                task.cancel()
+                await turns()
+            assert not task.done()
+            await begun(held)
+            held.go_on.set()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            real.pool.assert_called_once_with("clean", warm=2)
+
+    asyncio.run(main())
+
+
+def test_a_connection_is_closed_also_behind_its_store_and_calls_of_it_take_no_thread_of_the_store(
+    tmp_path: Path,
+) -> None:
+    async def main() -> None:
+        real = MagicMock()
+        held = real.stats = Held(dict)
+        async with aio.Store(tmp_path / "vms", threads=1) as store:
+            live = aio.LiveVolume(store, real)
+            waiting = [asyncio.create_task(live.stats()) for _ in range(3)]
+            await begun(held)
+            assert await store.volumes() == []  # while the connection is busy
+            held.go_on.set()
+            assert await asyncio.gather(*waiting) == [{}, {}, {}]
+        real.close.assert_not_called()
+        with pytest.raises(onionskin.StateError, match="closed"):
+            await live.info()
+        await live.close()
+        real.close.assert_called_once_with()
+        await live.close()
 
     asyncio.run(main())
 

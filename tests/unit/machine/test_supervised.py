@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from onionskin.machine import qemu_command
 from onionskin.machine import supervisor as supervisor_module
 from onionskin.machine.control import VERSION, ControlServer, Gone, MachineControl
 from onionskin.machine.hypervisor import Configuration, Recorded
+from onionskin.machine.monitor import MonitorError
 from onionskin.machine.qemu import QemuHypervisor
 from onionskin.machine.record import Record
 from onionskin.machine.supervisor import Supervisor
@@ -301,6 +303,61 @@ def test_a_disk_that_has_errors_again_and_again_is_served_by_another_process(
     finally:
         supervisor._ends.close()
     assert done == ["resume", "resume", "end", "resume"]
+
+
+def test_a_connection_to_the_hypervisor_that_ended_is_made_again_once_nobody_uses_the_machine(
+    store: onionskin.Store,
+) -> None:
+    said: list[str] = []
+    done: list[str] = []
+    supervisor = Supervisor(store, "lab", said.append)
+    guard = threading.RLock()
+    looks = partial(threading.Thread, target=supervisor._look_at_connection)
+    try:
+        process = SimpleNamespace(is_disconnected=True, is_paused=True, connect_again=lambda: done.append("again"))
+        supervisor._process = process  # type: ignore[assignment]
+        supervisor.running = SimpleNamespace(guard=guard)  # type: ignore[assignment]
+        with guard:
+            (look := looks()).start()
+            look.join()
+        assert done == []
+        supervisor._look_at_connection()
+    finally:
+        supervisor._ends.close()
+    assert done == ["again"]
+    assert supervisor._is_stopped  # it stopped while nobody heard of it
+    assert "it is there again" in said[0]
+
+
+class _Disconnected:
+    """A hypervisor that lives, and answers once somebody has connected to it again."""
+
+    is_there = False
+
+    @property
+    def status(self) -> str:
+        if not self.is_there:
+            raise MonitorError("it is being disconnected")
+        return "paused"
+
+    @property
+    def is_disconnected(self) -> bool:
+        return not self.is_there
+
+    def wait(self, seconds: float) -> None:
+        self.is_there = True
+
+
+def test_a_hypervisor_is_asked_once_more_how_it_is_where_the_connection_to_it_was_made_again(
+    store: onionskin.Store,
+) -> None:
+    supervisor = Supervisor(store, "lab", print)
+    try:
+        supervisor._process = _Disconnected()  # type: ignore[assignment]
+        assert supervisor._ask_status() == "paused"
+        assert os.read(supervisor._wake_reader, 2) == b"x"  # whoever connects was told to look
+    finally:
+        supervisor._ends.close()
 
 
 class _Told:

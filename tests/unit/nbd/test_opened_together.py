@@ -15,7 +15,7 @@ from support.nbd_client import NbdClient
 import onionskin
 from onionskin import StateError, Store, Volume
 from onionskin.base.waiting import within
-from onionskin.nbd import exports, opening
+from onionskin.nbd import exported, exports, opening
 from onionskin.nbd import server as servers
 from onionskin.nbd.server import Limits, Server
 from onionskin.storage import locks
@@ -221,7 +221,7 @@ def _read_when_all_wait(
     def find_when_all_wait(name: str) -> bool:
         nbd.on_unknown_export = find
         assert find
-        return within(300, lambda: len(nbd.asked()) == len(asked) - 1) and find(name)
+        return within(300, lambda: len(nbd.asked()[0]) == len(asked) - 1) and find(name)
 
     def read(name: str) -> None:
         found[name] = _read(server, name)
@@ -280,6 +280,115 @@ def test_clients_that_wait_are_served_by_one_opening_of_all_their_forks(
         for name in NAMES:
             with store.open(name, snapshot="mine") as view:
                 assert view.read(0, 4096) == b"a" * 4096
+
+
+def _give_name_away(at: Path, name: str) -> None:
+    """Have a name mean the volume of the other snapshot, and the one that had it another."""
+    with Store(at) as other:
+        other.rename(name, "renamed")
+        other.rename("later-1", name)
+
+
+@pytest.fixture
+def renaming(at: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server that has opened the fork `first` for a client, and not yet the others."""
+    monkeypatch.setattr(servers, "TURN_SECONDS", 300)
+    with closing(Server(limits=Limits(), allow_revert=False, log=lambda line: None)) as server:
+        with Store(at) as store:
+            names = ["first", "later-1", "later-2", *NAMES]
+            store.delete(*names)
+            server.exports.add_store(at)
+            store.fork("web@clean", names=["first", *NAMES])
+            store.fork("web@later", names=["later-1"])
+        assert _read(server, "first") == b"a" * 4096
+        yield server
+
+
+class _Asking(threading.Thread):
+    """A client that asks for an export."""
+
+    def __init__(self, server: Server, name: str) -> None:
+        super().__init__()
+        self._server, self._name = server, name
+        self.found = b""
+
+    def run(self) -> None:
+        self.found = _read(self._server, self._name)
+
+    def waits(self) -> bool:
+        """Whether it waits for its turn, and has not got what another client is just given."""
+        assert within(60, lambda: self._name in self._server._nbd.asked()[0] or not self.is_alive())
+        return self.is_alive()
+
+
+def test_a_client_that_asks_once_a_name_means_another_volume_is_not_told_of_the_one_that_had_it(
+    renaming: Server, at: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = renaming.exports._whole_stores[0]
+    make, later = whole._unwritten_head, _Asking(renaming, "job-0")
+
+    def make_late(*arguments: Any) -> Any:
+        monkeypatch.setattr(whole, "_unwritten_head", make)
+        _give_name_away(at, "job-0")
+        later.start()
+        assert later.waits()
+        return make(*arguments)
+
+    monkeypatch.setattr(whole, "_unwritten_head", make_late)
+    assert _read(renaming, "job-0") == b"a" * 4096  # it meant that when it was asked for
+    later.join()
+    assert later.found == b"b" * 4096
+
+
+def test_a_client_that_asks_while_an_export_is_made_under_a_name_that_went_to_another_gets_that(
+    renaming: Server, at: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    socket_of, later = exported.ControlSocket, _Asking(renaming, "job-0")
+
+    def made_late(*arguments: Any, **how: Any) -> Any:
+        monkeypatch.setattr(exported, "ControlSocket", socket_of)
+        _give_name_away(at, "job-0")
+        later.start()
+        assert later.waits()
+        return socket_of(*arguments, **how)
+
+    monkeypatch.setattr(exported, "ControlSocket", made_late)
+    assert _read(renaming, "job-0") == b"a" * 4096
+    later.join()
+    assert later.found == b"b" * 4096
+
+
+def test_a_client_without_a_turn_that_waits_for_an_export_gets_what_its_name_means_then(
+    renaming: Server, at: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exposed, table, open_it = renaming.exports, renaming.exports.table, exports.open_to_serve
+    found: list[Any] = []
+
+    class Later(threading.Thread):
+        def run(self) -> None:
+            found.append(exposed._open_export("job-0") and table.served["job-0"].volume.read(0, 4096))
+
+    later, being_made = Later(), table.being_made
+    begun = threading.Event()
+
+    def noted(label: str) -> Any:
+        if threading.current_thread() is later:
+            begun.set()
+        return being_made(label)
+
+    def open_late(*arguments: Any, **how: Any) -> Volume:
+        monkeypatch.setattr(exports, "open_to_serve", open_it)
+        volume = open_it(*arguments, **how)
+        _give_name_away(at, "job-0")
+        later.start()
+        assert begun.wait(60)
+        return volume
+
+    monkeypatch.setattr(table, "being_made", noted)
+    monkeypatch.setattr(exports, "open_to_serve", open_late)
+    exposed._serve(exposed._whole_stores[0], "job-0")
+    later.join()
+    assert found == [b"b" * 4096]
 
 
 def test_a_fork_is_opened_beside_the_one_that_was_opened_before_if_it_stands_on_the_same_snapshot(
@@ -387,8 +496,10 @@ def test_a_volume_whose_name_another_one_was_given_meanwhile_takes_nothing_away_
 
 
 def test_many_that_were_opened_together_take_one_descriptor_until_the_last_is_closed(store: Store) -> None:
-    def count() -> int:
-        return len(os.listdir("/proc/self/fd"))
+    locked = store._opened.layout.lock.stat().st_ino
+
+    def count() -> int:  # of this file alone: what earlier tests left is closed at any moment
+        return sum(_inode_of(int(number)) == locked for number in os.listdir("/proc/self/fd"))
 
     with store._open_to_write("first", is_one_of_many=True) as first:
         before = count()
@@ -399,6 +510,20 @@ def test_many_that_were_opened_together_take_one_descriptor_until_the_last_is_cl
             assert count() == before + 1
             volume.close()
         assert count() == before
+
+
+def test_one_opening_lets_no_two_writers_have_one_volume(store: Store) -> None:
+    id, opening = store._opened.catalog.volume("job-3").id, WritersOpening(store._opened.layout.lock)
+    try:
+        lock = VolumeLock(store._opened.layout, id, "job-3", opening=opening)
+        with pytest.raises(StateError, match="open for writing"):
+            VolumeLock(store._opened.layout, id, "job-3", opening=opening)
+        with pytest.raises(StateError, match="open for writing"):
+            store.open("job-3")
+        lock.close()
+        store.open("job-3").close()
+    finally:
+        opening.leave()
 
 
 def test_the_child_of_a_fork_leaves_those_that_were_opened_together_locked(store: Store) -> None:

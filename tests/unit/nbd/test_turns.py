@@ -65,7 +65,7 @@ def test_one_client_after_the_other_asks() -> None:
         nonlocal inside, most
         inside += 1
         most = max(most, inside)
-        assert within(300, lambda: len(server.asked()) + len(done) == len(names) - 1)
+        assert within(300, lambda: len(server.asked()[0]) + len(done) == len(names) - 1)
         done.append(name)
         inside -= 1
         return False
@@ -109,11 +109,11 @@ def test_who_is_told_that_an_export_was_found_goes_on_while_another_one_has_the_
     def find(server: NbdServer, name: str) -> bool:
         asked.append(name)
         if len(asked) == 1:
-            assert within(300, lambda: sorted(server.asked()) == sorted({"one", "two", "three"} - {name}))
+            assert within(300, lambda: sorted(server.asked()[0]) == sorted({"one", "two", "three"} - {name}))
             for other in ("one", "two", "three"):
                 server.add_export(other, web._path, read_only=True)
             for other in {"one", "two", "three"} - {name}:
-                server.found(other)
+                server.found(other, server.asked()[1])
             assert within(300, lambda: len(got) == 2)
             has_read.set()
         return True
@@ -124,6 +124,27 @@ def test_who_is_told_that_an_export_was_found_goes_on_while_another_one_has_the_
     assert len(asked) == 1
 
 
+def test_who_asks_behind_what_was_found_asks_by_itself(web: Volume) -> None:
+    asked: list[str] = []
+
+    def find(server: NbdServer, name: str) -> bool:
+        asked.append(name)
+        if name == "first":
+            before = server.asked()[1]
+            begun.set()
+            assert within(300, lambda: server.asked()[0] == ["web"])
+            server.add_export("web", web._path, read_only=True)
+            server.found("web", before)
+            assert server.asked()[0] == ["web"]
+        return True
+
+    begun = threading.Event()
+    with _server(find) as server, _asking(server, "first"):
+        assert begun.wait(300)
+        assert _ask(server, "web")
+    assert asked == ["first", "web"]
+
+
 def test_only_names_that_something_can_have_are_said_to_be_asked_for() -> None:
     asked: list[list[str]] = []
 
@@ -131,8 +152,8 @@ def test_only_names_that_something_can_have_are_said_to_be_asked_for() -> None:
         if name == "first":
             begun.set()
             assert waits.wait(300)
-            assert within(300, lambda: len(server.connections()) == 4 and len(server.asked()) == 2)
-            asked.append(server.asked())
+            assert within(300, lambda: len(server.connections()) == 4 and len(server.asked()[0]) == 2)
+            asked.append(server.asked()[0])
         return False
 
     begun, waits = threading.Event(), threading.Event()
