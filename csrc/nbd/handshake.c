@@ -10,6 +10,8 @@
 
 #include "nbd/internal.h"
 
+#define ASK_TRIES 3
+
 static const char ALLOCATION[] = "base:allocation";
 static const char DEPTH[] = "qemu:allocation-depth";
 static const char CHANGED[] = "onionskin:changed-since:";
@@ -53,6 +55,8 @@ static enum onion_nbd_next acknowledge(struct onion_nbd_out *out, uint32_t optio
 
 /* ---- exports ---- */
 
+/* Between the answer and the look, the export may have got another name, as that was given to another volume: so it is asked
+ * for again. */
 static struct onion_nbd_export *find_or_ask(struct onion_nbd_server *server, const struct onion_nbd_string *name) {
     struct onion_nbd_export *export = onion_nbd_find(server, name->bytes, name->length);
     const struct onion_nbd_hooks *hooks = &server->options.hooks;
@@ -60,7 +64,7 @@ static struct onion_nbd_export *find_or_ask(struct onion_nbd_server *server, con
         onion_nbd_unref(server, export);
         export = NULL;
     }
-    if (!export && hooks->find_export && onion_nbd_ask(server, name))
+    for (int left = ASK_TRIES; !export && left && hooks->find_export && onion_nbd_ask(server, name); left--)
         export = onion_nbd_find(server, name->bytes, name->length);
     return export;
 }

@@ -47,7 +47,7 @@ struct onion_nbd_context_listing;
  * it does not, and the server calls find_export or find_context as if it did not have the name. NULL: always 1.
  *
  * find_export, find_context: a client asks for a name that the server does not have. The function may add it. 1: the
- * server looks again. 0: the name does not exist. Of several clients, one after the other calls find_export, unless one
+ * server looks again, and asks again where it is gone. 0: the name does not exist. Of several clients, one after the other calls find_export, unless one
  * takes longer than turn_ms: see onion_nbd_found.
  *
  * make_room: a flush of that export found the disk full. 1: the function found room and flushed the volume. 0: there is

@@ -2,16 +2,20 @@
 
 import gc
 import re
+import weakref
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from support.servers import Serve
 
+import onionskin
 from onionskin.cli.app import onionskin as command_line
 from onionskin.nbd import own_process
-from onionskin.nbd.server import Server
+from onionskin.nbd.server import Limits, Server
+from onionskin.operations import expiry
 
 
 def test_the_table_of_descriptors_of_a_server_has_room_from_the_start(vms: Path, serve: Callable[..., Serve]) -> None:
@@ -42,3 +46,31 @@ def test_a_process_that_may_have_few_descriptors_serves_all_the_same(monkeypatch
     monkeypatch.setattr(own_process, "getrlimit", lambda _: (3, 3))
     monkeypatch.setattr(own_process, "_keep_collections_short", lambda: None)
     own_process.prepare()
+
+
+@pytest.mark.parametrize("is_found", [False, True])
+def test_a_volume_that_a_server_drops_is_gone_without_a_collection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_found: bool
+) -> None:
+    """Those that are served from the start are left to no collection, and of others many go between two."""
+    at = tmp_path / "vms"
+    with onionskin.Store(at) as store:
+        with store.create("web", size="1M") as web:
+            web.snapshot("clean")
+        store.fork("web@clean", names=["job"], lifetime="1h")
+    monkeypatch.setattr(expiry, "due", lambda store: iter([[store.catalog.volume("job")]]))
+    monkeypatch.setattr(expiry, "drop", lambda store, rows: [])
+    gc.disable()
+    try:
+        with closing(Server(limits=Limits(), allow_revert=False, log=lambda line: None)) as server:
+            server.exports.add_store(at)
+            whole, table = server.exports._whole_stores[0], server.exports.table
+            if is_found:
+                server.exports.tidy()
+                server.exports._serve(whole, "job")
+            gone = [weakref.ref(table.served["job"]), weakref.ref(table.served["job"].opened)]
+            server.exports.tidy()
+            assert "job" not in table.served
+            assert [one() for one in gone] == [None, None]
+    finally:
+        gc.enable()

@@ -105,7 +105,7 @@ class ControlSocket:
 
     def __init__(self, path: FilePath, served: Served, log: Callable[[str], None], *, is_shared: bool = False) -> None:
         self._path = path.absolute()
-        self._served = served
+        self._held: Served | None = served
         self._log = log
         self._owner = os.geteuid()
         self._guard = threading.Lock()
@@ -166,6 +166,17 @@ class ControlSocket:
         for thread in threads:
             thread.join(seconds)
 
+    def let_go(self) -> None:
+        """Hold the volume no longer, which is closed. It holds this, so else both stay until garbage is collected."""
+        self._held = None
+
+    @property
+    def _served(self) -> Served:
+        held = self._held
+        if held is None:
+            raise StateError(_GONE)
+        return held
+
     def take(self, connection: socket.socket) -> None:
         """Serve a connection in a thread of its own, if there are not too many."""
         thread = SureThread(target=self._serve, args=(connection,), name="onionskin control", daemon=True)
@@ -205,9 +216,12 @@ class ControlSocket:
             if not may_connect(uid, self._owner):
                 self._refuse(connection, f"process {pid} of user {uid} may not use it, only user {self._owner} may")
                 return
+            if (served := self._held) is None:
+                self._refuse(connection, _GONE)
+                return
             connection.settimeout(IDLE_SECONDS)
             with connection:
-                session = _Session(connection, self._served, self._log, f"process {pid} of user {uid}")
+                session = _Session(connection, served, self._log, f"process {pid} of user {uid}")
                 with ShortTurns(), self._living(session):  # writers of the volume are not to wait for its work
                     session.run(first)
         except OSError:

@@ -212,7 +212,7 @@ class ServedVolume(Exported):
 
     def end(self) -> None:
         """Close the volume, then wait for the control socket to send the replies of operations that this cut off."""
-        call_all([lambda: self.control.join(GRACE_SECONDS), self.volume.close])
+        call_all([lambda: self.control.join(GRACE_SECONDS), self.volume.close, self.control.let_go])
 
     def diff(self, since: str) -> Extents:
         """Compare it with a snapshot."""

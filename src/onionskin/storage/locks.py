@@ -710,16 +710,18 @@ def _checked_lock_file(path: FilePath | str, flags: int, *, may_be_shared: bool 
         if error.errno == ELOOP:
             raise StateError(f"{path} is a symbolic link, and no file of a store is; remove it") from None
         raise
-    with _named(descriptor):
-        found = os.fstat(descriptor)
-    is_regular = stat.S_ISREG(found.st_mode)
-    if not is_regular or (found.st_nlink > 1 and not (may_be_shared and _may_stand_for_many(descriptor))):
-        os.close(descriptor)
-        if is_regular:
+    try:
+        with _named(descriptor):
+            found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise FormatError(f"{path} is not a regular file, and a lock of a store is a file of its own; remove it")
+        if found.st_nlink > 1 and not (may_be_shared and _may_stand_for_many(descriptor)):
             raise StateError(second_name(path, "a lock of a store is a file of its own"))
-        raise FormatError(f"{path} is not a regular file, and a lock of a store is a file of its own; remove it")
-    if flags & os.O_CREAT and not found.st_size and found.st_uid == os.geteuid():
-        share_file(descriptor, FilePath(path))  # the file may have been made just now
+        if flags & os.O_CREAT and not found.st_size and found.st_uid == os.geteuid():
+            share_file(descriptor, FilePath(path))  # the file may have been made just now
+    except BaseException:  # a network's file system may also fail to look
+        os.close(descriptor)
+        raise
     return descriptor
 
 

@@ -136,13 +136,27 @@ def test_who_asks_behind_what_was_found_asks_by_itself(web: Volume) -> None:
             server.add_export("web", web._path, read_only=True)
             server.found("web", before)
             assert server.asked()[0] == ["web"]
-        return True
+        return name == "web"
 
     begun = threading.Event()
     with _server(find) as server, _asking(server, "first"):
         assert begun.wait(300)
         assert _ask(server, "web")
     assert asked == ["first", "web"]
+
+
+def test_an_export_that_has_got_another_name_before_its_client_looked_is_asked_for_again(web: Volume) -> None:
+    asked: list[str] = []
+
+    def find(server: NbdServer, name: str) -> bool:
+        asked.append(name)
+        if len(asked) == 2:
+            server.add_export(name, web._path, read_only=True)
+        return True
+
+    with _server(find) as server:
+        assert _ask(server, "web")
+    assert asked == ["web", "web"]
 
 
 def test_only_names_that_something_can_have_are_said_to_be_asked_for() -> None:

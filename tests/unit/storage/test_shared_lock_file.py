@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import onionskin
+from onionskin.base.paths import FilePath
 from onionskin.storage import locks
 from onionskin.storage.locks import SharedFile, VolumeLock, volume_holder
 
@@ -295,3 +297,30 @@ def test_nobody_is_told_to_remove_a_file_of_a_store_of_which_there_is_a_copy_by_
         onionskin.Store(forks.path)
     shutil.rmtree(tmp_path / "copy")
     onionskin.Store(forks.path).close()
+
+
+@pytest.mark.parametrize("failing", ["fstat", "pread", "fchmod"])
+def test_a_lock_file_that_cannot_be_looked_at_is_not_left_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    tmp_path.chmod(0o2770)  # so the file is shared with a group
+    path = tmp_path / "lock"
+    path.touch()
+    if failing == "pread":
+        (tmp_path / "another name").hardlink_to(path)
+    inode = path.stat().st_ino
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="Input/output error"):
+        patched.setattr(os, failing, fail)
+        locks._checked_lock_file(FilePath(path), os.O_RDWR | os.O_CREAT, may_be_shared=True)
+    assert not any(is_open(int(number), inode) for number in os.listdir("/proc/self/fd"))
+
+
+def is_open(descriptor: int, inode: int) -> bool:
+    """Whether a descriptor of this process is of the file with this inode."""
+    with suppress(OSError):  # the one that listed the directory
+        return os.fstat(descriptor).st_ino == inode
+    return False
