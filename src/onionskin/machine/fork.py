@@ -274,13 +274,19 @@ def _spawner(writer: int) -> Callable[[list[str], int], tuple[int, IO[bytes]]]:
     def spawn(arguments: list[str], log: int) -> tuple[int, IO[bytes]]:
         disk_server.spawn = None  # another one is a program of its own
         output, into = os.pipe2(os.O_CLOEXEC)
+        answer = b""
         try:
-            with here:
+            with here, suppress(ConnectionError):
                 socket.send_fds(here, [json.dumps(arguments).encode()], [into, log])
                 answer = here.recv(64)
         finally:
             os.close(into)
             os.waitpid(waiting, 0)
+        if not answer:
+            os.close(output)
+            raise StateError(
+                "the process that was to serve the disks of the machine was killed; start the machine again"
+            )
         return int(answer), os.fdopen(output, "rb", buffering=0)
 
     return spawn

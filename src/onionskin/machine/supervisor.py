@@ -512,12 +512,22 @@ class Supervisor:
         poll = select.poll()
         poll.register(over, 0)
         while not poll.poll(0) and not self._fault:
-            process = self._server.process
-            if process is None or (descriptor := _open_process(process)) is None:
-                self._look_at_server()
-                continue
-            poll.register(descriptor, select.POLLIN)
+            try:
+                self._wait_for_server(poll)
+            except OSError as error:  # no descriptor or no memory is left to look with
+                self._log(f"what became of the server of the disks cannot be seen now, and is looked at again: {error}")
+                poll.poll(RESTART_SECONDS * 1000)
+
+    def _wait_for_server(self, poll: select.poll) -> None:
+        """Wait until the server has ended, or what `poll` waits for. Start it again where it has ended."""
+        process = self._server.process
+        if process is None or (descriptor := _open_process(process)) is None:
+            self._look_at_server()
+            return
+        poll.register(descriptor, select.POLLIN)
+        try:
             poll.poll()
+        finally:
             poll.unregister(descriptor)
             os.close(descriptor)
 

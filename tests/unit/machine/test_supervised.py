@@ -329,6 +329,31 @@ def test_a_connection_to_the_hypervisor_that_ended_is_made_again_once_nobody_use
     assert "it is there again" in said[0]
 
 
+def test_a_server_is_kept_that_could_not_be_looked_at_for_a_moment(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no descriptor is left, as nobody else starts it while a hypervisor waits for it."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    said: list[str] = []
+    answers = iter([OSError(errno.EMFILE, os.strerror(errno.EMFILE)), None])
+
+    def open_process(_: object) -> None:
+        if (answer := next(answers)) is not None:
+            raise answer
+
+    supervisor = Supervisor(store, "lab", said.append)
+    monkeypatch.setattr(supervisor_module, "RESTART_SECONDS", 0.01)
+    monkeypatch.setattr(supervisor_module, "_open_process", open_process)
+    monkeypatch.setattr(supervisor, "_look_at_server", lambda: os.close(writer))
+    try:
+        supervisor._server = SimpleNamespace(process="one")  # type: ignore[assignment]
+        supervisor._keep_served(reader)
+    finally:
+        supervisor._ends.close()
+        os.close(reader)
+    assert os.strerror(errno.EMFILE) in said[0]
+
+
 class _Disconnected:
     """A hypervisor that lives, and answers once somebody has connected to it again."""
 
