@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import onionskin
 from onionskin.base import threads
 from onionskin.control import frames
 from onionskin.errors import StateError
-from onionskin.machine import qemu_command
+from onionskin.machine import qemu_command, record
 from onionskin.machine import supervisor as supervisor_module
 from onionskin.machine.control import VERSION, ControlServer, Gone, MachineControl
 from onionskin.machine.hypervisor import Configuration, Recorded
@@ -352,6 +353,31 @@ def test_a_server_is_kept_that_could_not_be_looked_at_for_a_moment(
         supervisor._ends.close()
         os.close(reader)
     assert os.strerror(errno.EMFILE) in said[0]
+
+
+def test_a_machine_that_a_full_tmpfs_ended_says_so_from_the_room_of_its_ram(
+    store: onionskin.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ram = tmp_path / qemu_command.EMPTY_RAM
+    ram.touch()
+    write = record.write_json
+
+    def write_if_there_is_room(path: Path, value: object) -> None:
+        if ram.exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, value)
+
+    monkeypatch.setattr(record, "write_json", write_if_there_is_room)
+    supervisor = Supervisor(store, "lab", lambda line: None)
+    try:
+        supervisor._directory = tmp_path
+        supervisor._process = SimpleNamespace(ram_file=ram, _said=lambda: "")  # type: ignore[assignment]
+        supervisor._report(-signal.SIGBUS)
+    finally:
+        supervisor._ends.close()
+    ended = record.read_json(tmp_path / record.ENDED)
+    assert isinstance(ended, dict)
+    assert f"is {tmp_path} full?" in ended["said"]
 
 
 class _Disconnected:
