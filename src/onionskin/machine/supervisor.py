@@ -640,6 +640,7 @@ class Supervisor:
         """Describe the machine."""
         said = self._ask_status()
         row, one = self.running.machine, self.record
+        server = self._server.process  # another thread may start it again
         return {
             "name": row.name,
             "state": self._state(said),
@@ -649,7 +650,7 @@ class Supervisor:
             "pids": {
                 "supervisor": os.getpid(),
                 "hypervisor": self._process.pid,
-                "server": self._server.process.pid if self._server.process else None,
+                "server": server.pid if server else None,
             },
             "seconds": time.monotonic() - self._started,
             "is_paused": one.is_paused,
