@@ -1,5 +1,6 @@
 """Machines that QEMU runs, without a supervisor: a guest of one boot sector, over NBD."""
 
+import errno
 import os
 import re
 import shlex
@@ -9,6 +10,7 @@ import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.guests import MIB, SECONDS_MAX, Console, configuration, has_ended, until
@@ -18,6 +20,7 @@ from onionskin.machine.hypervisor import Configuration, Identity, compare
 from onionskin.machine.monitor import MonitorError
 from onionskin.machine.qemu import QemuHypervisor, QemuProcess, adopt
 from onionskin.machine.qemu_command import refuse_arguments
+from onionskin.machine.ram import GuestRam
 from onionskin.storage.locks import start_ticks
 
 pytestmark = pytest.mark.slow  # each starts QEMU
@@ -269,6 +272,29 @@ def test_a_connection_that_ended_while_it_lives_is_made_again(launch: Launch, di
     until(lambda: "RESUME" in heard)
     process.prepare_state(tmp_path / "state")  # nothing of the first one is left
     process.finish_state()
+
+
+def test_a_takeover_from_a_sandbox_that_keeps_ram_from_being_read_says_what_to_do(
+    launch: Launch, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = launch()
+    process.close()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(GuestRam, "try_out", refuse)
+    with pytest.raises(StateError, match="run this outside, or end the machine"):
+        adopt(process.pid, process.ticks, "lab", directory, process.ram_file, is_tracked=True, on_event=None)
+
+
+def test_a_guest_that_does_not_wake_is_told_of_with_what_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onionskin.machine.qemu.WAKE_SECONDS", 0)
+    asked: list[str] = []
+    sleeper = SimpleNamespace(status="suspended", name="lab", monitor=SimpleNamespace(execute=asked.append))
+    with pytest.raises(StateError, match="does not wake; end the machine"):
+        QemuProcess.wake(sleeper)  # type: ignore[arg-type]
+    assert asked
 
 
 async def _cut(process: QemuProcess) -> None:

@@ -80,7 +80,9 @@ def _start_some(store: "Store", names: Sequence[str], paused: bool) -> list[Exce
         finally:
             for writer in writers:
                 os.close(writer)
-        answers = [_failure(name, reader.fileno()) for name, reader in zip(names, readers, strict=True)]
+        answers = [
+            _failure(name, Path(log), reader.fileno()) for (name, log), reader in zip(wanted, readers, strict=True)
+        ]
         return [error for error in answers if error is not None]
 
 
@@ -147,7 +149,7 @@ def _forking_process() -> socket.socket:
     return here
 
 
-def _failure(name: str, reader: int) -> Exception | None:
+def _failure(name: str, log: Path, reader: int) -> Exception | None:
     """Wait for the answer of a supervisor. Return what kept its machine from running, if something did."""
     answer = daemon._read_all(reader)
     if answer is None:
@@ -155,7 +157,8 @@ def _failure(name: str, reader: int) -> Exception | None:
     try:
         value = json.loads(answer)
     except ValueError:
-        return StateError(f"the supervisor of machine {name!r} died; see its {SUPERVISOR_LOG}")
+        why = f"see {log}" if log.exists() else "it was killed before it wrote anything; try again"
+        return StateError(f"the supervisor of machine {name!r} died; {why}")
     if "error" not in value:
         return None
     error = frames.unpack_error(value["error"])
@@ -201,7 +204,12 @@ def _start_machines(what: dict[str, Any], writers: list[int], asked: socket.sock
     held = _prepare(what["store"], what["machines"][0][0], what["trust"])
     if threading.active_count() == 1:  # else each is said to have died, which is better than one that hangs
         for (name, log), writer in zip(what["machines"], writers, strict=True):
-            if os.fork() == 0:
+            try:
+                pid = os.fork()
+            except OSError as error:
+                os.write(writer, json.dumps({"error": frames.pack_error(error)}).encode())
+                continue
+            if pid == 0:
                 with suppress(OSError):
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     asked.close()
@@ -246,8 +254,12 @@ def _supervise(
         for other in others:
             os.close(other)
         os.set_inheritable(writer, False)
-        _write_to(log)
-        disk_server.spawn = _spawner(writer)
+        try:
+            _write_to(log)
+            disk_server.spawn = _spawner(writer)
+        except OSError as error:
+            daemon._answer(writer, {"error": frames.pack_error(error)})
+            return 1
         return daemon.be_supervisor(
             str(what["store"]), name, writer, paused=bool(what["paused"]), trust=bool(what["trust"]), pool=pool
         )
@@ -274,13 +286,19 @@ def _spawner(writer: int) -> Callable[[list[str], int], tuple[int, IO[bytes]]]:
     def spawn(arguments: list[str], log: int) -> tuple[int, IO[bytes]]:
         disk_server.spawn = None  # another one is a program of its own
         output, into = os.pipe2(os.O_CLOEXEC)
+        answer = b""
         try:
-            with here:
+            with here, suppress(ConnectionError):
                 socket.send_fds(here, [json.dumps(arguments).encode()], [into, log])
                 answer = here.recv(64)
         finally:
             os.close(into)
             os.waitpid(waiting, 0)
+        if not answer:
+            os.close(output)
+            raise StateError(
+                "the process that was to serve the disks of the machine was killed; start the machine again"
+            )
         return int(answer), os.fdopen(output, "rb", buffering=0)
 
     return spawn

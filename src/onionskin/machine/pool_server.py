@@ -558,7 +558,11 @@ def main(text: str) -> int:
         if os.fork():
             os._exit(0)
         os.set_inheritable(writer, False)
-        fork._write_to(what["log"])
+        try:
+            fork._write_to(what["log"])
+        except OSError as error:
+            daemon._answer(writer, {"error": frames.pack_error(error)})
+            return 1
     pool = Pool(what, writer)
     try:
         pool.begin()

@@ -406,7 +406,10 @@ class QemuProcess:
         while self.status == _SLEEPS:
             self.monitor.execute("system_wakeup")
             if time.monotonic() > deadline:
-                raise StateError(f"the guest of machine {self.name!r} sleeps (S3), and does not wake")
+                raise StateError(
+                    f"the guest of machine {self.name!r} sleeps (S3), and does not wake; end the machine, with 'onionskin "
+                    "machine stop --force', and revert it or start it then"
+                )
             time.sleep(0.01)
 
     def power_down(self) -> None:
@@ -731,6 +734,13 @@ def adopt(
         if is_tracked:
             process.meet_library()
             process.note_writes(again=True)
+    except PermissionError as error:
+        process.close()
+        raise StateError(
+            f"machine {name!r} runs, and its supervisor was killed; nobody can take it over from here, where a sandbox keeps "
+            f"RAM from being read or written ({error}); run this outside, or end the machine with 'onionskin machine stop "
+            "--force'"
+        ) from error
     except BaseException:
         process.close()
         raise

@@ -29,7 +29,7 @@ from onionskin.base.lazy import logger
 from onionskin.base.sockets import has_hung_up
 from onionskin.base.waiting import within
 from onionskin.errors import OnionskinError, StateError
-from onionskin.machine import capture, disk_server, orphans, qemu, record, restore
+from onionskin.machine import capture, disk_server, orphans, qemu, qemu_command, record, restore
 from onionskin.machine.agent import kernel_of, tell_identity
 from onionskin.machine.control import ControlServer
 from onionskin.machine.disk_server import DiskServer
@@ -512,12 +512,22 @@ class Supervisor:
         poll = select.poll()
         poll.register(over, 0)
         while not poll.poll(0) and not self._fault:
-            process = self._server.process
-            if process is None or (descriptor := _open_process(process)) is None:
-                self._look_at_server()
-                continue
-            poll.register(descriptor, select.POLLIN)
+            try:
+                self._wait_for_server(poll)
+            except OSError as error:  # no descriptor or no memory is left to look with
+                self._log(f"what became of the server of the disks cannot be seen now, and is looked at again: {error}")
+                poll.poll(RESTART_SECONDS * 1000)
+
+    def _wait_for_server(self, poll: select.poll) -> None:
+        """Wait until the server has ended, or what `poll` waits for. Start it again where it has ended."""
+        process = self._server.process
+        if process is None or (descriptor := _open_process(process)) is None:
+            self._look_at_server()
+            return
+        poll.register(descriptor, select.POLLIN)
+        try:
             poll.poll()
+        finally:
             poll.unregister(descriptor)
             os.close(descriptor)
 
@@ -593,11 +603,21 @@ class Supervisor:
     def _report(self, status: int) -> None:
         """Say how the hypervisor ended, to the log and to who asks later."""
         said = "" if status == 0 or self._is_forced else self._process._said()
-        record.write_json(
-            self._directory / record.ENDED,
-            {"status": status, "is_forced": self._is_forced, "at": time.time(), "said": said},
-        )
+        if status == -signal.SIGBUS:  # it wrote nothing
+            said = (
+                "the kernel ended it (SIGBUS), as it does where the file below its RAM finds no room: is "
+                f"{self._process.ram_file.parent} full?"
+            )
+        # Nobody has it any more, and on a full tmpfs its room is what this needs.
+        (self._directory / qemu_command.EMPTY_RAM).unlink(missing_ok=True)
         self._log(f"machine {self._name!r} ended with {status}{': ' + said if said else ''}")
+        try:
+            record.write_json(
+                self._directory / record.ENDED,
+                {"status": status, "is_forced": self._is_forced, "at": time.time(), "said": said},
+            )
+        except OSError as error:
+            self._log(f"{self._directory / record.ENDED} could not be written, so it will be said to be off: {error}")
 
     def end(self) -> None:
         """Give all up: the hypervisor, if it still runs; the disks, which are flushed; the machine."""
@@ -620,6 +640,7 @@ class Supervisor:
         """Describe the machine."""
         said = self._ask_status()
         row, one = self.running.machine, self.record
+        server = self._server.process  # another thread may start it again
         return {
             "name": row.name,
             "state": self._state(said),
@@ -629,7 +650,7 @@ class Supervisor:
             "pids": {
                 "supervisor": os.getpid(),
                 "hypervisor": self._process.pid,
-                "server": self._server.process.pid if self._server.process else None,
+                "server": server.pid if server else None,
             },
             "seconds": time.monotonic() - self._started,
             "is_paused": one.is_paused,

@@ -46,3 +46,21 @@ def test_a_socket_that_was_made_beforehand_serves_no_other_path(tmp_path: Path) 
         (listener,) = open_listeners((), path=tmp_path / name, mode=0o600, addresses=(), terms=None)
         assert listener.path == str(tmp_path / name)
         listener.close()
+
+
+def test_a_start_whose_process_for_the_disks_was_killed_says_so() -> None:
+    text = """
+import os, signal
+from onionskin.errors import StateError
+from onionskin.machine import fork
+made, real = [], os.fork
+os.fork = lambda: made.append(real()) or made[-1]
+spawn = fork._spawner(os.pipe()[1])
+os.kill(made[0], signal.SIGKILL)
+try:
+    spawn(["serve"], 2)
+except StateError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", text], check=True, capture_output=True, text=True).stdout
+    assert said == "the process that was to serve the disks of the machine was killed; start the machine again\n"

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import onionskin
 from onionskin.base import threads
 from onionskin.control import frames
 from onionskin.errors import StateError
-from onionskin.machine import qemu_command
+from onionskin.machine import qemu_command, record
 from onionskin.machine import supervisor as supervisor_module
 from onionskin.machine.control import VERSION, ControlServer, Gone, MachineControl
 from onionskin.machine.hypervisor import Configuration, Recorded
@@ -327,6 +328,56 @@ def test_a_connection_to_the_hypervisor_that_ended_is_made_again_once_nobody_use
     assert done == ["again"]
     assert supervisor._is_stopped  # it stopped while nobody heard of it
     assert "it is there again" in said[0]
+
+
+def test_a_server_is_kept_that_could_not_be_looked_at_for_a_moment(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no descriptor is left, as nobody else starts it while a hypervisor waits for it."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    said: list[str] = []
+    answers = iter([OSError(errno.EMFILE, os.strerror(errno.EMFILE)), None])
+
+    def open_process(_: object) -> None:
+        if (answer := next(answers)) is not None:
+            raise answer
+
+    supervisor = Supervisor(store, "lab", said.append)
+    monkeypatch.setattr(supervisor_module, "RESTART_SECONDS", 0.01)
+    monkeypatch.setattr(supervisor_module, "_open_process", open_process)
+    monkeypatch.setattr(supervisor, "_look_at_server", lambda: os.close(writer))
+    try:
+        supervisor._server = SimpleNamespace(process="one")  # type: ignore[assignment]
+        supervisor._keep_served(reader)
+    finally:
+        supervisor._ends.close()
+        os.close(reader)
+    assert os.strerror(errno.EMFILE) in said[0]
+
+
+def test_a_machine_that_a_full_tmpfs_ended_says_so_from_the_room_of_its_ram(
+    store: onionskin.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ram = tmp_path / qemu_command.EMPTY_RAM
+    ram.touch()
+    write = record.write_json
+
+    def write_if_there_is_room(path: Path, value: object) -> None:
+        if ram.exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, value)
+
+    monkeypatch.setattr(record, "write_json", write_if_there_is_room)
+    supervisor = Supervisor(store, "lab", lambda line: None)
+    try:
+        supervisor._directory = tmp_path
+        supervisor._process = SimpleNamespace(ram_file=ram, _said=lambda: "")  # type: ignore[assignment]
+        supervisor._report(-signal.SIGBUS)
+    finally:
+        supervisor._ends.close()
+    ended = record.read_json(tmp_path / record.ENDED)
+    assert isinstance(ended, dict)
+    assert f"is {tmp_path} full?" in ended["said"]
 
 
 class _Disconnected:
