@@ -192,10 +192,8 @@ def test_what_a_writer_left_that_another_mount_may_hold_is_refused_and_not_dropp
             subprocess.run(unmount, check=True)
 
 
-def test_what_was_left_and_made_durable_since_refuses_no_opening(
-    ext4_mount: Callable[[], Path], tmp_path: Path
-) -> None:
-    """As a backup may put it back: nothing of it goes on from what is durable, whichever mount it is of."""
+def test_what_was_left_of_another_head_refuses_no_opening(ext4_mount: Callable[[], Path], tmp_path: Path) -> None:
+    """As a backup may put it back: nothing of it goes on from the head that there is, whichever mount it is of."""
     disk = ext4_mount()
     for name in ("lower", "upper", "work", "merged"):
         (disk / name).mkdir()
@@ -208,7 +206,7 @@ def test_what_was_left_and_made_durable_since_refuses_no_opening(
         left = next((store / "volumes").glob("*.dirty"))
         subprocess.run(["cp", "--sparse=always", left, tmp_path / "kept"], check=True)
         with onionskin.Store(store) as opened, opened.open("web") as web:
-            web.write(2 * 4096, b"later")
+            web.snapshot("later")
         subprocess.run(["cp", "--sparse=always", tmp_path / "kept", left], check=True)
         subprocess.run(["umount", disk / "merged"], check=True)
         subprocess.run(mount, check=True)
