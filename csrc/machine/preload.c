@@ -4,8 +4,10 @@
  * snapshot was, forks share its page cache, and going back means to forget the private pages. Only the process itself can
  * arm a userfaultfd over its memory and drop pages of it, so a thread waits for these two requests on a socket.
  *
- * ONIONSKIN_RAM is the path of the RAM file, ONIONSKIN_PRELOAD the path of the socket. Both, and LD_PRELOAD, are taken
- * out of the environment, so that programs which the hypervisor starts are left alone.
+ * ONIONSKIN_RAM is the path of the RAM file, ONIONSKIN_PRELOAD the path of the socket. ONIONSKIN_STAND_IN is an empty file
+ * that the hypervisor was told to map; the library maps the RAM file in its place. So a process that the library is not in (it
+ * has capabilities, it is linked statically, a script started it) never sees the RAM file, and writes to the empty one. All
+ * of them, and LD_PRELOAD, are taken out of the environment, so that programs which the hypervisor starts are left alone.
  *
  * While the process lives it has a shared lock (flock) on the RAM file that it maps: so nobody wipes the file under it. It
  * cannot give room of that file back either (fallocate): a balloon would, and forks that map it would lose what they read.
@@ -49,13 +51,13 @@ enum { RUNS_AT_ONCE = 512 };
 typedef void *(*map_function)(void *, size_t, int, int, int, off_t);
 
 static struct {
-    char ram[4096];
-    int failed; /* the errno because of which nobody can be answered, so that RAM is not mapped */
+    char ram[4096], stand_in[4096]; /* the same where nothing stands in */
+    int failed;                     /* the errno because of which nobody can be answered, so that RAM is not mapped */
     struct sockaddr_un address;
     pthread_mutex_t guard; /* over what follows, which the thread of the socket and those that map use */
     uint8_t *start;
     size_t length;
-    dev_t device; /* of the RAM file that is mapped there */
+    dev_t device; /* of the file that the hypervisor means to map there */
     ino_t file;
     int is_private;
     int faults; /* the userfaultfd, -1 before it is armed */
@@ -64,30 +66,32 @@ static struct {
 
 /* ---- what is mapped ---- */
 
-/* Whether a file is the RAM file, or -errno where that cannot be seen of one that is as long. */
+/* Whether a file is what stands in for the RAM file, or -errno where that cannot be seen of one that is as long. */
 static int is_ram(int fd, size_t length) {
     struct stat mapped, wanted;
     if (!preload.ram[0] || fd < 0 || fstat(fd, &mapped) || !S_ISREG(mapped.st_mode) ||
         (uint64_t)mapped.st_size != length)
         return 0;
-    if (stat(preload.ram, &wanted))
+    if (stat(preload.stand_in, &wanted))
         return -errno;
     return mapped.st_dev == wanted.st_dev && mapped.st_ino == wanted.st_ino;
 }
 
-/* Locks the RAM file as long as the process lives: 0 or -errno. The descriptor is meant to stay open. It is one of this
- * library's own: the hypervisor may close its descriptor, and has locks of another kind. */
-static int lock_ram(int mapped) {
+/* Opens the RAM file and locks it as long as the process lives: a descriptor that is meant to stay open, or -errno. It is one
+ * of this library's own: the hypervisor may close its descriptor, and has locks of another kind. */
+static int open_ram(int mapped, size_t length) {
     struct stat file, locked;
-    int fd = open(preload.ram, O_RDONLY | O_CLOEXEC);
+    int fd = open(preload.ram, O_RDONLY | O_CLOEXEC), stands_in = strcmp(preload.ram, preload.stand_in) != 0;
     if (fd < 0)
         return -errno;
     int error = flock(fd, LOCK_SH | LOCK_NB) || fstat(fd, &locked) || fstat(mapped, &file) ? -errno : 0;
-    if (!error && (file.st_dev != locked.st_dev || file.st_ino != locked.st_ino))
+    if (!error && !stands_in && (file.st_dev != locked.st_dev || file.st_ino != locked.st_ino))
+        error = -ESTALE;
+    if (!error && (!S_ISREG(locked.st_mode) || (uint64_t)locked.st_size != length))
         error = -ESTALE;
     if (error)
         close(fd);
-    return error;
+    return error ? error : fd;
 }
 
 static void *map(void *address, size_t length, int protection, int flags, int fd, off_t offset) {
@@ -96,14 +100,14 @@ static void *map(void *address, size_t length, int protection, int flags, int fd
         real = (map_function)dlsym(RTLD_NEXT,
                                    "mmap"); /* its offset has 64 bits too: this is built for such machines alone */
     int found = offset || (flags & MAP_TYPE) == MAP_PRIVATE ? 0 : is_ram(fd, length);
-    int error = found < 0 ? found : found ? (preload.failed ? -preload.failed : lock_ram(fd)) : 0;
-    if (error) {
-        errno = -error;
+    int ram = found <= 0 ? found : preload.failed ? -preload.failed : open_ram(fd, length);
+    if (ram < 0) {
+        errno = -ram;
         return MAP_FAILED;
     }
     if (found)
         flags = (flags & ~MAP_TYPE) | MAP_PRIVATE;
-    void *mapped = real(address, length, protection, flags, fd, offset);
+    void *mapped = real(address, length, protection, flags, found ? ram : fd, offset);
     if (found && mapped != MAP_FAILED) {
         struct stat mapped_file = {0};
         (void)fstat(fd, &mapped_file);
@@ -344,14 +348,19 @@ static int begin_to_serve(void) {
 
 __attribute__((constructor)) static void start(void) {
     const char *ram = getenv("ONIONSKIN_RAM"), *path = getenv("ONIONSKIN_PRELOAD");
-    if (!ram || !path || strlen(ram) >= sizeof preload.ram || strlen(path) >= sizeof preload.address.sun_path)
+    const char *stand_in = getenv("ONIONSKIN_STAND_IN");
+    stand_in = stand_in ? stand_in : ram;
+    if (!ram || !path || strlen(ram) >= sizeof preload.ram || strlen(stand_in) >= sizeof preload.stand_in ||
+        strlen(path) >= sizeof preload.address.sun_path)
         return;
     preload.address.sun_family = AF_UNIX;
     strcpy(preload.address.sun_path, path);
     preload.failed = begin_to_serve();
     preload.self = (int)syscall(SYS_pidfd_open, getpid(), 0);
+    strcpy(preload.stand_in, stand_in);
     strcpy(preload.ram, ram); /* from here on RAM is mapped privately: somebody listens who can say so, or not at all */
     unsetenv("ONIONSKIN_RAM");
+    unsetenv("ONIONSKIN_STAND_IN");
     unsetenv("ONIONSKIN_PRELOAD");
     unsetenv("LD_PRELOAD");
 }

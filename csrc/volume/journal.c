@@ -781,6 +781,13 @@ static int take_half(struct onion_volume *volume, const struct found *found, int
     return status;
 }
 
+/* Returns whether a half has records that go on from the log. */
+static int goes_on(const struct onion_volume *volume, const struct onion_journal_half *half, const unsigned char *log,
+                   uint64_t length) {
+    return half->record_count &&
+           (is_owner(volume, &half->owner, log, length) || is_owner(volume, &half->alternative, log, length));
+}
+
 /* Takes over the records of the halves that go on from the log. Returns 0 also if no half does; -ENOMEM, -EIO, or
  * ONION_E_FORMAT if a half does and is not sound. */
 static int take_halves(struct onion_volume *volume, const struct found *found, const unsigned char *log,
@@ -793,8 +800,7 @@ static int take_halves(struct onion_volume *volume, const struct found *found, c
         return -ENOMEM;
     for (int i = 0; i < 2 && status == 0; i++) {
         int half = first ^ i;
-        if (halves[half].record_count && (is_owner(volume, &halves[half].owner, log, length) ||
-                                          is_owner(volume, &halves[half].alternative, log, length)))
+        if (goes_on(volume, &halves[half], log, length))
             status = take_half(volume, found, half, segment_first);
     }
     return status;
@@ -807,6 +813,11 @@ int onion_journal_find(struct onion_volume *volume, const unsigned char *log, ui
     if (!journal->path)
         return 0;
     int status = read_found(volume, &found);
+    /* Of which boot and mount it is matters only where something would be taken over from it. */
+    if ((status == ONION_E_OTHER_MOUNT || status == ONION_E_WHICH_BOOT) && !found.header.poisoned &&
+        !goes_on(volume, &found.header.halves[0], log, length) &&
+        !goes_on(volume, &found.header.halves[1], log, length))
+        status = 0;
     if (status == 1) {
         journal->found_poisoned = found.header.poisoned != 0;
         status = take_halves(volume, &found, log, length, segment_first);

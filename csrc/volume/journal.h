@@ -85,7 +85,7 @@ int onion_journal_set_path(struct onion_volume *volume, const char *path);
 /* Called while a head is opened. Reads the records that a process that died left behind. If they go on from the log of
  * `length` bytes (NULL: no file), which was replayed, they become the dirty records. The head's own segments have the
  * numbers from segment_first on. A file that is not sound, or not of this boot and mount, is ignored as a whole;
- * ONION_E_OTHER_MOUNT: it is of this boot, and nobody can tell of which mount. */
+ * ONION_E_OTHER_MOUNT: records of it would be used, it is of this boot, and nobody can tell of which mount. */
 int onion_journal_find(struct onion_volume *volume, const unsigned char *log, uint64_t length, uint32_t segment_first);
 /* Called for a head that is opened only for reading, after its index took the records that were found. The file stays
  * as it is, for the next opening that writes. */

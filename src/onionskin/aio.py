@@ -39,13 +39,12 @@ from onionskin.operations.prune import Retention
 from onionskin.operations.usage import Usage
 
 if TYPE_CHECKING:
-    from socket import socket
+    import socket
 
     import numpy.typing
 
     from onionskin.base.annotations import AnyPath, Bytes, ExtentArray, ReadableBuffer, WipePolicy, WritableBuffer
     from onionskin.catalog import Defaults
-    from onionskin.machine.hypervisor import Configuration
     from onionskin.machine.taken import MachineSnapshot
     from onionskin.operations.chain_members import ChainLayer
     from onionskin.operations.layering import Layering
@@ -1043,7 +1042,7 @@ class Machine:
         return await self._run(lambda: self._sync.state)
 
     @_twin_of(onionskin.machine.machine.Machine.configuration)
-    async def configuration(self) -> "Configuration":
+    async def configuration(self) -> "onionskin.MachineConfiguration":
         """Await the property `onionskin.Machine.configuration`."""
         return await self._run(lambda: self._sync.configuration)
 
@@ -1063,7 +1062,7 @@ class Machine:
         return await self._run(self._sync.status)
 
     @_twin_of(onionskin.machine.machine.Machine.console)
-    async def console(self) -> "socket":
+    async def console(self) -> "socket.socket":
         """Await `onionskin.Machine.console`. If the task is cancelled, the connection is closed."""
         return await self._store._calls.run(self._sync.console, undo=lambda connection: connection.close())
 

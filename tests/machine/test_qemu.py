@@ -522,3 +522,31 @@ def test_what_is_recorded_has_a_versioned_machine_and_all_devices(qemu: list[str
 def test_a_command_line_that_qemu_refuses_is_reported_in_its_words(launch: Launch) -> None:
     with pytest.raises(StateError, match="no-such-device"):
         launch(given={"qemu_args": ("-device", "no-such-device")})
+
+
+def test_a_qemu_that_the_library_is_not_in_does_not_write_to_the_ram_file_that_forks_read(
+    qemu: list[str], directory: Path, disks: list[str], tmp_path: Path
+) -> None:
+    """The library is in the shell that reads the script, and gone when that becomes QEMU, as one with capabilities has it."""
+    script = tmp_path / "qemu"
+    script.write_text(f'#!/bin/sh\nexec {qemu[0]} "$@"\n')
+    script.chmod(0o755)
+    ram = tmp_path / "ram"
+    ram.write_bytes(b"Z" * (16 * MIB))
+    written_at_reset = ("-device", "loader,addr=0x1000,data=0x7473657567,data-len=8")
+    process = QemuHypervisor().launch(
+        configuration([str(script), *qemu[1:]], qemu_args=written_at_reset),
+        name="lab",
+        directory=directory,
+        ram_file=ram,
+        disks=disks,
+        state=None,
+        identity=Identity(),
+    )
+    try:
+        assert process.ram() is None
+        assert process.ram_file != ram
+        assert ram.read_bytes() == b"Z" * (16 * MIB)
+        assert not (directory / "ram.stand-in").exists()
+    finally:
+        process.quit(0)

@@ -277,10 +277,10 @@ class Verbs(click.Group):
             from onionskin.cli import completion  # noqa: F401  it tells click of its bash
 
             try:
-                status: int = shell_complete(self, {}, "onionskin", "_ONIONSKIN_COMPLETE", instruction)
+                completed: int = shell_complete(self, {}, "onionskin", "_ONIONSKIN_COMPLETE", instruction)
             except (click.ClickException, OnionskinError, OSError, ValueError, KeyboardInterrupt):
-                status = 1  # the line is not finished, and what is wrong with it is said when it is run
-            sys.exit(status)
+                completed = 1  # the line is not finished, and what is wrong with it is said when it is run
+            sys.exit(completed)
         for of_click in ("standalone_mode", "complete_var", "windows_expand_args"):
             extra.pop(of_click, None)
         arguments = sys.argv[1:] if args is None else list(args)

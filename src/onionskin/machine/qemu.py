@@ -129,13 +129,13 @@ class QemuHypervisor:
                 name=name,
                 machine_type=machine_type,
                 directory=directory,
-                ram_file=ram,
+                ram_file=_stand_in(directory, ram) if is_tracked else ram,
                 disks=disks,
                 identity=identity,
             )
             return _start(command, name, directory, ram, self._on_event, beside_its_start, is_tracked=is_tracked)
 
-        process = _start_tracked(start, ram_file) or _start_compared(start, ram_file, directory)
+        process = _start_tracked(start, ram_file, directory) or _start_compared(start, ram_file, directory)
         try:
             if state is None:
                 process.monitor.execute(*_WITHOUT_RAM)
@@ -147,7 +147,7 @@ class QemuHypervisor:
         return process
 
 
-def _start_tracked(start: "Callable[..., QemuProcess]", ram_file: Path) -> "QemuProcess | None":
+def _start_tracked(start: "Callable[..., QemuProcess]", ram_file: Path, directory: Path) -> "QemuProcess | None":
     """Start a machine whose writes are noted, or return None where they cannot be."""
     if os.environ.get(NO_TRACKING, "") not in ("", "0"):
         return None
@@ -155,19 +155,22 @@ def _start_tracked(start: "Callable[..., QemuProcess]", ram_file: Path) -> "Qemu
         library()
     except StateError:
         return None
-    process = start(ram_file, is_tracked=True)
     try:
-        process.meet_library()
-        process.note_writes()
-    except (OSError, StateError) as error:
-        process.quit(0)
-        if isinstance(error, OSError) and error.errno in CANNOT_LOOK:
+        process = start(ram_file, is_tracked=True)
+        try:
+            process.meet_library()
+            process.note_writes()
+        except (OSError, StateError) as error:
+            process.quit(0)
+            if isinstance(error, OSError) and error.errno in CANNOT_LOOK:
+                raise
+            return None
+        except BaseException:
+            process.quit(0)
             raise
-        return None
-    except BaseException:
-        process.quit(0)
-        raise
-    return process
+        return process
+    finally:
+        (directory / qemu_command.STAND_IN).unlink(missing_ok=True)
 
 
 def _start_compared(start: "Callable[..., QemuProcess]", ram_file: Path, directory: Path) -> "QemuProcess":
@@ -681,6 +684,7 @@ def _start(
         environment |= {
             "LD_PRELOAD": str(library()),
             "ONIONSKIN_RAM": str(ram.absolute()),
+            "ONIONSKIN_STAND_IN": str((directory / qemu_command.STAND_IN).absolute()),
             "ONIONSKIN_PRELOAD": qemu_command.PRELOAD,
         }
     log = open_log(directory / qemu_command.LOG, os.O_TRUNC)
@@ -749,7 +753,18 @@ def adopt(
 
 def _empty_ram(directory: Path, length: int) -> Path:
     """Return a file of zeros for the RAM of a machine that boots."""
-    path = directory / qemu_command.EMPTY_RAM
+    return _zeros(directory / qemu_command.EMPTY_RAM, length)
+
+
+def _stand_in(directory: Path, ram: Path) -> Path:
+    """Return a file for QEMU to map, in whose place the library maps the RAM file.
+
+    So a QEMU that the library is not in, by capabilities or a script, writes to a file that is nobody's.
+    """
+    return _zeros(directory / qemu_command.STAND_IN, ram.stat().st_size)
+
+
+def _zeros(path: Path, length: int) -> Path:
     path.unlink(missing_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:

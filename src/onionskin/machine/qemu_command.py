@@ -19,7 +19,8 @@ from onionskin.machine.hypervisor import Configuration, Identity, Recorded
 if TYPE_CHECKING:
     from pathlib import Path
 
-QMP, CONSOLE, AGENT, PRELOAD, LOG, EMPTY_RAM = "qmp", "console", "agent", "preload", "qemu.log", "ram.empty"
+QMP, CONSOLE, AGENT, PRELOAD, LOG = "qmp", "console", "agent", "preload", "qemu.log"
+EMPTY_RAM, STAND_IN = "ram.empty", "ram.stand-in"
 SOCKET_BYTES_MAX = 107
 # The guest waits so long for a disk whose server is gone. Then the machine is stopped, and goes on when it is back.
 RECONNECT_SECONDS = 60

@@ -190,7 +190,8 @@ def _data_without_map(
                 f"data that no map names, from byte {offset} on: written and never flushed, or its map is not the "
                 f"one that volume {volume.name!r} had",
                 str(path),
-                "opening the volume for writing frees it; if its map was lost or replaced, put that back first",
+                "opening the volume for writing takes it over, frees it, or says why it cannot; if its map was lost or "
+                "replaced, put that back first",
             )
 
 

@@ -66,6 +66,35 @@ def test_ram_is_mapped_privately_and_locked_or_not_at_all(tmp_path: Path, why: s
     assert int(ran.stdout) == number
 
 
+STAND_IN = """
+import mmap, os, sys
+
+with open(sys.argv[1], "r+b") as file, mmap.mmap(file.fileno(), 4096) as ram:
+    found = ram[:5]
+    ram[:5] = b"guest"
+    print(found.decode(), [name for name in os.environ if name.startswith("ONIONSKIN")])
+"""
+
+
+@pytest.mark.parametrize("is_in", [True, False], ids=["library", "no library"])
+def test_a_process_that_the_library_is_not_in_never_sees_the_ram_file(tmp_path: Path, is_in: bool) -> None:
+    ram, stand_in = tmp_path / "ram", tmp_path / "stand-in"
+    ram.write_bytes(b"saved" + bytes(4091))
+    stand_in.write_bytes(bytes(4096))
+    given = {"ONIONSKIN_RAM": str(ram), "ONIONSKIN_STAND_IN": str(stand_in), "ONIONSKIN_PRELOAD": "preload"}
+    ran = subprocess.run(
+        [sys.executable, "-c", STAND_IN, stand_in],
+        cwd=tmp_path,
+        env=os.environ | (given | {"LD_PRELOAD": str(library())} if is_in else {}),
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.stdout == ("saved []\n" if is_in else "\0\0\0\0\0 []\n")
+    assert ram.read_bytes()[:5] == b"saved"
+    assert stand_in.read_bytes()[:5] == (bytes(5) if is_in else b"guest")
+
+
 def answer(start: int) -> bytes:
     return preload._REPLY.pack(preload._MAGIC, 0, start, 4096, 1, 1)
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import onionskin
+
 # Preloaded: the next such call for a file with this part in its path fails with this number.
 FAILING_OPEN = r"""
 #define _GNU_SOURCE
@@ -188,3 +190,26 @@ def test_what_a_writer_left_that_another_mount_may_hold_is_refused_and_not_dropp
     finally:
         if way != "below":
             subprocess.run(unmount, check=True)
+
+
+def test_what_was_left_of_another_head_refuses_no_opening(ext4_mount: Callable[[], Path], tmp_path: Path) -> None:
+    """As a backup may put it back: nothing of it goes on from the head that there is, whichever mount it is of."""
+    disk = ext4_mount()
+    for name in ("lower", "upper", "work", "merged"):
+        (disk / name).mkdir()
+    options = f"lowerdir={disk}/lower,upperdir={disk}/upper,workdir={disk}/work"
+    mount = ["mount", "-t", "overlay", "overlay", "-o", options, str(disk / "merged")]
+    store = disk / "merged" / "store"
+    subprocess.run(mount, check=True)
+    try:
+        write_and_die(store)
+        left = next((store / "volumes").glob("*.dirty"))
+        subprocess.run(["cp", "--sparse=always", left, tmp_path / "kept"], check=True)
+        with onionskin.Store(store) as opened, opened.open("web") as web:
+            web.snapshot("later")
+        subprocess.run(["cp", "--sparse=always", tmp_path / "kept", left], check=True)
+        subprocess.run(["umount", disk / "merged"], check=True)
+        subprocess.run(mount, check=True)
+        assert look(store, "r") == look(store, "w") == KEPT
+    finally:
+        subprocess.run(["umount", disk / "merged"], check=True)
