@@ -223,7 +223,7 @@ def test_a_machine_whose_writes_cannot_be_noted_for_want_of_memory_is_not_one_th
     process = SimpleNamespace(meet_library=lambda: failing(errno.ENOMEM)("pages"), quit=ended.append)
     monkeypatch.setattr(qemu, "library", lambda: tmp_path)
     with pytest.raises(OSError, match=os.strerror(errno.ENOMEM)):
-        qemu._start_tracked(lambda *_, **__: process, tmp_path)  # type: ignore[arg-type]
+        qemu._start_tracked(lambda *_, **__: process, tmp_path, tmp_path)  # type: ignore[arg-type]
     assert ended == [0]
 
 
