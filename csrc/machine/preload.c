@@ -66,13 +66,19 @@ static struct {
 
 /* ---- what is mapped ---- */
 
-/* Whether a file is what stands in for the RAM file, or -errno where that cannot be seen of one that is as long. */
+/* Whether a file is what stands in for the RAM file, or -errno where that cannot be seen of one that is as long. The name of
+ * that goes once it is mapped; its inode stays its own, since the hypervisor has it open. */
 static int is_ram(int fd, size_t length) {
-    struct stat mapped, wanted;
+    struct stat mapped, wanted = {0};
     if (!preload.ram[0] || fd < 0 || fstat(fd, &mapped) || !S_ISREG(mapped.st_mode) ||
         (uint64_t)mapped.st_size != length)
         return 0;
-    if (stat(preload.stand_in, &wanted))
+    pthread_mutex_lock(&preload.guard);
+    int is_mapped = preload.start != NULL;
+    wanted.st_dev = preload.device;
+    wanted.st_ino = preload.file;
+    pthread_mutex_unlock(&preload.guard);
+    if (!is_mapped && stat(preload.stand_in, &wanted))
         return -errno;
     return mapped.st_dev == wanted.st_dev && mapped.st_ino == wanted.st_ino;
 }

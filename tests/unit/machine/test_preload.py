@@ -95,6 +95,40 @@ def test_a_process_that_the_library_is_not_in_never_sees_the_ram_file(tmp_path: 
     assert stand_in.read_bytes()[:5] == (bytes(5) if is_in else b"guest")
 
 
+SHARES_MEMORY = """
+import mmap, os, sys
+
+with open(sys.argv[1], "r+b") as file, mmap.mmap(file.fileno(), 4096) as ram:
+    for name in sys.argv[1:]:
+        os.unlink(name)
+    other = os.memfd_create("of the same length")
+    os.truncate(other, 4096)
+    with mmap.mmap(other, 4096) as shared:
+        shared[:5] = b"other"
+        print(os.pread(other, 5, 0).decode(), ram[:5].decode())
+"""
+
+
+@pytest.mark.parametrize("stands_in", [True, False], ids=["stand-in", "no stand-in"])
+def test_other_memory_is_shared_as_ever_once_the_names_of_what_was_mapped_are_gone(
+    tmp_path: Path, stands_in: bool
+) -> None:
+    """QEMU 10 gives each display such memory, and aborts where it cannot."""
+    ram, stand_in = tmp_path / "ram", tmp_path / "stand-in"
+    ram.write_bytes(b"saved" + bytes(4091))
+    stand_in.write_bytes(bytes(4096))
+    given = {"ONIONSKIN_RAM": str(ram), "ONIONSKIN_PRELOAD": "preload", "LD_PRELOAD": str(library())}
+    ran = subprocess.run(
+        [sys.executable, "-c", SHARES_MEMORY, *([stand_in, ram] if stands_in else [ram])],
+        cwd=tmp_path,
+        env=os.environ | given | ({"ONIONSKIN_STAND_IN": str(stand_in)} if stands_in else {}),
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.stdout == "other saved\n"
+
+
 def answer(start: int) -> bytes:
     return preload._REPLY.pack(preload._MAGIC, 0, start, 4096, 1, 1)
 
