@@ -118,6 +118,9 @@ class Reserve:
         with suppress(OSError), locked_directory(self._layout.root, alone=True) as is_unused:
             if not is_unused:
                 return
+            if self._is_made():  # by another thread or process, which had the lock a moment ago
+                self._is_owed = False
+                return
             self._give_up()
             descriptor = make_file(self._layout.reserve)
             try:

@@ -19,8 +19,10 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-def exchange_for_a_copy(path: Path) -> Path:
+def exchange_for_a_copy(store: onionskin.Store) -> Path:
     """Move a store away, and put a copy in its place. Returns where the store is now."""
+    store.finish_work()  # what it does in the background would make and remove files while they are copied
+    path = store.path
     moved = path.with_name("moved")
     path.rename(moved)
     shutil.copytree(moved, path)
@@ -44,7 +46,7 @@ def test_what_is_freed_in_a_store_that_was_moved_is_not_freed_in_the_copy_in_its
             volume.snapshot("a")
             volume.write(0, b"b" * BLOCK)
             volume.snapshot("b")
-        moved = exchange_for_a_copy(path)
+        moved = exchange_for_a_copy(store)
         with pytest.raises(onionskin.StateError, match="put it back"):
             store.delete("v", recursive=True)
     for place in (path, moved):
@@ -60,7 +62,7 @@ def test_work_that_was_noted_before_a_store_was_moved_is_not_done_in_the_copy(pa
             volume.snapshot("a")
         with store.open("v", snapshot="a"):  # it keeps the file of the layer, so its removal is left for later
             store.delete("v", recursive=True)
-            exchange_for_a_copy(path)
+            exchange_for_a_copy(store)
         store.finish_work()
     assert len(list((path / "segments").iterdir())) == len(list((path.with_name("moved") / "segments").iterdir()))
 
@@ -100,7 +102,7 @@ def test_a_snapshot_is_not_read_from_another_store(path: Path) -> None:
             volume.write(0, b"a" * BLOCK)
             volume.snapshot("a")
         with store.open("v", snapshot="a") as view:  # nothing is mapped before it is read
-            exchange_for_a_copy(path)
+            exchange_for_a_copy(store)
             with pytest.raises(onionskin.StateError, match="put it back"):
                 view.read(0, BLOCK)
 
@@ -108,7 +110,7 @@ def test_a_snapshot_is_not_read_from_another_store(path: Path) -> None:
 def test_a_volume_of_a_store_that_was_moved_is_not_opened_in_the_copy(path: Path) -> None:
     with onionskin.Store(path) as store:
         store.create("v", size=SIZE).close()
-        exchange_for_a_copy(path)
+        exchange_for_a_copy(store)
         with pytest.raises(onionskin.StateError, match="put it back"):
             store.open("v")
         with pytest.raises(onionskin.StateError, match="put it back"):

@@ -141,6 +141,7 @@ def test_a_copy_of_a_store_whose_volumes_share_a_file_is_a_store_of_its_own(
 ) -> None:
     process = _held_elsewhere(forks, "a", "b")
     try:
+        forks.finish_work()  # else files come and go while they are copied
         subprocess.run(["cp", "-a", forks.path, tmp_path / "copy"], check=True)
         with onionskin.Store(tmp_path / "copy") as copy:
             assert _lock_file(copy, "a").samefile(_lock_file(copy, "b"))
@@ -288,6 +289,7 @@ def test_nobody_is_told_to_remove_a_file_of_a_store_of_which_there_is_a_copy_by_
     forks: "onionskin.Store", tmp_path: Path
 ) -> None:
     """Without its log a catalog loses what was committed, and without its lock files are freed that somebody reads."""
+    forks.finish_work()  # else files come and go while they are copied
     subprocess.run(["cp", "-al", forks.path, tmp_path / "copy"], check=True)
     with pytest.raises(onionskin.StateError, match=r"hard link.*remove the copy"):
         onionskin.Store(forks.path)
