@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy.typing
 
     import onionskin
-    from onionskin.base.annotations import AnyPath, Bytes, ExtentArray, ReadableBuffer, WritableBuffer
+    from onionskin.base.annotations import AnyPath, Bytes, ExtentArray, ReadableBuffer, WipePolicy, WritableBuffer
     from onionskin.kernels import _extents
     from onionskin.kernels._volume import DataPath
     from onionskin.operations.layering import Layering
@@ -44,20 +44,11 @@ class Volume:
     Offsets and lengths are bytes; block indices count blocks of `block_size`. Any number of threads may read and write.
     Operations on snapshots run one after the other. What was written is durable only after `flush`, `snapshot`,
     `resize` or `close`.
-
-    Attributes
-    ----------
-    block_size : int
-        The unit of copy-on-write, in bytes.
-    wipe : {"release", "zero"}
-        What happens to freed space.
     """
 
     def __init__(self, opened: OpenDisk, store: Any = None) -> None:
         self._opened = opened
         self._store = store
-        self.block_size: int = opened.block_size
-        self.wipe: str = opened.wipe
         # Each read and write uses this attribute, because a look-up by way of `_opened` would slow them down.
         opened.follow(self._follow)
         self._path: DataPath = opened.reading_path
@@ -83,6 +74,16 @@ class Volume:
     def size_bytes(self) -> int:
         """Size of the disk in bytes."""
         return int(self._path.size_bytes)
+
+    @property
+    def block_size(self) -> int:
+        """The unit of copy-on-write, in bytes."""
+        return self._opened.block_size
+
+    @property
+    def wipe(self) -> "WipePolicy":
+        """What happens to freed space: ``"release"`` or ``"zero"``."""
+        return cast("WipePolicy", self._opened.wipe)
 
     @property
     def writable(self) -> bool:
