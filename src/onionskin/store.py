@@ -2449,6 +2449,11 @@ class Store:
         list of Problem
             The problems that were found. Each has a severity: "error" if data is at risk, and "notice" if work is left.
             The list is empty if all is well.
+
+        Raises
+        ------
+        OSError
+            A directory or the catalog cannot be read, or with `repair`, the store can only be read.
         """
 
         from onionskin.operations import check, reclaim, staged_volumes
@@ -2470,7 +2475,15 @@ class Store:
         self._opened.finish_work()
 
     def close(self) -> None:
-        """Close the store, and the volumes that are still open in it. Further calls do nothing."""
+        """Close the store, and the volumes that are still open in it. Further calls do nothing.
+
+        What was written to the volumes is durable on return. Any thread may call it: it waits for calls under way.
+
+        Raises
+        ------
+        OSError
+            What was written to one of the volumes could not be made durable. All are closed all the same.
+        """
         self._opened.close()
 
 

@@ -172,7 +172,7 @@ class Volume:
         offset : int
             Offset of the first byte.
         buffer : buffer
-            A writable and contiguous buffer; all of it is filled.
+            A writable and contiguous buffer; all of it is filled. Where this raises OSError, some of it may be.
 
         Returns
         -------
@@ -235,7 +235,8 @@ class Volume:
         block_indices : sequence of int, or array of int
             n indices in any order. An index may occur more than once.
         out : array of uint8, optional
-            The array to fill. It is contiguous and has the shape (n, block_size). By default a new array is made.
+            The array to fill, or another writable buffer. It is contiguous and has n * block_size bytes. By default a new
+            array is made.
 
         Returns
         -------
@@ -246,7 +247,7 @@ class Volume:
         Raises
         ------
         ValueError
-            An index is not a block of the volume, or `out` has another shape.
+            An index is not a block of the volume, or `out` has another number of bytes.
         OSError
             EIO if a file of the volume cannot be read or was truncated.
         """
@@ -397,6 +398,11 @@ class Volume:
         -------
         array
             Extents (offset, length, state) in bytes, sorted and separate. The state is 1 for DATA and 2 for ZERO.
+
+        Raises
+        ------
+        StateError
+            The volume is closed.
         """
         from onionskin.operations import copy
 
@@ -718,7 +724,17 @@ class Volume:
     # ---- the end ----
 
     def close(self) -> None:
-        """Flush and close the volume. Further calls do nothing. Arrays that `view` made stay valid."""
+        """Flush and close the volume. Further calls do nothing. Arrays that `view` made stay valid.
+
+        What was written is durable on return. Any thread may call it: it waits for calls under way, and later ones raise
+        StateError.
+
+        Raises
+        ------
+        OSError
+            What was written could not be made durable. The volume is closed all the same; the next opening in the same
+            boot of the system finds what was written, if the disk still has it.
+        """
         self._opened.close()
 
 
