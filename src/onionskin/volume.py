@@ -346,6 +346,8 @@ class Volume:
         OSError
             With ENOSPC, nothing changed and the flush can be tried again. Any other failure of a sync poisons the
             volume.
+        StateError
+            The volume is a view, is closed, or was poisoned by a failed sync.
         """
         flush(self._opened)
 
