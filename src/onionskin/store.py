@@ -510,7 +510,7 @@ class Store:
         except (OSError, OnionskinError):
             return None  # whatever it is, the opening of the head meets it again, or it has gone
         try:
-            # The view's files are locked now. What the rows said has to hold as of then.
+            # The rows were read before the view's files were locked, so they are compared again now.
             as_read = store.catalog.version() == version or store.catalog.layer(head.id) == head
             top = opened.chain.top
             as_read = as_read and (opened.users == 1 or self._is_on_its_base(opened))

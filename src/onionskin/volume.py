@@ -657,12 +657,10 @@ class Volume:
         return self._diff(a, b).array()
 
     def _diff(self, a: str, b: str | None = None) -> "_extents.Extents":
-        from onionskin.operations import differences, unflushed
+        from onionskin.operations import differences
 
-        if b is None and self.writable:
-            self.flush()
-        elif b is None and self._opened.snapshot_name is None:
-            unflushed.refuse_unflushed(self._opened.store, self._opened.row.id, self._name_now())
+        if b is None:
+            self._bring_map_up_to_date()
         return differences.diff(self._opened.store, self._name_now(), a, b, id=self._opened.row.id)
 
     def usage(self) -> "list[Usage]":
@@ -678,13 +676,9 @@ class Volume:
         StateError
             The head is only read, and a writer that died left something unflushed, which is in no map yet.
         """
-        from onionskin.operations import unflushed
         from onionskin.operations import usage as usages
 
-        if self.writable:
-            self.flush()
-        elif self._opened.snapshot_name is None:
-            unflushed.refuse_unflushed(self._opened.store, self._opened.row.id, self._name_now())
+        self._bring_map_up_to_date()
         return usages.usage(self._opened.store, self._name_now(), id=self._opened.row.id)
 
     def layering(self) -> "Layering":
@@ -706,17 +700,22 @@ class Volume:
         ChainError
             The base is not the file that it was.
         """
-        from onionskin.operations import unflushed
         from onionskin.operations.layering import read_layering
 
         opened = self._opened
         if opened.closed or opened.forked:
             raise StateError(f"volume {opened.row.name!r} is closed, or was opened before a fork; open it again")
+        self._bring_map_up_to_date()
+        return read_layering(opened.store, lambda: opened.head_now)
+
+    def _bring_map_up_to_date(self) -> None:
+        """Flush a head that is open for writing. Refuse one that is only read, if a writer that died left its map behind."""
+        from onionskin.operations import unflushed
+
         if self.writable:
             self.flush()
-        elif opened.snapshot_name is None:
-            unflushed.refuse_unflushed(opened.store, opened.row.id, self._name_now())
-        return read_layering(opened.store, lambda: opened.head_now)
+        elif self._opened.snapshot_name is None:
+            unflushed.refuse_unflushed(self._opened.store, self._opened.row.id, self._name_now())
 
     def _name_now(self) -> str:
         """Look the current name up, because another process may have renamed the volume since it was opened."""

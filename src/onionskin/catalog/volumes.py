@@ -165,10 +165,6 @@ class Volumes(Connection):
             found.setdefault(volume, {})[key] = value
         return found
 
-    def remove_labels(self, volume: bytes) -> None:
-        """Take its labels from a volume. Inside a transaction."""
-        self.delete(LabelRow, "volume = ?", volume)
-
     def volume_that_is(self, id: bytes) -> VolumeRow:
         """Return the volume with an id, which a handle has; raise VolumeNotFoundError if it is gone."""
         found = self.volume_with_id(id)

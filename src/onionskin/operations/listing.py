@@ -87,18 +87,8 @@ def list_volumes(
         labels = catalog.labels()
         hidden = set() if owned else catalog.owned_volumes()
         infos = []
-        for (
-            id,
-            name,
-            created_ns,
-            expires_ns,
-            head,
-            parent,
-            base,
-            size_bytes,
-            block_size,
-            wipe,
-        ) in catalog.listed_heads():
+        for row in catalog.listed_heads():
+            id, name, created_ns, expires_ns, head, parent, base, size_bytes, block_size, wipe = row
             if id in hidden:
                 continue
             if wanted and not wanted.items() <= labels.get(id, {}).items():
@@ -107,22 +97,9 @@ def list_volumes(
             path = paths.get(under) if under else None
             holder = _holder(store, id) if held and f"{id.hex()}.lock" in held else None
             used, written = taken.of(id, head, parent) if taken else (None, None)
-            infos.append(
-                VolumeInfo(
-                    name,
-                    size_bytes,
-                    block_size,
-                    wipe,
-                    path,
-                    when(created_ns),
-                    counts.get(id, 0),
-                    holder,
-                    used,
-                    written,
-                    _expires(expires_ns),
-                    labels.get(id, {}),
-                )
-            )
+            made, expires, has = when(created_ns), _expires(expires_ns), labels.get(id, {})
+            of_disk = (name, size_bytes, block_size, wipe, path, made, counts.get(id, 0))
+            infos.append(VolumeInfo(*of_disk, holder, used, written, expires, has))
     return infos
 
 

@@ -53,7 +53,7 @@ def set_lifetime(store: OpenStore, volume: str, lifetime_ns: int | None) -> None
 
 def set_labels(store: OpenStore, volume: str, labels: Mapping[str, str | None]) -> dict[str, str]:
     """Put labels on a volume and take others away, and return those that it has then. See `Store.set_labels`."""
-    from onionskin.operations.forks import check_labels  # which whoever makes a volume needs not
+    from onionskin.operations.forks import check_labels  # imported late: making a volume does not need it
 
     catalog = store.catalog
     refuse_no_mapping(labels)
