@@ -669,7 +669,7 @@ class Volume:
 
     @property
     def wipe(self) -> "WipePolicy":
-        """What happens to freed space: ``"release"`` or ``"zero"``."""
+        """What happens to freed space, ``"release"`` or ``"zero"``."""
         return self._sync.wipe
 
     @property

@@ -82,7 +82,7 @@ class Volume:
 
     @property
     def wipe(self) -> "WipePolicy":
-        """What happens to freed space: ``"release"`` or ``"zero"``."""
+        """What happens to freed space, ``"release"`` or ``"zero"``."""
         return cast("WipePolicy", self._opened.wipe)
 
     @property
