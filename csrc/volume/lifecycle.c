@@ -102,21 +102,8 @@ int onion_volume_grow_index(struct onion_volume *volume, uint64_t size_bytes) {
     return status;
 }
 
-void onion_volume_close(struct onion_volume *volume) {
-    if (__atomic_exchange_n(&volume->closed, 1, __ATOMIC_SEQ_CST) || volume->forked)
-        return;
-    /* Wait for a flush under way. A seal or rewrite that waits for its outcome will find the volume closed. */
-    pthread_mutex_lock(&volume->flush_lock);
-    while (volume->flush_busy && !volume->sealing && !volume->rewriting && !volume->frozen)
-        pthread_cond_wait(&volume->flush_free, &volume->flush_lock);
-    int gate_is_ours = !volume->flush_busy;
-    volume->flush_busy = 1;
-    pthread_mutex_unlock(&volume->flush_lock);
-    if (!volume->frozen) { /* if it is frozen, this thread holds both */
-        pthread_mutex_lock(&volume->prepare_lock);
-        pthread_rwlock_wrlock(&volume->gate);
-    }
-    onion_epoch_wait(&volume->epoch);
+/* Frees what is read and written. All others have left, or find the volume closed. */
+static void free_contents(struct onion_volume *volume) {
     onion_below_free(volume->below);
     volume->below = NULL;
     for (uint32_t i = 1; i <= volume->segment_count; i++) {
@@ -141,6 +128,24 @@ void onion_volume_close(struct onion_volume *volume) {
     volume->index.retire = NULL;
     onion_map_destroy(&volume->index);
     onion_build_destroy(&volume->build);
+}
+
+void onion_volume_close(struct onion_volume *volume) {
+    if (__atomic_exchange_n(&volume->closed, 1, __ATOMIC_SEQ_CST) || volume->forked)
+        return;
+    /* Wait for a flush under way. A seal or rewrite that waits for its outcome will find the volume closed. */
+    pthread_mutex_lock(&volume->flush_lock);
+    while (volume->flush_busy && !volume->sealing && !volume->rewriting && !volume->frozen)
+        pthread_cond_wait(&volume->flush_free, &volume->flush_lock);
+    int gate_is_ours = !volume->flush_busy;
+    volume->flush_busy = 1;
+    pthread_mutex_unlock(&volume->flush_lock);
+    if (!volume->frozen) { /* if it is frozen, this thread holds both */
+        pthread_mutex_lock(&volume->prepare_lock);
+        pthread_rwlock_wrlock(&volume->gate);
+    }
+    onion_epoch_wait(&volume->epoch);
+    free_contents(volume);
     pthread_rwlock_unlock(&volume->gate);
     pthread_mutex_unlock(&volume->prepare_lock);
     pthread_mutex_lock(&volume->flush_lock);

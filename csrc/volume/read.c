@@ -219,15 +219,18 @@ void onion_mapped_range_free(void *address, uint64_t mapped_length, uint64_t pie
 
 int onion_volume_map_range(struct onion_volume *volume, uint64_t offset, uint64_t length, uint64_t run_max,
                            void **address, uint64_t *mapped_length, uint64_t *pieces) {
-    if (volume->writable)
-        return ONION_E_READ_ONLY;
-    if (!onion_volume_in_bounds(volume, offset, length))
-        return ONION_E_BOUNDS;
+    int status = onion_volume_usable(volume);
+    if (status == 0 && volume->writable)
+        status = ONION_E_READ_ONLY;
+    if (status == 0 && !onion_volume_in_bounds(volume, offset, length))
+        status = ONION_E_BOUNDS;
+    if (status < 0)
+        return status;
     uint64_t block = offset >> volume->block_shift;
     uint64_t end = (offset + length + volume->block_size - 1) >> volume->block_shift;
     *mapped_length = (end - block) << volume->block_shift;
     struct onion_ticket ticket = onion_epoch_enter(&volume->epoch);
-    int status = onion_volume_usable(volume);
+    status = onion_volume_usable(volume); /* it may have been closed since */
     char *at = MAP_FAILED;
     *pieces = 0;
     if (status == 0) {

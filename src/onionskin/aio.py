@@ -668,8 +668,8 @@ class Volume:
         return self._sync.block_size
 
     @property
-    def wipe(self) -> str:
-        """What happens to freed space."""
+    def wipe(self) -> "WipePolicy":
+        """What happens to freed space, ``"release"`` or ``"zero"``."""
         return self._sync.wipe
 
     @property

@@ -510,7 +510,7 @@ class Store:
         except (OSError, OnionskinError):
             return None  # whatever it is, the opening of the head meets it again, or it has gone
         try:
-            # The view's files are locked now. What the rows said has to hold as of then.
+            # The rows were read before the view's files were locked, so they are compared again now.
             as_read = store.catalog.version() == version or store.catalog.layer(head.id) == head
             top = opened.chain.top
             as_read = as_read and (opened.users == 1 or self._is_on_its_base(opened))
@@ -2449,6 +2449,11 @@ class Store:
         list of Problem
             The problems that were found. Each has a severity: "error" if data is at risk, and "notice" if work is left.
             The list is empty if all is well.
+
+        Raises
+        ------
+        OSError
+            A directory or the catalog cannot be read, or with `repair`, the store can only be read.
         """
 
         from onionskin.operations import check, reclaim, staged_volumes
@@ -2470,7 +2475,15 @@ class Store:
         self._opened.finish_work()
 
     def close(self) -> None:
-        """Close the store, and the volumes that are still open in it. Further calls do nothing."""
+        """Close the store, and the volumes that are still open in it. Further calls do nothing.
+
+        What was written to the volumes is durable on return. Any thread may call it: it waits for calls under way.
+
+        Raises
+        ------
+        OSError
+            What was written to one of the volumes could not be made durable. All are closed all the same.
+        """
         self._opened.close()
 
 

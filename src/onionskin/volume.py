@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy.typing
 
     import onionskin
-    from onionskin.base.annotations import AnyPath, Bytes, ExtentArray, ReadableBuffer, WritableBuffer
+    from onionskin.base.annotations import AnyPath, Bytes, ExtentArray, ReadableBuffer, WipePolicy, WritableBuffer
     from onionskin.kernels import _extents
     from onionskin.kernels._volume import DataPath
     from onionskin.operations.layering import Layering
@@ -44,20 +44,11 @@ class Volume:
     Offsets and lengths are bytes; block indices count blocks of `block_size`. Any number of threads may read and write.
     Operations on snapshots run one after the other. What was written is durable only after `flush`, `snapshot`,
     `resize` or `close`.
-
-    Attributes
-    ----------
-    block_size : int
-        The unit of copy-on-write, in bytes.
-    wipe : {"release", "zero"}
-        What happens to freed space.
     """
 
     def __init__(self, opened: OpenDisk, store: Any = None) -> None:
         self._opened = opened
         self._store = store
-        self.block_size: int = opened.block_size
-        self.wipe: str = opened.wipe
         # Each read and write uses this attribute, because a look-up by way of `_opened` would slow them down.
         opened.follow(self._follow)
         self._path: DataPath = opened.reading_path
@@ -83,6 +74,16 @@ class Volume:
     def size_bytes(self) -> int:
         """Size of the disk in bytes."""
         return int(self._path.size_bytes)
+
+    @property
+    def block_size(self) -> int:
+        """The unit of copy-on-write, in bytes."""
+        return self._opened.block_size
+
+    @property
+    def wipe(self) -> "WipePolicy":
+        """What happens to freed space, ``"release"`` or ``"zero"``."""
+        return cast("WipePolicy", self._opened.wipe)
 
     @property
     def writable(self) -> bool:
@@ -171,7 +172,7 @@ class Volume:
         offset : int
             Offset of the first byte.
         buffer : buffer
-            A writable and contiguous buffer; all of it is filled.
+            A writable and contiguous buffer; all of it is filled. Where this raises OSError, some of it may be.
 
         Returns
         -------
@@ -234,7 +235,8 @@ class Volume:
         block_indices : sequence of int, or array of int
             n indices in any order. An index may occur more than once.
         out : array of uint8, optional
-            The array to fill. It is contiguous and has the shape (n, block_size). By default a new array is made.
+            The array to fill, or another writable buffer. It is contiguous and has n * block_size bytes. By default a new
+            array is made.
 
         Returns
         -------
@@ -245,7 +247,7 @@ class Volume:
         Raises
         ------
         ValueError
-            An index is not a block of the volume, or `out` has another shape.
+            An index is not a block of the volume, or `out` has another number of bytes.
         OSError
             EIO if a file of the volume cannot be read or was truncated.
         """
@@ -344,6 +346,8 @@ class Volume:
         OSError
             With ENOSPC, nothing changed and the flush can be tried again. Any other failure of a sync poisons the
             volume.
+        StateError
+            The volume is a view, is closed, or was poisoned by a failed sync.
         """
         flush(self._opened)
 
@@ -396,6 +400,11 @@ class Volume:
         -------
         array
             Extents (offset, length, state) in bytes, sorted and separate. The state is 1 for DATA and 2 for ZERO.
+
+        Raises
+        ------
+        StateError
+            The volume is closed.
         """
         from onionskin.operations import copy
 
@@ -648,12 +657,10 @@ class Volume:
         return self._diff(a, b).array()
 
     def _diff(self, a: str, b: str | None = None) -> "_extents.Extents":
-        from onionskin.operations import differences, unflushed
+        from onionskin.operations import differences
 
-        if b is None and self.writable:
-            self.flush()
-        elif b is None and self._opened.snapshot_name is None:
-            unflushed.refuse_unflushed(self._opened.store, self._opened.row.id, self._name_now())
+        if b is None:
+            self._bring_map_up_to_date()
         return differences.diff(self._opened.store, self._name_now(), a, b, id=self._opened.row.id)
 
     def usage(self) -> "list[Usage]":
@@ -669,13 +676,9 @@ class Volume:
         StateError
             The head is only read, and a writer that died left something unflushed, which is in no map yet.
         """
-        from onionskin.operations import unflushed
         from onionskin.operations import usage as usages
 
-        if self.writable:
-            self.flush()
-        elif self._opened.snapshot_name is None:
-            unflushed.refuse_unflushed(self._opened.store, self._opened.row.id, self._name_now())
+        self._bring_map_up_to_date()
         return usages.usage(self._opened.store, self._name_now(), id=self._opened.row.id)
 
     def layering(self) -> "Layering":
@@ -697,17 +700,22 @@ class Volume:
         ChainError
             The base is not the file that it was.
         """
-        from onionskin.operations import unflushed
         from onionskin.operations.layering import read_layering
 
         opened = self._opened
         if opened.closed or opened.forked:
             raise StateError(f"volume {opened.row.name!r} is closed, or was opened before a fork; open it again")
+        self._bring_map_up_to_date()
+        return read_layering(opened.store, lambda: opened.head_now)
+
+    def _bring_map_up_to_date(self) -> None:
+        """Flush a head that is open for writing. Refuse one that is only read, if a writer that died left its map behind."""
+        from onionskin.operations import unflushed
+
         if self.writable:
             self.flush()
-        elif opened.snapshot_name is None:
-            unflushed.refuse_unflushed(opened.store, opened.row.id, self._name_now())
-        return read_layering(opened.store, lambda: opened.head_now)
+        elif self._opened.snapshot_name is None:
+            unflushed.refuse_unflushed(self._opened.store, self._opened.row.id, self._name_now())
 
     def _name_now(self) -> str:
         """Look the current name up, because another process may have renamed the volume since it was opened."""
@@ -717,7 +725,17 @@ class Volume:
     # ---- the end ----
 
     def close(self) -> None:
-        """Flush and close the volume. Further calls do nothing. Arrays that `view` made stay valid."""
+        """Flush and close the volume. Further calls do nothing. Arrays that `view` made stay valid.
+
+        What was written is durable on return. Any thread may call it: it waits for calls under way, and later ones raise
+        StateError.
+
+        Raises
+        ------
+        OSError
+            What was written could not be made durable. The volume is closed all the same; the next opening in the same
+            boot of the system finds what was written, if the disk still has it.
+        """
         self._opened.close()
 
 

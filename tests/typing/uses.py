@@ -21,6 +21,10 @@ with onionskin.Store(Path("vms")) as store:
     onionskin.Store("vms", group=["disk"])  # wrong
 
     volume = store.open("a")
+    store.create("g", size="1G", wipe=volume.wipe, block_size=volume.block_size)
+    store.create("h", size="1G", wipe=store.info("a").wipe)
+    store.set_defaults(wipe=store.defaults().wipe)
+    volume.block_size = 8192  # wrong
     volume.write(0, b"bytes")
     volume.write(0, bytearray(4096))
     volume.write(0, memoryview(b"view"))

@@ -23,9 +23,13 @@ Held = TypeVar("Held")
 class _Holding(io.IOBase):
     def __init__(self, steps: "Iterator[Held]") -> None:
         self._steps = steps
+        self._was_entered = False
         self.close = steps.close  # type: ignore[attr-defined,method-assign]  # what `__exit__` calls; it is C as well
 
     def __enter__(self) -> object:  # type: ignore[override]
+        if self._was_entered:  # a second step of the generator would let go of what the first block holds
+            raise RuntimeError("a context of this kind is entered once: make another one for another block")
+        self._was_entered = True
         try:
             return next(self._steps)
         except BaseException:  # or an interrupt came when the generator had reached its yield

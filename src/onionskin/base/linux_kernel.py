@@ -11,7 +11,7 @@ RELEASE_BYTES_MAX = 255
 
 
 def release_of(head: bytes) -> str:
-    """Return the release of a kernel from the begin of its file; empty where that is none, or does not say it."""
+    """Return the release of a kernel from the first bytes of its file; empty if it is no kernel, or does not say it."""
     if head[_MAGIC_OFFSET : _MAGIC_OFFSET + 4] != _MAGIC or len(head) < _VERSION_OFFSET + 2:
         return ""
     (offset,) = struct.unpack_from("<H", head, _VERSION_OFFSET)
@@ -21,7 +21,7 @@ def release_of(head: bytes) -> str:
 
 
 def release_of_file(path: "str | os.PathLike[str]") -> str:
-    """Return the release of the kernel in a file; empty where it is none, or cannot be read."""
+    """Return the release of the kernel in a file; empty if it is no kernel, or cannot be read."""
     try:
         with open(path, "rb") as file:
             return release_of(file.read(_HEAD_BYTES))
@@ -30,6 +30,6 @@ def release_of_file(path: "str | os.PathLike[str]") -> str:
 
 
 def numbers_of(release: str) -> tuple[int, int]:
-    """Return the two numbers that a release begins with, or (0, 0) where it is none."""
+    """Return the two numbers that a release begins with, or (0, 0) if it does not begin so."""
     found = re.match(r"(\d{1,9})\.(\d{1,9})", release)
     return (int(found[1]), int(found[2])) if found else (0, 0)

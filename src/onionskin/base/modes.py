@@ -61,6 +61,8 @@ def group_id(group: str | int) -> int:
     ValueError
         There is no group of that name.
     """
+    if isinstance(group, bool):
+        raise TypeError(f"a group is a name or a number, not {group!r}")
     if isinstance(group, int):
         return group
     import grp

@@ -3,7 +3,7 @@
 `STORE/VOLUME@SNAPSHOT` must have only one reading, and a name must print on one line.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from onionskin.base.limits import NAME_BYTES_MAX, NOTE_BYTES_MAX
 
@@ -51,9 +51,25 @@ def several(what: str, names: "str | Sequence[str]") -> list[str]:
     return found
 
 
-def is_text(name: object) -> bool:
+def plain_name(name: str) -> str:
+    """Return a name that is asked for as a str, also of a subclass such as NumPy's; TypeError if it is no string.
+
+    A number or bytes would be written as text otherwise, and could be the name of something else.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"a name is a string, not {name!r}")
+    return str(name)
+
+
+def refuse_no_mapping(labels: Mapping[str, str | None]) -> None:
+    """Raise TypeError if labels are no mapping: of a text, Python would say that it has no `items`."""
+    if not isinstance(labels, Mapping):
+        raise TypeError(f"labels are a mapping, such as {{'job': '17'}}, not {labels!r}")
+
+
+def is_text(name: str) -> bool:
     """Whether UTF-8 can hold a name that is asked for. Of bytes in an argument that are no text it cannot."""
-    return not (isinstance(name, str) and any("\ud800" <= character <= "\udfff" for character in name))
+    return not _has_surrogate(plain_name(name))
 
 
 def some_of(names: Sequence[str], at_most: int = NAMES_SHOWN) -> str:

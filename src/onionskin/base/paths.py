@@ -91,7 +91,7 @@ class FilePath(str):
         return os.lstat(self)
 
     def exists(self) -> bool:
-        """Whether there is something; an error other than that there is not is raised."""
+        """Whether there is something. An error that does not say that there is nothing is raised."""
         return self._mode() is not None
 
     def is_file(self) -> bool:

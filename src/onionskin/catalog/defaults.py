@@ -3,10 +3,15 @@
 The row of the store has it. A volume keeps what it was made with, whatever the defaults become.
 """
 
+from typing import TYPE_CHECKING
+
 from onionskin.base.named_tuples import NamedTuple
 from onionskin.catalog.connection import Connection
 from onionskin.catalog.schema import STORE_VALUES
 from onionskin.catalog.sqlite_errors import damaged
+
+if TYPE_CHECKING:
+    from onionskin.base.annotations import WipePolicy
 
 
 class Defaults(NamedTuple):
@@ -14,13 +19,13 @@ class Defaults(NamedTuple):
 
     Attributes
     ----------
-    wipe : str
-        ``"release"`` or ``"zero"``: whether freed space is overwritten with zeros before it can be used again.
+    wipe : {"release", "zero"}
+        Whether freed space is overwritten with zeros before it can be used again.
     block_size : int
         The unit of copy-on-write, in bytes.
     """
 
-    wipe: str
+    wipe: "WipePolicy"
     block_size: int
 
 

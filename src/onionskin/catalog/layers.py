@@ -183,7 +183,7 @@ class Layers(Connection):
         return self.rows(LayerRow, f"id IN ({_LAYERS_OF_FORKS})", volume, guid, guid)
 
     def forks_of_volume(self, volume: bytes) -> list[bytes]:
-        """Return those of `layers_of_volume` without a name that a layer stands on which is none of them, in no order."""
+        """Return those `layers_of_volume` without a name on which a layer of another volume stands, in no order."""
         child = (
             f"SELECT 1 FROM layers AS child WHERE child.parent = layers.id AND child.id NOT IN ({_LAYERS_OF_VOLUME})"
         )

@@ -78,7 +78,7 @@ def _cannot_make(path: FilePath, count: int) -> int:
 
 
 def _cannot_open(path: FilePath) -> int:
-    """Try to open what there is. Return 0 or the errno: the catalog itself needs a descriptor besides its log and index."""
+    """Return 0, or the errno of a try to open the file: the catalog needs a descriptor besides those of its log and index."""
     try:
         os.close(os.open(path, os.O_PATH | os.O_CLOEXEC))
     except OSError as error:

@@ -187,7 +187,7 @@ def remove_unreachable_layers(catalog: Catalog, *layers: bytes | None) -> list[b
 
 
 def _drop_layers(catalog: Catalog, layers: Sequence[LayerRow]) -> None:
-    """Remove the rows of layers on which none stands, and of bases that nothing stands on then.
+    """Remove the rows of layers that have no children, and of bases on which nothing stands afterwards.
 
     Their files become pending work. Inside a transaction.
     """

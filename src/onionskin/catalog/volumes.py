@@ -7,7 +7,7 @@ and `staged_volumes` tell staged volumes from the others; all other queries take
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from onionskin.base.naming import is_text
+from onionskin.base.naming import is_text, plain_name
 from onionskin.catalog.connection import Connection
 from onionskin.catalog.rows import STAGED_PREFIX, TABLES, LabelRow, LayerRow, VolumeRow
 from onionskin.catalog.schema import SOUND_ROW
@@ -34,7 +34,7 @@ class Volumes(Connection):
 
     def volume(self, name: str) -> VolumeRow:
         """Return a volume by name, or raise VolumeNotFoundError."""
-        found = None if str(name).startswith(STAGED_PREFIX) else self.volume_named(str(name))
+        found = None if plain_name(name).startswith(STAGED_PREFIX) else self.volume_named(plain_name(name))
         if found is None:
             raise VolumeNotFoundError(
                 f"the store {self.path.parent} has no volume {name!r}; 'onionskin tree' lists them"
@@ -43,7 +43,7 @@ class Volumes(Connection):
 
     def volumes_called(self, names: Iterable[str]) -> dict[str, VolumeRow]:
         """Return volumes by their names, or raise VolumeNotFoundError for one that is not there."""
-        wanted = [str(name) for name in names]
+        wanted = [plain_name(name) for name in names]
         with self.reading():
             found = {row.name: row for row in self.volumes_named(filter(is_text, wanted))}
             missing = {name for name in wanted if name not in found or name.startswith(STAGED_PREFIX)}
@@ -164,10 +164,6 @@ class Volumes(Connection):
         for volume, key, value in self.values(LabelRow, "volume, key, value", "1 ORDER BY volume, key"):
             found.setdefault(volume, {})[key] = value
         return found
-
-    def remove_labels(self, volume: bytes) -> None:
-        """Take its labels from a volume. Inside a transaction."""
-        self.delete(LabelRow, "volume = ?", volume)
 
     def volume_that_is(self, id: bytes) -> VolumeRow:
         """Return the volume with an id, which a handle has; raise VolumeNotFoundError if it is gone."""

@@ -45,13 +45,13 @@ class Work(Connection):
         self.delete(WorkRow, "id = ?", id)
 
     def last_work(self) -> int:
-        """Return the greatest id that work has; what is noted in this transaction from now on has a greater one."""
+        """Return the greatest id of any work. Work that this transaction notes from now on has greater ones."""
         with self._guard, self._errors():
             (last,) = self._connection.execute("SELECT max(id) FROM pending").fetchone()
         return last if type(last) is int else 0
 
     def segments_freed_since(self, work: int) -> list[bytes]:
-        """Return the segments of which it was noted, behind this work, that they go as a whole."""
+        """Return the segments that later work than this is to free as a whole."""
         return [id for (id,) in self.values(WorkRow, "target", "id > ? AND kind = 'segment'", work)]
 
     # ---- merges into a base ----

@@ -72,7 +72,7 @@ _TRUST = "onionskin.trust"
 
 
 def refuse_volume(path: "Path | FilePath") -> None:
-    """Raise FileNotFoundError if a path that is to be an image is none, but looks like a volume of a store."""
+    """Raise FileNotFoundError if no image is at a path, and the path looks like a volume of a store."""
     import errno
 
     if is_store(FilePath(path.parent)) and not os.path.lexists(path):

@@ -1,4 +1,4 @@
-"""Which snapshots of which volume names and ranges on the command line mean."""
+"""Finds the volume and the snapshots that names and ranges on the command line mean."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

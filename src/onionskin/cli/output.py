@@ -83,7 +83,7 @@ class StandardStream:
         self._file = file or (sys.stdin if name == "stdin" else sys.stdout).buffer
 
     def read(self, size: int = -1) -> bytes:
-        """Read as a file does; b"" is the end, and never that there is nothing yet."""
+        """Read as a file does. It waits where there is nothing yet, so b"" is always the end."""
         with naming(self.name):
             while (data := self._file.read(size)) is None:
                 self._wait()

@@ -50,7 +50,10 @@ def space_value(space: "SnapshotSpace | None") -> dict[str, Any]:
 
 
 def space_of(store: "Store", volume: str, *, wanted: bool | None) -> "dict[str, SnapshotSpace]":
-    """Find out what each snapshot takes; nothing of those of which it is not wanted, or not asked for and not quick."""
+    """Return what each snapshot takes, by name.
+
+    It is empty if `wanted` is false, or if nobody said whether it is wanted (None) and it would take long.
+    """
     if wanted is False:
         return {}
     from onionskin.operations import usage
@@ -59,7 +62,7 @@ def space_of(store: "Store", volume: str, *, wanted: bool | None) -> "dict[str, 
         return {}
     try:
         return {one.snapshot: one for one in usage.snapshot_space(store._opened, volume)}
-    except (FormatError, OSError):  # a list of the names is wanted then too
+    except (FormatError, OSError):  # the names are listed all the same
         if wanted:
             raise
         return {}

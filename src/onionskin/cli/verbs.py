@@ -68,7 +68,7 @@ _CALLED_OF_MACHINES = {
 
 
 def suggestion(word: str, verbs: Iterable[str], *, of_machines: bool = False) -> str:
-    """Say which verb may be meant by a word that is none; nothing where none comes near."""
+    """Say which verb a mistyped word may mean; the text is empty if no verb is like it."""
     verbs = list(verbs)
     called = _CALLED.get(word.lower())
     if of_machines:

@@ -9,6 +9,7 @@ that names its process.
 """
 
 import base64
+import os
 import select
 import socket
 import threading
@@ -19,6 +20,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onionskin.base import forking
 from onionskin.base.lazy import logger
 from onionskin.base.naming import several
 from onionskin.base.progress import Progress
@@ -132,7 +134,11 @@ def _silent(name: str, pid: int, seconds: float | None = None) -> str:
 
 
 class LiveVolume:
-    """A volume in another process. A context manager. Any thread may call it; calls run one after the other."""
+    """A volume in another process. A context manager. Any thread may call it; calls run one after the other.
+
+    Each method raises what the other process raises. It raises StateError if that process goes away or does not answer,
+    after `close`, and in the child of a fork, where the program connects again.
+    """
 
     def __init__(self, connection: socket.socket, name: str, id: bytes, *, greet: bool = True) -> None:
         """Take a connection; where `greet` is false, the caller waits for the greeting later, with `_greeted`."""
@@ -141,6 +147,7 @@ class LiveVolume:
         self._connection = connection
         self._guard = threading.Lock()
         self._pid = credentials_of(connection)[0]
+        self._process_here = os.getpid()
         connection.settimeout(frames.SILENCE_SECONDS)
         try:
             if greet:
@@ -165,6 +172,10 @@ class LiveVolume:
         if "alive_seconds" not in greeting:  # an older server, which is silent while it works
             self._connection.settimeout(None)
 
+    def __repr__(self) -> str:
+        state = "closed" if self._connection.fileno() < 0 else f"served by process {self._pid}"
+        return f"<LiveVolume {self.name} {state}>"
+
     def __enter__(self) -> "LiveVolume":
         return self
 
@@ -181,6 +192,7 @@ class LiveVolume:
         request = frames.request(verb, arguments)
         parts: list[Any] = []
         with self._guard:
+            self._refuse_unusable()
             self._request(request)
             while True:
                 try:
@@ -196,6 +208,13 @@ class LiveVolume:
                     raise frames.unpack_error(reply["error"])
                 elif "result" in reply:
                     return parts + reply["result"] if isinstance(reply["result"], list) else reply["result"]
+
+    def _refuse_unusable(self) -> None:
+        """Raise StateError if the connection was closed, or is that of the parent, which would get the answers."""
+        if os.getpid() != self._process_here:
+            raise forking.forked_error(f"the connection to volume {self.name!r}")
+        if self._connection.fileno() < 0:
+            raise StateError(f"the connection to volume {self.name!r} is closed; connect again")
 
     def _request(self, request: dict[str, Any]) -> None:
         try:
@@ -373,7 +392,13 @@ class LiveVolume:
         self._call("zero", offset=offset, length=length)
 
     def flush(self) -> None:
-        """Make everything durable that any client wrote before the call."""
+        """Make everything durable that any client wrote before the call.
+
+        Raises
+        ------
+        OSError
+            As for `Volume.flush`: with ENOSPC nothing changed; any other failure of a sync poisons the volume there.
+        """
         self._call("flush")
 
     def resize(self, size: "int | str", *, force: bool = False) -> None:

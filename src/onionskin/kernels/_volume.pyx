@@ -427,6 +427,9 @@ cdef object _indices(object block_indices):
     """Return a copy of block indices as uint64. The caller's array might change after the bounds were checked."""
     indices = numpy.asarray(block_indices)
     if indices.size and indices.dtype.kind not in "iu":
+        each = numpy.asarray(block_indices, dtype=object).ravel().tolist()
+        if all(type(index) is int for index in each):  # NumPy makes objects or fractions of those beyond 64 bits
+            raise ValueError(f"no volume has a block {max(each, key=abs)}; give blocks that it has")
         raise TypeError(f"block indices are whole numbers, not {indices.dtype}")
     if indices.dtype.kind == "i" and indices.size and indices.min() < 0:
         raise ValueError(f"block indices count from 0, and one is {indices.min()}")
@@ -784,16 +787,22 @@ cdef class DataPath:
         finally:
             PyBuffer_Release(&view)
 
-    def zero(self, object offset, object length):
-        """Make a range read zero. The whole blocks in it are freed."""
+    cdef int _zero(self, object what, object offset, object length) except -1:
         cdef uint64_t at = _bytes_at(offset, "an offset"), count = _bytes_at(length, "a length")
         cdef int status
         with nogil:
             status = onion_volume_zero(self._volume, at, count)
         if status < 0:
-            _raise_range(status, "zero", offset, length, onion_volume_size(self._volume))
+            return _raise_range(status, what, offset, length, onion_volume_size(self._volume))
+        return 0
 
-    trim = zero
+    def zero(self, object offset, object length):
+        """Make a range read zero. The whole blocks in it are freed."""
+        self._zero("zero", offset, length)
+
+    def trim(self, object offset, object length):
+        """Do what `zero` does, under the name that errors then have."""
+        self._zero("trim", offset, length)
 
     cdef int _raise_blocks(self, int status, object what, object indices) except -1:
         if status == ONION_E_BOUNDS:

@@ -549,7 +549,7 @@ class Exports:
                 self._say_once(f"{what}: {error}")
 
     def _drop_expired(self, store: Store) -> None:
-        """Drop volumes of a whole store whose lifetime is over: a transaction of them, and soon again where some went."""
+        """Drop the volumes of a whole store whose lifetime is over. If any went, look again soon."""
         if store.read_only:
             return
         for name in store._expire_machines():

@@ -28,8 +28,8 @@ from onionskin.nbd.tls_carrier import TlsCarrier
 from onionskin.operations import load_all
 
 TIDY_SECONDS = 5.0
-LINES_SECONDS = 0.05  # by which a line of the log may be late: it is no hurry, and who opens exports would wait for it
-TURN_SECONDS = 0.2  # for which clients wait while another one's export is opened
+LINES_SECONDS = 0.05  # a line of the log may be so late: openings of exports would wait for it otherwise
+TURN_SECONDS = 0.2  # so long a client waits at most while the export of another one is opened
 
 
 @dataclass(frozen=True, slots=True)

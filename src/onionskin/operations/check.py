@@ -69,7 +69,7 @@ def check(store: OpenStore) -> list[Problem]:
         problems = [*_unsound_rows(store), *_check_layers(store, rows), *_check_chains(store, rows)]
         problems += _check_bases(store, rows)
     problems += [Problem("notice", f"pending work: {row.kind}", row.target.hex(), _when_done(row)) for row in rows.work]
-    return [*problems, *_check_files(store, rows, listed), *_check_modes(store)]
+    return [*problems, *_check_files(rows, listed), *_check_modes(store)]
 
 
 def _when_done(work: WorkRow) -> str:
@@ -220,7 +220,7 @@ def _check_chains(store: OpenStore, rows: _Rows) -> Iterator[Problem]:
     Each layer or base that is named must exist, and no chain may have more segments than an index can number.
     """
     layers, bases = {layer.id: layer for layer in rows.layers}, {base.id for base in rows.bases}
-    counts = _segments_in_chains(rows, layers)
+    counts = _segments_in_chains(rows)
     for name, id in _tops(rows):
         if id not in layers:
             yield Problem("error", "its layer is not in the catalog", name, "restore the catalog from a copy")
@@ -245,7 +245,7 @@ def _tops(rows: _Rows) -> Iterator[tuple[str, bytes]]:
         yield f"snapshot {names.get(row.volume, row.volume.hex())}@{row.name}", row.layer
 
 
-def _segments_in_chains(rows: _Rows, layers: dict[bytes, LayerRow]) -> dict[bytes, int]:
+def _segments_in_chains(rows: _Rows) -> dict[bytes, int]:
     """Count the segments in the chain of each layer. A layer above a circle or above a missing layer has no count."""
     children: dict[bytes | None, list[bytes]] = {}
     for layer in rows.layers:
@@ -306,7 +306,7 @@ def _list_files(store: OpenStore) -> Iterator[os.DirEntry[str]]:
             yield from sorted(entries, key=lambda entry: entry.name)
 
 
-def _check_files(store: OpenStore, rows: _Rows, listed: list[os.DirEntry[str]]) -> Iterator[Problem]:
+def _check_files(rows: _Rows, listed: list[os.DirEntry[str]]) -> Iterator[Problem]:
     named = _named_files(rows)
     for entry in listed:
         path = FilePath(entry.path)

@@ -90,7 +90,7 @@ def run_job(job: CopyJob, progress: "Progress | None", done_before: int, total: 
 
 @contextmanager
 def naming(job: CopyJob) -> Iterator[None]:
-    """Name the files of a copy in an error that names none: the one that is written, and some of those that are read."""
+    """Add the names of files to an error of a copy that names none: the file that is written, and some that are read."""
     try:
         yield
     except OSError as error:

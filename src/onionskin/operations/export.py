@@ -87,7 +87,7 @@ def staged_name(target: FilePath) -> str:
 
 
 def give_name(directory: int, staged: str, target: FilePath, *, replace: bool) -> None:
-    """Give a file that was made under another name its own, where no other file has it, or in the place of that."""
+    """Give a staged file its final name. If another file has that name, replace it, or else raise FileExistsError."""
     if not replace:
         try:
             os.link(staged, target.name, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=False)

@@ -20,8 +20,8 @@ from onionskin.operations.usage import parents_first
 from onionskin.storage.block_maps import open_map
 from onionskin.storage.open_store import OpenStore
 
-_SEVERAL = b"several"  # stands for an id, of which each has 16 bytes: more than one of the forks need the layer
-_OTHERS = b"others"  # what is none of the forks needs the layer
+_SEVERAL = b"several"  # in place of an id, which has 16 bytes: several of the forks need the layer
+_OTHERS = b"others"  # something that is none of the forks needs the layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class ForkUsage:
 
 @dataclass(frozen=True, slots=True)
 class _Going:
-    """What goes with some forks. The layers at which that stops stay, and so do those below them."""
+    """The layers that go with some forks, from their heads down to `stops`, which stay, as do the layers below them."""
 
     fork: str | None
     layers: list[bytes]
@@ -185,7 +185,7 @@ def _refuse_missing(
 
 
 def _held(store: OpenStore, layer: LayerRow) -> int:
-    """Return the data of a layer. Of a head that nothing was written to there is no file, as of most in a thousand forks."""
+    """Return the bytes of data that a layer holds. A head that nothing was written to has no file, as in most forks."""
     if not layer.sealed and not store.layout.map_file(layer.map_id).exists():
         return 0
     with closing(open_map(store, layer)) as layer_map:

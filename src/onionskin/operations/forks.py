@@ -18,7 +18,7 @@ from functools import partial
 
 from onionskin.base.durations import end_of, parse_duration
 from onionskin.base.limits import NAME_BYTES_MAX, WIPE_POLICIES
-from onionskin.base.naming import check_name, is_text, some_of
+from onionskin.base.naming import check_name, is_text, refuse_no_mapping, some_of
 from onionskin.base.records import record
 from onionskin.catalog import ForkCallRow, LabelRow, LayerRow, SnapshotRow, VolumeRow, new_ids
 from onionskin.catalog.sqlite_errors import damaged
@@ -224,6 +224,7 @@ def _width(text: str, spec: str) -> int:
 
 def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
     """Return labels that a volume may have; else raise TypeError or ValueError."""
+    refuse_no_mapping(labels)
     found = {}
     for key, value in labels.items():
         key = check_name("label", key)

@@ -7,7 +7,9 @@ not exist, because a store may have a hundred thousand of them.
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
+from typing import TYPE_CHECKING, cast
 
+from onionskin.base.naming import refuse_no_mapping
 from onionskin.base.records import field, record
 from onionskin.catalog import LayerRow, LineageRow, SegmentRow, SnapshotRow, VolumeRow
 from onionskin.catalog.rows import STAGED_PREFIX
@@ -19,6 +21,9 @@ from onionskin.operations.space import SpaceOfAll, space_of
 from onionskin.storage.layout import listed
 from onionskin.storage.locks import volume_holder
 from onionskin.storage.open_store import OpenStore
+
+if TYPE_CHECKING:
+    from onionskin.base.annotations import WipePolicy
 
 
 @record
@@ -35,7 +40,7 @@ class VolumeInfo:
     name: str
     size_bytes: int
     block_size: int
-    wipe: str
+    wipe: "WipePolicy"
     base: str | None
     created: datetime
     snapshots: int
@@ -71,6 +76,7 @@ def list_volumes(
 
     Those that go with a machine are among them only if `owned`.
     """
+    refuse_no_mapping(wanted)
     catalog = store.catalog
     held = _lock_files_in_use(store)
     with catalog.reading():
@@ -81,18 +87,8 @@ def list_volumes(
         labels = catalog.labels()
         hidden = set() if owned else catalog.owned_volumes()
         infos = []
-        for (
-            id,
-            name,
-            created_ns,
-            expires_ns,
-            head,
-            parent,
-            base,
-            size_bytes,
-            block_size,
-            wipe,
-        ) in catalog.listed_heads():
+        for row in catalog.listed_heads():
+            id, name, created_ns, expires_ns, head, parent, base, size_bytes, block_size, wipe = row
             if id in hidden:
                 continue
             if wanted and not wanted.items() <= labels.get(id, {}).items():
@@ -101,22 +97,9 @@ def list_volumes(
             path = paths.get(under) if under else None
             holder = _holder(store, id) if held and f"{id.hex()}.lock" in held else None
             used, written = taken.of(id, head, parent) if taken else (None, None)
-            infos.append(
-                VolumeInfo(
-                    name,
-                    size_bytes,
-                    block_size,
-                    wipe,
-                    path,
-                    when(created_ns),
-                    counts.get(id, 0),
-                    holder,
-                    used,
-                    written,
-                    _expires(expires_ns),
-                    labels.get(id, {}),
-                )
-            )
+            made, expires, has = when(created_ns), _expires(expires_ns), labels.get(id, {})
+            of_disk = (name, size_bytes, block_size, wipe, path, made, counts.get(id, 0))
+            infos.append(VolumeInfo(*of_disk, holder, used, written, expires, has))
     return infos
 
 
@@ -136,7 +119,7 @@ def volume_info(store: OpenStore, name: str) -> VolumeInfo:
         row.name,
         chain[-1].size_bytes,
         chain[-1].block_size,
-        chain[-1].wipe,
+        cast("WipePolicy", chain[-1].wipe),
         base=base.path if base else None,
         created=when(row.created_ns),
         snapshots=snapshots,

@@ -109,9 +109,9 @@ def of_discard(store: OpenStore, name: str, snapshots: Sequence[str], *, recursi
 
 
 def of_merge(store: OpenStore, name: str, snapshots: Sequence[str], *, for_machine: bool = False) -> Loss:
-    """Say what goes with the names of snapshots alone: what nothing reads then, and what was written again after them.
+    """Say what a merge of snapshots frees: data that only they read, because it was written again after them.
 
-    What is hidden by several that stand on a layer, as clones do, is not counted: of it goes what policy `zero` looks for.
+    What several children of a layer all hide, as clones may, is not counted. Only policy `zero` frees it.
     """
 
     def find() -> tuple[_Going, list[list[LayerRow]]]:

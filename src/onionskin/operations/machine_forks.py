@@ -133,11 +133,7 @@ def _make(
     catalog = store.catalog
     of_disks = [_fork_disk(store, wanted, names, disk, taken) for disk in disks]
     now_ns = time.time_ns()
-    rams = (
-        _fork_ram(store, wanted, names, machine, taken)
-        if taken.ram
-        else _new_ram(store, wanted, names, machine, now_ns)
-    )
+    rams = _fork_ram(store, wanted, names, taken) if taken.ram else _new_ram(store, wanted, names, machine, now_ns)
     rows = [
         MachineRow(
             new_id(),
@@ -176,9 +172,7 @@ def _fork_disk(
     return _fork_layer(store, plain, [machines.disk_name(name, disk.name) for name in names], layer)
 
 
-def _fork_ram(
-    store: OpenStore, wanted: Wanted, names: Sequence[str], machine: MachineRow, taken: MachineSnapshotRow
-) -> list[bytes]:
+def _fork_ram(store: OpenStore, wanted: Wanted, names: Sequence[str], taken: MachineSnapshotRow) -> list[bytes]:
     assert taken.ram is not None
     return _fork_layer(store, wanted, [machines.ram_name(name) for name in names], taken.ram)
 

@@ -17,7 +17,7 @@ from datetime import datetime
 
 from onionskin.base.held import held
 from onionskin.base.limits import DISKS_MAX, MEMORY_BYTES_MAX, STATE_BYTES_MAX
-from onionskin.base.naming import check_name
+from onionskin.base.naming import check_name, refuse_no_mapping
 from onionskin.base.records import field, record
 from onionskin.catalog import (
     Catalog,
@@ -465,6 +465,7 @@ def write_running(catalog: Catalog, machine: bytes) -> None:
 
 def list_machines(store: OpenStore, wanted: Mapping[str, str]) -> list[MachineInfo]:
     """Return the machines that have all these labels, by name."""
+    refuse_no_mapping(wanted)
     catalog = store.catalog
     with catalog.reading():
         machines = catalog.machines_by_name()

@@ -62,12 +62,12 @@ def _target_of(volume: OpenHead, upto: str | None) -> bytes:
     if chain.base is None:
         raise StateError(f"volume {volume.name!r} has no base to merge into: 'onionskin export' writes an image")
     if upto is None:
-        refuse_older(store, volume, chain, None)
+        refuse_older(store, chain, None)
         return seal(volume).id
     target = find_snapshot(catalog, volume.row, upto).layer
     if target not in {layer.id for layer in chain.layers}:
         raise StateError(f"the disk does not descend from {upto!r}; revert to it (or to a newer one) first")
-    refuse_older(store, volume, chain, target)
+    refuse_older(store, chain, target)
     return target
 
 
@@ -87,7 +87,7 @@ def _begin_base_merge(volume: OpenHead, target: bytes, *, is_new: bool) -> Chain
         def begin() -> None:
             # This is checked again inside the transaction, because somebody may have made a clone since the first
             # check.
-            refuse_older(store, volume, read_chain(catalog, volume.head), target)
+            refuse_older(store, read_chain(catalog, volume.head), target)
             if not catalog.base_merge_of(target):
                 catalog.add_work("base-merge", target, 0, volume.wipe)
 
@@ -168,7 +168,7 @@ def _stoppable(volume: OpenHead, progress: "Progress | None") -> "Progress":
     return report
 
 
-def refuse_older(store: OpenStore, volume: OpenHead, chain: Chain, target: bytes | None) -> None:
+def refuse_older(store: OpenStore, chain: Chain, target: bytes | None) -> None:
     """Raise StateError if anything else needs the base, or a layer below the target, as it is now."""
     catalog = store.catalog
     ids = [layer.id for layer in chain.layers]

@@ -6,12 +6,17 @@ for all that the volume holds, also for what waits to be freed; a laxer one for 
 
 import time
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
 
 from onionskin.base.durations import end_of
+from onionskin.base.naming import refuse_no_mapping
 from onionskin.catalog import Defaults, LayerRow, VolumeRow, WorkRow
 from onionskin.operations.ownership import refuse_owned
 from onionskin.operations.space import own_layers
 from onionskin.storage.open_store import OpenStore
+
+if TYPE_CHECKING:
+    from onionskin.base.annotations import WipePolicy
 
 
 def set_wipe(store: OpenStore, volume: VolumeRow, wipe: str) -> None:
@@ -48,9 +53,10 @@ def set_lifetime(store: OpenStore, volume: str, lifetime_ns: int | None) -> None
 
 def set_labels(store: OpenStore, volume: str, labels: Mapping[str, str | None]) -> dict[str, str]:
     """Put labels on a volume and take others away, and return those that it has then. See `Store.set_labels`."""
-    from onionskin.operations.forks import check_labels  # which whoever makes a volume needs not
+    from onionskin.operations.forks import check_labels  # imported late: making a volume does not need it
 
     catalog = store.catalog
+    refuse_no_mapping(labels)
     check_labels({key: "" if value is None else value for key, value in labels.items()})
 
     def change() -> dict[str, str]:
@@ -80,7 +86,8 @@ def set_defaults(store: OpenStore, wipe: str | None, block_size: int | None) -> 
 
     def change() -> Defaults:
         old = catalog.defaults()
-        new = Defaults(old.wipe if wipe is None else wipe, old.block_size if block_size is None else block_size)
+        chosen = old.wipe if wipe is None else cast("WipePolicy", wipe)  # the catalog refuses any other
+        new = Defaults(chosen, old.block_size if block_size is None else block_size)
         catalog.set_defaults(new)
         return new
 

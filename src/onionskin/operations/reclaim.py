@@ -340,7 +340,12 @@ def _live_slots(store: OpenStore, segment: SegmentRow, owner: LayerRow, slots: S
     """
     if not owner.sealed:
         path = store.path_of_head(owner.id)
-        live = None if path is None else path.live_slots(segment.id)
+        try:
+            live = None if path is None else path.live_slots(segment.id)
+        except FileNotFoundError:
+            if store.catalog.segment_with_id(segment.id) == segment:
+                raise
+            return None  # the head has given the segment up since its row was read: nothing failed
         return live if path is store.path_of_head(owner.id) else None
     return slots.of(owner, segment.id)
 

@@ -30,7 +30,7 @@ class Space(NamedTuple):
 
 
 class _Owners:
-    """Whose each layer is that something stands on or that has a name."""
+    """Tells which volume each layer counts to, among those that have a name or have children."""
 
     def __init__(self, named: Mapping[bytes, bytes], parents: Mapping[bytes, bytes | None]) -> None:
         """Begin with names: `named` has the volume of each, by its layer. `parents` has the layers that are looked at."""
@@ -55,7 +55,7 @@ class _Owners:
         return self._of.get(layer, _NOBODY)
 
     def written_below(self, held: Mapping[bytes, int], layer: bytes | None, volume: bytes) -> int:
-        """Return what layers without a name hold, of one volume, from one on downwards."""
+        """Return what the layers without a name hold that count to a volume, from one layer downwards."""
         written = 0
         seen: set[bytes] = set()
         while layer is not None and layer not in self._named and layer not in seen and self.of(layer) == volume:

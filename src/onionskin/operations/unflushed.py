@@ -21,10 +21,10 @@ def refuse_unflushed(store: OpenStore, volume: bytes, name: str) -> None:
 
 
 def refuse_left_unflushed(store: OpenStore, name: str) -> None:
-    """As `refuse_unflushed`, unless somebody has the volume open, whose flush is only awaited."""
+    """Do what `refuse_unflushed` does, unless somebody has the volume open: then a flush is still to come."""
     id = store.catalog.volume(name).id
     lock = store.layout.volume_lock(id)
-    # Asked before and behind: whoever opens the volume meanwhile, and writes, did not die.
+    # The holder is asked for before and after: a writer that opens the volume in between has not died.
     if volume_holder(lock) is None and has_unflushed(store, id) and volume_holder(lock) is None:
         refuse_unflushed(store, id, name)
 

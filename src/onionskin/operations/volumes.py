@@ -9,7 +9,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 
-from onionskin.base.naming import check_name, some_of
+from onionskin.base.naming import check_name, plain_name, some_of
 from onionskin.catalog import Catalog, VolumeRow
 from onionskin.catalog.rows import STAGED_PREFIX
 from onionskin.catalog.tree import descendants, remove_unreachable_layers, users_of
@@ -117,8 +117,9 @@ def delete_by_id(store: OpenStore, id: bytes) -> list[bytes]:
 def ids_of(catalog: Catalog, names: Sequence[str]) -> dict[str, bytes]:
     """Return the ids of the volumes of these names, in their order; raise VolumeNotFoundError where there is none."""
     with catalog.reading():
-        found = {row.name: row.id for row in catalog.volumes_named(map(str, names)) if row.name[0] != STAGED_PREFIX}
-        return {name: found.get(str(name)) or catalog.volume(name).id for name in names}
+        asked = map(plain_name, names)
+        found = {row.name: row.id for row in catalog.volumes_named(asked) if row.name[0] != STAGED_PREFIX}
+        return {name: found.get(name) or catalog.volume(name).id for name in names}
 
 
 def remove_volumes(store: OpenStore, ids: Sequence[bytes], *, recursive: bool) -> tuple[int, list[bytes]]:

@@ -51,6 +51,9 @@ class DiskFile(io.RawIOBase):
         self._position = 0
         self._collected = False
 
+    def __repr__(self) -> str:
+        return f"<DiskFile of {self._volume!r}{', closed' if self.closed else ''}>"
+
     def __del__(self) -> None:
         """Do not flush: the collector may run in the middle of a snapshot, and a flush would wait for that."""
 

@@ -107,6 +107,8 @@ class OpenStore:
         group: str | int | None,
         work: "Callable[[OpenStore], None]",
     ) -> None:
+        if not os.fspath(path):  # which pathlib takes for the directory that is here
+            raise ValueError("the path of a store is empty: give a directory, such as '.'")
         self.path: FilePath = FilePath(path)
         self.layout: Layout = Layout(self.path.absolute())
         self._closed = False

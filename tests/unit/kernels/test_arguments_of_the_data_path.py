@@ -215,3 +215,25 @@ def test_each_code_of_the_kernels_says_what_to_do(code: int, kind: type[Exceptio
 def test_an_error_of_the_system_names_the_file_and_the_byte() -> None:
     assert str(error_of(-errno.EIO, "flush", "/a", 4096)) == f"[Errno 5] {os.strerror(errno.EIO)} at byte 4096: '/a'"
     assert str(error_of(-errno.ENOMEM, "flush")) == f"[Errno 12] flush: {os.strerror(errno.ENOMEM)}"
+
+
+def test_an_error_of_a_trim_names_the_trim(web: onionskin.Volume) -> None:
+    with pytest.raises(ValueError, match=r"^trim: 1 bytes at offset"):
+        web.trim(web.size_bytes, 1)
+    with pytest.raises(ValueError, match=r"^zero: 1 bytes at offset"):
+        web.zero(web.size_bytes, 1)
+
+
+@pytest.mark.parametrize("index", [1 << 63, 1 << 64, 1 << 200])
+def test_a_block_beyond_all_numbers_is_past_the_end(web: onionskin.Volume, index: int) -> None:
+    with pytest.raises(ValueError, match=f"block {index}"):
+        web.read_blocks([index])
+    with pytest.raises(ValueError, match="give blocks that it has"):
+        web.write_blocks([0, index], bytes(2 * BLOCK))
+    assert web.read(0, 1) == b"x"
+
+
+def test_a_view_of_what_is_closed_says_that_it_is_closed(web: onionskin.Volume) -> None:
+    web.close()
+    with pytest.raises(StateError, match="closed"):
+        web.view(0, BLOCK)

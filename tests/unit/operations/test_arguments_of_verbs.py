@@ -96,3 +96,63 @@ def test_a_row_that_would_not_be_believed_is_not_written(tmp_path: Path, note: A
         with pytest.raises(ValueError, match="nothing was changed"), store._opened.catalog.transaction():
             store._opened.catalog.insert(row)
         assert [snapshot.name for snapshot in volume.snapshots] == ["s"]
+
+
+ASKED_FOR: dict[str, Callable[[onionskin.Store, Any], object]] = {
+    "open": lambda store, name: store.open(name),
+    "info": lambda store, name: store.info(name),
+    "delete": lambda store, name: store.delete(name, recursive=True),
+    "rename": lambda store, name: store.rename(name, "b"),
+    "a view": lambda store, name: store.open("a", snapshot=name),
+    "usage": lambda store, name: store.usage(name),
+    "a machine": lambda store, name: store.machine_info(name),
+    "machines to delete": lambda store, name: store.delete_machines(name),
+    "a note": lambda store, name: store.set_note("a", name, "text"),
+}
+
+
+@pytest.mark.parametrize("ask", ASKED_FOR.values(), ids=ASKED_FOR)
+@pytest.mark.parametrize("name", [5, b"5", Path("5"), numpy.int64(5)], ids=repr)
+def test_what_is_no_string_is_not_taken_for_the_name_that_it_prints_as(
+    tmp_path: Path, ask: Callable[[onionskin.Store, Any], object], name: Any
+) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        for called in ("a", "5", "b'5'"):
+            with store.create(called, size=SIZE) as volume:
+                volume.snapshot("5")
+        with pytest.raises(TypeError, match="is a str"):
+            ask(store, name)
+        assert list(store) == ["5", "a", "b'5'"] and store.snapshots("a")[0].note == ""
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        lambda store: store.set_labels("a", "job=1"),
+        lambda store: store.volumes(labels="job=1"),
+        lambda store: store.machines(labels="job=1"),
+        lambda store: store.fork("a@s", labels="job=1"),
+    ],
+    ids=["set_labels", "volumes", "machines", "fork"],
+)
+def test_labels_that_are_no_mapping_are_named(tmp_path: Path, verb: Callable[[onionskin.Store], object]) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        with store.create("a", size=SIZE) as volume:
+            volume.snapshot("s")
+        with pytest.raises(TypeError, match="labels are a mapping"):
+            verb(store)
+
+
+def test_an_empty_path_is_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="path of a store is empty"):
+        onionskin.Store("")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_geometry_of_an_open_volume_cannot_be_overwritten(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store, store.create("a", size=SIZE, wipe="zero") as volume:
+        for name, value in {"block_size": 8192, "wipe": "release"}.items():
+            with pytest.raises(AttributeError):
+                setattr(volume, name, value)
+        assert (volume.block_size, volume.wipe) == (4096, "zero")

@@ -1,6 +1,7 @@
 """A layer that merges left with many segments gets few, while its volume is open or when it is opened for writing."""
 
 import errno
+import itertools
 import os
 import random
 from collections.abc import Callable
@@ -336,3 +337,28 @@ def test_a_pipe_in_the_place_of_a_segment_is_not_waited_for(
             compact_segments.compact_below(web._opened, layer.id)
             web.close()
         assert store._opened.catalog.rows(LayerRow, "id = ?", layer.id) == [layer]
+
+
+def test_an_opening_copies_no_more_than_its_bound_and_the_next_one_goes_on(
+    tmp_path: Path, crowd: Crowd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = 10
+    crowd()
+    with onionskin.Store(tmp_path / "store") as store:
+        with store.create("web", size=COUNT * BLOCK) as web:
+            for number in range(COUNT):
+                web.write(number * BLOCK, bytes([number + 1]) * BLOCK)
+                web.snapshot(f"s{number}")
+            for number in range(COUNT - 1):
+                web.merge(f"s{number}")
+            before = web.read(0, web.size_bytes)
+        crowd()
+        monkeypatch.setattr(compact_segments, "COMPACT_BYTES_MAX", at_once * BLOCK)
+        counts = [len(store._opened.catalog.rows(SegmentRow, "role = 'sealed'"))]
+        while counts[-1] > SEGMENTS_MAX and len(counts) < COUNT:
+            with store.open("web") as web:
+                assert web.read(0, web.size_bytes) == before
+            counts.append(len(store._opened.catalog.rows(SegmentRow, "role = 'sealed'")))
+        copied = [earlier - later for earlier, later in itertools.pairwise(counts)]
+        assert copied == [at_once - 1] * len(copied) and len(copied) > 1, "so many segments became one each time"
+        assert store.check() == []

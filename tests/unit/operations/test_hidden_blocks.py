@@ -180,6 +180,18 @@ def test_secrets_that_a_volume_of_another_policy_took_over_go_too(store: onionsk
         assert left(store) == {*range(10), *range(30, 40)}
 
 
+@pytest.mark.parametrize(("layers_max", "is_looked_through"), [(1, False), (2, True)])
+def test_what_stands_below_more_layers_than_an_opening_has_time_for_is_left(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch, layers_max: int, is_looked_through: bool
+) -> None:
+    monkeypatch.setattr(hidden_blocks, "LAYERS_MAX", layers_max)
+    with store.create("web", size=SIZE, wipe="zero") as web:
+        branch(web)
+        web.merge("shared")
+        assert (left(store) == set(range(40))) is not is_looked_through
+    check_branches(store)
+
+
 def test_with_policy_release_nothing_is_rewritten(store: onionskin.Store, monkeypatch: pytest.MonkeyPatch) -> None:
     with store.create("web", size=SIZE) as web:
         branch(web)

@@ -216,3 +216,32 @@ def test_what_the_commit_of_another_process_freed_is_there_until_that_commit_is_
         reclaim.do_work(store._opened)
         assert done[0] == "catalog.db-wal"
         assert "segment" in done
+
+
+def test_a_segment_that_its_head_gives_up_beside_the_work_on_it_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", size=SIZE) as web:
+        web.write(0, SECRET)
+        web.flush()
+        catalog = store._opened.catalog
+        (segment,) = catalog.rows(SegmentRow, "role <> 'spare'")
+
+        class GivingUp:
+            """A data path whose head gives the segment up between the look at its row and the question."""
+
+            def live_slots(self, id: bytes) -> bytes:
+                with catalog.transaction():
+                    catalog.remove_segment(id)
+                raise FileNotFoundError(2, "reclaim")
+
+        giving_up = GivingUp()
+        with catalog.transaction():
+            catalog.add_work("scrub", segment.id, segment.lock_byte, "release")
+        with monkeypatch.context() as patched:
+            patched.setattr(store._opened, "path_of_head", lambda _head: giving_up)
+            assert reclaim.do_work(store._opened) == 1
+        assert "pending work" not in caplog.text
+        assert reclaim.do_work(store._opened) == 0, "the next look sees that the segment is gone"
+        with catalog.transaction():
+            catalog.insert(segment)

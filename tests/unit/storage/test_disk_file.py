@@ -292,3 +292,11 @@ def test_an_array_is_read_into_place(volume: onionskin.Volume) -> None:
     assert volume.open_file().readinto(found) == wanted.nbytes
     assert numpy.array_equal(found, wanted)
     assert numpy.array_equal(numpy.frombuffer(volume.open_file().read(800), ">i8"), wanted[0])
+
+
+def test_a_file_says_which_disk_it_is_of(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", size="1M") as web:
+        file = web.open_file()
+        assert repr(file) == f"<DiskFile of {web!r}>"
+        file.close()
+        assert repr(file).endswith(", closed>")

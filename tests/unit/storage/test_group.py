@@ -120,3 +120,8 @@ def test_a_directory_that_is_there_keeps_its_mode_and_its_group(passable: Path) 
     after = (passable / "mine").stat()
     assert (after.st_mode, after.st_gid) == (before.st_mode, before.st_gid)
     assert list((passable / "mine").iterdir()) == []
+
+
+def test_a_truth_is_no_number_of_a_group(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="a group is a name or a number, not True"):
+        onionskin.Store(tmp_path / "store", group=True)
