@@ -550,14 +550,19 @@ void onion_journal_take(struct onion_volume *volume, struct onion_dirty_records 
     }
 }
 
-/* Changes the state that records go on from to a later frame of the same map. frames == 0 means any frame, so the
- * stored state is right whenever the process dies. */
+/* Changes the state that records go on from to a later frame of the same map. While it is advancing, no frames mean any
+ * frame, so the stored state is right whenever the process dies. */
 static int advance(struct onion_journal_owner *owner, const struct onion_journal_owner *now) {
+    static const uint32_t yes = 1, no;
     static const uint64_t any;
-    int status = store_bytes(&owner->frames, &any, sizeof any);
+    int status = store_bytes(&owner->is_advancing, &yes, sizeof yes);
+    if (status == 0)
+        status = store_bytes(&owner->frames, &any, sizeof any);
     if (status == 0)
         status = store_bytes(&owner->crc, &now->crc, sizeof now->crc);
-    return status < 0 ? status : store_bytes(&owner->frames, &now->frames, sizeof now->frames);
+    if (status == 0)
+        status = store_bytes(&owner->frames, &now->frames, sizeof now->frames);
+    return status < 0 ? status : store_bytes(&owner->is_advancing, &no, sizeof no);
 }
 
 static void advance_owners(struct onion_volume *volume, const struct onion_journal_owner *now) {
@@ -644,22 +649,22 @@ void onion_journal_resolve_owner(struct onion_volume *volume, const unsigned cha
 /* ---- a failed sync ---- */
 
 void onion_journal_mark_poisoned(struct onion_volume *volume) {
-    static const uint32_t one = 1;
+    static const uint32_t now = ONION_JOURNAL_POISONED;
     struct onion_journal *journal = &volume->journal;
     pthread_mutex_lock(&volume->dirty_lock);
     if (!journal->header && journal->found_fd >= 0)
-        (void)onion_pwrite_all(journal->found_fd, &one, sizeof one, offsetof(struct onion_journal_header, poisoned));
+        (void)onion_pwrite_all(journal->found_fd, &now, sizeof now, offsetof(struct onion_journal_header, poisoned));
     else if (journal->path && (journal->header || begin(volume) == 0))
-        (void)store_bytes(&journal->header->poisoned, &one, sizeof one);
+        (void)store_bytes(&journal->header->poisoned, &now, sizeof now);
     pthread_mutex_unlock(&volume->dirty_lock);
 }
 
 void onion_journal_clear_poisoned(struct onion_volume *volume) {
-    static const uint32_t zero;
+    static const uint32_t was = ONION_JOURNAL_WAS_POISONED;
     struct onion_journal *journal = &volume->journal;
     journal->found_poisoned = 0;
     if (volume->dirty_records.record_count) {
-        (void)onion_pwrite_all(journal->found_fd, &zero, sizeof zero, offsetof(struct onion_journal_header, poisoned));
+        (void)onion_pwrite_all(journal->found_fd, &was, sizeof was, offsetof(struct onion_journal_header, poisoned));
     } else {
         (void)onion_truncate(journal->found_fd, 0);
         close_found(journal);
@@ -701,10 +706,23 @@ static int read_found(struct onion_volume *volume, struct found *found) {
     return is_of_here(fd, &found->header);
 }
 
+/* The log of the head as it was replayed. */
+struct replayed {
+    const unsigned char *bytes;
+    uint64_t length;
+};
+
+/* Returns whether the log passes through the state of an owner, and has at most `frames_behind` frames after it. */
 static int is_owner(const struct onion_volume *volume, const struct onion_journal_owner *owner,
-                    const unsigned char *log, uint64_t length) {
-    return !memcmp(owner->map_id, volume->log.map_id, ONION_UUID_BYTES) &&
-           (owner->frames == 0 || (log && onion_log_passes(log, length, owner->frames, owner->crc)));
+                    const struct replayed *log, uint64_t frames_behind) {
+    uint64_t frames = volume->log.cursor.sequence;
+    if (memcmp(owner->map_id, volume->log.map_id, ONION_UUID_BYTES))
+        return 0;
+    if (owner->is_advancing && !owner->frames)
+        return 1;
+    if (frames > owner->frames + frames_behind)
+        return 0;
+    return owner->frames == 0 || (log->bytes && onion_log_passes(log->bytes, log->length, owner->frames, owner->crc));
 }
 
 /* Sets the number of slots that the file of a segment holds in full. 0, or -errno if it cannot be looked at. */
@@ -781,17 +799,30 @@ static int take_half(struct onion_volume *volume, const struct found *found, int
     return status;
 }
 
-/* Returns whether a half has records that go on from the log. */
-static int goes_on(const struct onion_volume *volume, const struct onion_journal_half *half, const unsigned char *log,
-                   uint64_t length) {
-    return half->record_count &&
-           (is_owner(volume, &half->owner, log, length) || is_owner(volume, &half->alternative, log, length));
+static int has_owner(const struct onion_volume *volume, const struct onion_journal_half *half,
+                     const struct replayed *log, uint64_t frames_behind) {
+    return half->record_count && (is_owner(volume, &half->owner, log, frames_behind) ||
+                                  is_owner(volume, &half->alternative, log, frames_behind));
+}
+
+/* Returns whether a half has records that go on from the log.
+ *
+ * Of a half that is a frame behind, all is in that frame, except where the process died between the frame and the advance
+ * of its owner: then the half that was taken is there too. And a failed flush puts all records into one half, behind a
+ * frame that may be there. Any other file was put back by hand, and older than the log: what it says of blocks that were
+ * written since must not count, nor name slots that were used again. */
+static int goes_on(const struct onion_volume *volume, const struct onion_journal_header *header, int half,
+                   const struct replayed *log) {
+    const struct onion_journal_half *halves = header->halves;
+    if (has_owner(volume, &halves[half], log, 0))
+        return 1;
+    return has_owner(volume, &halves[half], log, 1) && (header->poisoned || has_owner(volume, &halves[!half], log, 1));
 }
 
 /* Takes over the records of the halves that go on from the log. Returns 0 also if no half does; -ENOMEM, -EIO, or
  * ONION_E_FORMAT if a half does and is not sound. */
-static int take_halves(struct onion_volume *volume, const struct found *found, const unsigned char *log,
-                       uint64_t length, uint32_t segment_first) {
+static int take_halves(struct onion_volume *volume, const struct found *found, const struct replayed *log,
+                       uint32_t segment_first) {
     const struct onion_journal_half *halves = found->header.halves;
     int first = halves[0].order <= halves[1].order ? 0 : 1, status = 0;
     volume->dirty_records.records =
@@ -800,7 +831,7 @@ static int take_halves(struct onion_volume *volume, const struct found *found, c
         return -ENOMEM;
     for (int i = 0; i < 2 && status == 0; i++) {
         int half = first ^ i;
-        if (goes_on(volume, &halves[half], log, length))
+        if (goes_on(volume, &found->header, half, log))
             status = take_half(volume, found, half, segment_first);
     }
     return status;
@@ -810,17 +841,18 @@ int onion_journal_find(struct onion_volume *volume, const unsigned char *log, ui
     struct onion_journal *journal = &volume->journal;
     struct onion_dirty_records *dirty = &volume->dirty_records;
     struct found found = {0};
+    const struct replayed replayed = {log, length};
     if (!journal->path)
         return 0;
     int status = read_found(volume, &found);
     /* Of which boot and mount it is matters only where something would be taken over from it. */
-    if ((status == ONION_E_OTHER_MOUNT || status == ONION_E_WHICH_BOOT) && !found.header.poisoned &&
-        !goes_on(volume, &found.header.halves[0], log, length) &&
-        !goes_on(volume, &found.header.halves[1], log, length))
+    int is_poisoned = found.header.poisoned && found.header.poisoned != ONION_JOURNAL_WAS_POISONED;
+    if ((status == ONION_E_OTHER_MOUNT || status == ONION_E_WHICH_BOOT) && !is_poisoned &&
+        !goes_on(volume, &found.header, 0, &replayed) && !goes_on(volume, &found.header, 1, &replayed))
         status = 0;
     if (status == 1) {
-        journal->found_poisoned = found.header.poisoned != 0;
-        status = take_halves(volume, &found, log, length, segment_first);
+        journal->found_poisoned = is_poisoned;
+        status = take_halves(volume, &found, &replayed, segment_first);
     }
     if (status < 0)
         dirty->record_count = 0;

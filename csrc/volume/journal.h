@@ -35,13 +35,18 @@ struct onion_dirty_records;
 #define ONION_JOURNAL_HEADER_BYTES 4096u
 #define ONION_JOURNAL_RECORDS_MAX (1u << 19) /* in one half */
 
-/* A state of a map that a half goes on from: the map has `frames` frames, and the last has this CRC. frames 0: any
- * state of the map. */
+/* A state of a map that a half goes on from: the map has `frames` frames, and the last has this CRC. frames 0 while it is
+ * advancing: any state of the map. */
 struct onion_journal_owner {
     unsigned char map_id[ONION_UUID_BYTES];
     uint64_t frames;
     uint32_t crc;
-    uint32_t reserved;
+    uint32_t is_advancing;
+};
+
+enum onion_journal_poison {
+    ONION_JOURNAL_POISONED = 1,
+    ONION_JOURNAL_WAS_POISONED = 2, /* the contents were written again; the records may still be one frame behind */
 };
 
 struct onion_journal_half {
@@ -58,7 +63,7 @@ struct onion_journal_header {
     uint64_t device;
     uint64_t filesystem; /* a number that identifies this mount; `filesystem_kind` says what kind of number it is */
     uint32_t filesystem_kind;
-    uint32_t poisoned;  /* a sync failed, so the contents of the head's own files have to be written again */
+    uint32_t poisoned;  /* 1: a sync failed, so the contents of the head's own files have to be written again */
     uint64_t opened_ns; /* CLOCK_MONOTONIC at the opening that made the file */
     struct onion_journal_half halves[2];
 };
@@ -84,7 +89,7 @@ void onion_journal_init(struct onion_journal *journal);
 int onion_journal_set_path(struct onion_volume *volume, const char *path);
 /* Called while a head is opened. Reads the records that a process that died left behind. If they go on from the log of
  * `length` bytes (NULL: no file), which was replayed, they become the dirty records. The head's own segments have the
- * numbers from segment_first on. A file that is not sound, or not of this boot and mount, is ignored as a whole;
+ * numbers from segment_first on. A file that is not sound, not of this boot and mount, or older than the log, is ignored;
  * ONION_E_OTHER_MOUNT: records of it would be used, it is of this boot, and nobody can tell of which mount. */
 int onion_journal_find(struct onion_volume *volume, const unsigned char *log, uint64_t length, uint32_t segment_first);
 /* Called for a head that is opened only for reading, after its index took the records that were found. The file stays

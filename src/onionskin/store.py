@@ -1602,7 +1602,7 @@ class Store:
             zone=zone,
         )
         rules.check()
-        found = [one for _, one in prune.planned(self._opened, volume, rules)]
+        found = [one for _, one in prune.planned(self._opened, lambda: self._opened.catalog.volume(volume), rules)]
         if dry_run or all(one.kept_by for one in found):
             return found
         handle = self._open_here(volume)
@@ -1617,7 +1617,7 @@ class Store:
 
         return prune.prune(
             self._opened,
-            head.name,
+            head.row,
             rules,
             lambda going: merge(head, [one.name for one in going], guids=[one.guid for one in going]),
         )

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 _VALUES_MAX = 500  # in one statement; SQLite allows 999 and more
 _BUSY_SECONDS = 60
+_FAULTS_SHOWN = 20
 _FLOCK = struct.Struct("hhqqi4x")
 _SHARED_BYTES = 0x40000002, 510  # of SQLite's locks: who has a catalog open read-locks some, and the last one locks all
 
@@ -257,9 +258,16 @@ class Connection:
             self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def unsound_rows(self) -> list[tuple[str, str, str]]:
-        """Return (table, id as hex digits, reason) of each row that breaks a condition."""
+        """Return (table, id as hex digits, reason) of each row that breaks a condition, and of what SQLite finds damaged.
+
+        What SQLite finds has no table.
+        """
         found: list[tuple[str, str, str]] = []
         with self.reading():
+            # A damaged page may hide rows from one query and not from another, so it is looked for first.
+            for (fault,) in self._connection.execute(f"PRAGMA integrity_check({_FAULTS_SHOWN})"):
+                if fault != "ok":
+                    found += [("", "", line) for line in fault.splitlines() if not line.startswith("***")]
             for kind, sound in SOUND_ROW.items():
                 key = KEYS.get(kind, "id")
                 for (id,) in self._connection.execute(

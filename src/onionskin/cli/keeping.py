@@ -204,7 +204,7 @@ def prune(name: Name, time_zone: str, dry_run: bool, as_json: bool, **keep: Any)
             merge = served.merge
             found = of_store.prune(
                 store._opened,
-                name.volume,
+                store._opened.catalog.volume(name.volume),
                 rules,
                 lambda going: merge([one.name for one in going], guid=[one.guid for one in going]),
             )

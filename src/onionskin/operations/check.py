@@ -29,6 +29,7 @@ from onionskin.storage.open_store import OpenStore
 
 SEGMENTS_MAX = 0xFFFE  # the segments that a chain can have, because an index has 16 bits for their numbers
 RESTORE = "restore the file from a copy of the store"
+_RESTORE_CATALOG = "restore the catalog from a copy"
 _OUR_NAME = re.compile(r"[0-9a-f]{32}\.(seg|map|lock|control|dirty(\.[0-3])?)")
 
 _STAGED_DIRTY_FILES = [f"dirty.{number}" for number in range(4)]
@@ -66,10 +67,13 @@ def check(store: OpenStore) -> list[Problem]:
     # The directories are listed before the catalog is read: a file that is made or freed meanwhile has a row then.
     listed = list(_list_files(store))
     with locked_maps(store, lambda: _read_rows(store), lambda rows: rows.layers) as rows:
-        problems = [*_unsound_rows(store), *_check_layers(store, rows), *_check_chains(store, rows)]
-        problems += _check_bases(store, rows)
+        unsound = _unsound_rows(store)
+        problems = [*unsound, *_check_layers(store, rows), *_check_chains(store, rows), *_check_bases(store, rows)]
     problems += [Problem("notice", f"pending work: {row.kind}", row.target.hex(), _when_done(row)) for row in rows.work]
-    return [*problems, *_check_files(rows, listed), *_check_modes(store)]
+    orphans = (
+        f"{_RESTORE_CATALOG} first: a row that cannot be read may name it" if unsound else "'check --repair' removes it"
+    )
+    return [*problems, *_check_files(rows, listed, orphans), *_check_modes(store)]
 
 
 def _when_done(work: WorkRow) -> str:
@@ -92,7 +96,9 @@ def _read_rows(store: OpenStore) -> _Rows:
 
 def _unsound_rows(store: OpenStore) -> list[Problem]:
     return [
-        Problem("error", what, f"{store.layout.catalog}, table {table}, row {id}", "restore the catalog from a copy")
+        Problem(
+            "error", what, f"{store.layout.catalog}{f', table {table}, row {id}' if table else ''}", _RESTORE_CATALOG
+        )
         for table, id, what in store.catalog.unsound_rows()
     ]
 
@@ -223,9 +229,9 @@ def _check_chains(store: OpenStore, rows: _Rows) -> Iterator[Problem]:
     counts = _segments_in_chains(rows)
     for name, id in _tops(rows):
         if id not in layers:
-            yield Problem("error", "its layer is not in the catalog", name, "restore the catalog from a copy")
+            yield Problem("error", "its layer is not in the catalog", name, _RESTORE_CATALOG)
         elif id not in counts:
-            yield Problem("error", "the layers below it do not end", name, "restore the catalog from a copy")
+            yield Problem("error", "the layers below it do not end", name, _RESTORE_CATALOG)
         elif counts[id] > SEGMENTS_MAX:
             what = f"it stands on {counts[id]} segments, and no more than {SEGMENTS_MAX} can be opened"
             yield Problem("error", what, name, "merge some of the snapshots below it")
@@ -233,7 +239,7 @@ def _check_chains(store: OpenStore, rows: _Rows) -> Iterator[Problem]:
         fault = _fault_below(layer, layers, bases)
         if fault:
             where = f"{store.layout.catalog}, layer {layer.id.hex()}"
-            yield Problem("error", fault, where, "restore the catalog from a copy")
+            yield Problem("error", fault, where, _RESTORE_CATALOG)
 
 
 def _tops(rows: _Rows) -> Iterator[tuple[str, bytes]]:
@@ -306,7 +312,7 @@ def _list_files(store: OpenStore) -> Iterator[os.DirEntry[str]]:
             yield from sorted(entries, key=lambda entry: entry.name)
 
 
-def _check_files(rows: _Rows, listed: list[os.DirEntry[str]]) -> Iterator[Problem]:
+def _check_files(rows: _Rows, listed: list[os.DirEntry[str]], orphans: str) -> Iterator[Problem]:
     named = _named_files(rows)
     for entry in listed:
         path = FilePath(entry.path)
@@ -321,7 +327,7 @@ def _check_files(rows: _Rows, listed: list[os.DirEntry[str]]) -> Iterator[Proble
         if what:
             yield Problem("notice", what, str(path), "nothing here touches it; move it out of the store")
         if ours and not what and entry.name not in named:
-            yield Problem("notice", "a file that no row names", str(path), "'check --repair' removes it")
+            yield Problem("notice", "a file that no row names", str(path), orphans)
 
 
 def _check_modes(store: OpenStore) -> Iterator[Problem]:

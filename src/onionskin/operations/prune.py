@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
 
 from onionskin.base.records import record, replaced
+from onionskin.catalog import VolumeRow
 from onionskin.catalog.tree import Snapshot, list_snapshots, when
 from onionskin.errors import StateError
 from onionskin.storage.open_store import OpenStore
@@ -133,15 +134,16 @@ def _newest_of_each(periods: list[Any], count: int) -> list[int]:
 
 
 def prune(
-    store: OpenStore, volume: str, rules: Rules, merge: Callable[[Sequence[Snapshot]], object]
+    store: OpenStore, volume: VolumeRow, rules: Rules, merge: Callable[[Sequence[Snapshot]], object]
 ) -> list[Retention]:
     """Drop the names of a volume's snapshots that no rule keeps, all of them at once, and return what became of each.
 
     `merge` drops the names of snapshots in one transaction, in which it is checked that each still means the same
     snapshot, since somebody may rename them meanwhile, and that nobody holds one: otherwise it raises StateError, and has
-    dropped none. What somebody holds by then is kept, and the others go.
+    dropped none. What somebody holds by then is kept, and the others go. The volume is open, so it stays, and may get
+    another name.
     """
-    plan = planned(store, volume, rules)
+    plan = planned(store, lambda: volume, rules)
     while going := [snapshot for snapshot, one in plan if not one.kept_by]:
         try:
             merge(going)
@@ -157,19 +159,20 @@ def prune(
     return [one for _, one in plan]
 
 
-def planned(store: OpenStore, volume: str, rules: Rules) -> list[tuple[Snapshot, Retention]]:
-    """Return what a prune would do with each snapshot of a volume."""
+def planned(store: OpenStore, find: Callable[[], VolumeRow], rules: Rules) -> list[tuple[Snapshot, Retention]]:
+    """Return what a prune would do with each snapshot of the volume that `find` finds."""
     with store.catalog.reading():  # who holds what, and what it is called, of one state
-        taken = list_snapshots(store.catalog, store.catalog.volume(volume))
+        volume = find()
+        taken = list_snapshots(store.catalog, volume)
         guids = _held(store, volume)
     held = {one.name for one in taken if one.guid in guids}
     return list(zip(taken, retained(taken, rules, held=held, now=when(time.time_ns())), strict=True))
 
 
-def _held(store: OpenStore, volume: str) -> set[str]:
+def _held(store: OpenStore, volume: VolumeRow) -> set[str]:
     """Return the GUIDs of a volume's snapshots that somebody holds, or that a snapshot of a machine binds."""
     catalog = store.catalog
     with catalog.reading():
-        guids = {row.layer: row.guid.hex() for row in catalog.snapshots_of(catalog.volume(volume).id)}
+        guids = {row.layer: row.guid.hex() for row in catalog.snapshots_of(volume.id)}
         held = {hold.layer for hold in catalog.holds_on(list(guids))}
         return {guids[layer] for layer in held.union(catalog.machine_snapshots_of_layers(guids))}

@@ -354,7 +354,8 @@ def remove_orphans(store: OpenStore) -> list[str]:
     """Wipe and remove files that no row names. `check --repair` calls this. Returns the paths of the removed files.
 
     A crash leaves no such files, but older versions of onionskin could leave some. No transaction can name a file
-    meanwhile, and nothing is done if another handle has the store open.
+    meanwhile, and nothing is done if another handle has the store open. Nor is it where the catalog is damaged, which
+    `check` reports: the file may be that of a row that cannot be read, and be needed when the catalog is restored.
     """
     removed = []
     with store.locks.exclusive(STORE_BYTE) as is_held:
@@ -362,7 +363,7 @@ def remove_orphans(store: OpenStore) -> list[str]:
             return []
         store.catalog.sync_found()  # as in `do_work`
         with store.catalog.transaction():
-            for path in orphans(store):
+            for path in [] if store.catalog.unsound_rows() else orphans(store):
                 with suppress(StateError):  # a store makes no such file, and `check` reports it
                     descriptor = open_to_free(path)
                     if descriptor is None:

@@ -27,7 +27,7 @@ from onionskin.catalog import Catalog
 from onionskin.catalog.read_only import can_be_written
 from onionskin.errors import ChainError, FormatError, OnionskinError, StateError
 from onionskin.storage.chain import Chain, lock_base, lock_chain, open_chain, read_chain
-from onionskin.storage.layout import DIRECTORIES, Layout
+from onionskin.storage.layout import CATALOG, DIRECTORIES, Layout, allocated_files, bytes_in
 from onionskin.storage.locks import BaseLock, ByteLocks, SharedFile, second_name
 from onionskin.storage.reserve import Reserve
 from onionskin.storage.shared_paths import OpenChain, SealedViews
@@ -163,6 +163,7 @@ class OpenStore:
         return Catalog(self.layout.catalog, create=False, read_only=True)
 
     def _make_directories(self, group: str | int | None) -> None:
+        self._refuse_remains()
         group = None if group is None else group_id(group)
         way = [self.layout.root, *self.layout.root.parents]
         found = next(index for index, directory in enumerate(way) if directory.exists())
@@ -178,6 +179,22 @@ class OpenStore:
             with suppress(PermissionError):  # this is somebody else's directory, so this store did not make it
                 sync_directory(directory.parent)  # BARRIER: store name
         self._make_parts()
+
+    def _refuse_remains(self) -> None:
+        """Raise FormatError where a catalog would be made for the files of a store that has lost its own.
+
+        No row would name them, so `check --repair` would remove all that the volumes held. SQLite would take a log that is
+        left for the new catalog's, and mix the two.
+        """
+        layout = self.layout
+        log = layout.catalog.with_name(f"{CATALOG}-wal")
+        names = ((layout.segments, ".seg"), (layout.layers, ".map"))
+        found = [log] if bytes_in(log) else [at for at, suffix in names if next(allocated_files(at, suffix), None)]
+        if found and not layout.catalog.exists():  # another process may have made the store meanwhile
+            raise FormatError(
+                f"{layout.root} has files of volumes ({found[0]}), and no {CATALOG} that says what they are: it was removed, "
+                "or the store was copied in part. Put the whole store back from a copy, or make a store in another directory"
+            )
 
     def _make_parts(self) -> None:
         """Make the directories of a store that are missing. A copy of a store may lack those that were empty."""

@@ -1,5 +1,6 @@
 """Going back to a snapshot of a machine, and starting from one, with a stand-in for the hypervisor."""
 
+import subprocess
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,9 @@ def test_a_revert_that_finds_no_room_in_memory_changes_nothing(
 ) -> None:
     ram = snapshot(running, process, "a", {3: 7})
     now = snapshot(running, process, "b", {300: 8})
+    # Where the file itself is on tmpfs, the first touch of a hole has filled it, also under a private mapping.
+    hole = ["--punch-hole", "--offset", str(300 * PAGE_BYTES), "--length", str(PAGE_BYTES)]
+    subprocess.run(["fallocate", *hole, process.ram_file], check=True)
     with monkeypatch.context() as patched:
         patched.setattr(running_module, "is_on_tmpfs", lambda descriptor: True)
         full = SimpleNamespace(f_blocks=1000, f_bavail=(1 << 20) // PAGE_BYTES, f_frsize=PAGE_BYTES)

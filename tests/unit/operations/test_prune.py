@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import onionskin
+from onionskin.operations import prune
 from onionskin.operations.prune import Rules, retained
 
 BLOCK = 4096
@@ -191,3 +192,21 @@ def test_a_store_without_rules_is_left_alone(store: onionskin.Store) -> None:
     with pytest.raises(onionskin.VolumeNotFoundError):
         store.prune("mail", keep_last=1)
     assert len(store.snapshots("web")) == 5
+
+
+def test_a_volume_that_gets_another_name_meanwhile_is_pruned_all_the_same(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned, plans = prune.planned, []
+
+    def renamed_before(*arguments: Any) -> Any:
+        plans.append(arguments)
+        if len(plans) == 2:  # the volume is open by then
+            store.rename("web", "moved")
+            store.create("web", size=BLOCK).close()
+        return planned(*arguments)
+
+    monkeypatch.setattr(prune, "planned", renamed_before)
+    dropped = [one.snapshot for one in store.prune("web", keep_last=1) if not one.kept_by]
+    assert dropped and len(plans) == 2
+    assert len(store.snapshots("moved")) == 1
