@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from errno import ESHUTDOWN
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,14 @@ from onionskin.errors import OnionskinError, StateError, VolumeNotFoundError
 from onionskin.nbd._nbd import NbdServer
 from onionskin.nbd.changed_blocks import ChangedBlocks
 from onionskin.nbd.export_table import ExportTable
-from onionskin.nbd.exported import OPEN_TRIES, ServedVolume, View, open_snapshot, snapshot_names_behind
+from onionskin.nbd.exported import (
+    OPEN_TRIES,
+    ServedVolume,
+    View,
+    open_snapshot,
+    raise_unless_missing,
+    snapshot_names_behind,
+)
 from onionskin.nbd.opening import open_beside, open_to_serve, stands_beside
 from onionskin.operations import expiry, reclaim
 from onionskin.operations.flush import compact_map_if_wanted, reclaim_freed
@@ -280,10 +288,14 @@ class Exports:
             return False
 
     def _find_export(self, name: str) -> bool:
-        """Open the export that a client asks for, if it exists; return whether the C server has it now."""
+        """Open the export that a client asks for, if it exists; return whether the C server has it now.
+
+        Where it is not known whether it exists, or it cannot be opened, this raises OSError or StateError, and the client is
+        told so: one that hears that there is none may make another in its place.
+        """
+        if self._stopping.is_set():
+            raise OSError(ESHUTDOWN, "the server is stopping")
         try:
-            if self._stopping.is_set():
-                return False
             if self._open_beside(name):
                 return True
             if not self._open_export(name):
@@ -292,6 +304,7 @@ class Exports:
             return True
         except (OnionskinError, OSError, ValueError) as error:
             self._log(f"export {name!r}: {error}")
+            raise_unless_missing(error)
             return False
 
     def _open_export(self, name: str) -> bool:
