@@ -53,6 +53,18 @@ uint32_t onion_nbd_next_event(struct onion_nbd_server *server, char out[ONION_NB
 
 /* ---- the clock, and counters ---- */
 
+struct timespec onion_nbd_in_ms(uint64_t ms) {
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec += (time_t)(ms / 1000);
+    until.tv_nsec += (long)(ms % 1000) * 1000000;
+    if (until.tv_nsec >= 1000000000) {
+        until.tv_sec++;
+        until.tv_nsec -= 1000000000;
+    }
+    return until;
+}
+
 void onion_nbd_init_condition(pthread_cond_t *condition) {
     pthread_condattr_t attributes;
     pthread_condattr_init(&attributes);

@@ -55,18 +55,36 @@ static enum onion_nbd_next acknowledge(struct onion_nbd_out *out, uint32_t optio
 
 /* ---- exports ---- */
 
-/* Between the answer and the look, the export may have got another name, as that was given to another volume: so it is asked
- * for again. */
-static struct onion_nbd_export *find_or_ask(struct onion_nbd_server *server, const struct onion_nbd_string *name) {
+/* Returns the export of that name with a reference, or NULL. Then `status` says whether there is none (0), or that it
+ * cannot be told (negative). Between the answer and the look, the export may have got another name, as that was given to
+ * another volume: so it is asked for again. */
+static struct onion_nbd_export *find_or_ask(struct onion_nbd_server *server, const struct onion_nbd_string *name,
+                                            int *status) {
     struct onion_nbd_export *export = onion_nbd_find(server, name->bytes, name->length);
     const struct onion_nbd_hooks *hooks = &server->options.hooks;
+    *status = 0;
     if (export && hooks->still_export && !hooks->still_export(hooks->context, name->bytes, name->length)) {
         onion_nbd_unref(server, export);
         export = NULL;
     }
-    for (int left = ASK_TRIES; !export && left && hooks->find_export && onion_nbd_ask(server, name); left--)
+    for (int left = ASK_TRIES; !export && left && hooks->find_export; left--) {
+        if ((*status = onion_nbd_ask(server, name)) <= 0)
+            break;
         export = onion_nbd_find(server, name->bytes, name->length);
+    }
     return export;
+}
+
+/* Says why a client does not get an export or a context: a program that is told that there is none may make one in its
+ * place, or go on without. */
+static enum onion_nbd_next refuse_missing(const struct onion_nbd_server *server, uint32_t option, int status,
+                                          const char *none, struct onion_nbd_out *out) {
+    if (status == -ESHUTDOWN || __atomic_load_n(&server->stopping, __ATOMIC_RELAXED))
+        return refuse(out, option, ONION_NBD_REP_ERR_SHUTDOWN, "the server is stopping");
+    if (status < 0)
+        return refuse(out, option, ONION_NBD_REP_ERR_POLICY,
+                      "it cannot be opened now; the log of the server says why; ask again when that is mended");
+    return refuse(out, option, ONION_NBD_REP_ERR_UNKNOWN, none);
 }
 
 struct onion_nbd_listing {
@@ -100,7 +118,7 @@ static enum onion_nbd_next end_part(struct onion_nbd_session *session, uint32_t 
     if (status >= 0 && full)
         return ONION_NBD_MORE_REPLIES;
     session->listed_length = 0;
-    return status < 0 ? refuse(out, option, ONION_NBD_REP_ERR_UNKNOWN, failure) : acknowledge(out, option);
+    return status < 0 ? refuse(out, option, ONION_NBD_REP_ERR_POLICY, failure) : acknowledge(out, option);
 }
 
 /* Lists the exports in parts, so that thousands of names take no more memory than a few. */
@@ -193,10 +211,11 @@ static enum onion_nbd_next info_or_go(struct onion_nbd_session *session, const s
     if (onion_nbd_info_decode(data, option->length, &query) < 0)
         return refuse(out, option->option, ONION_NBD_REP_ERR_INVALID,
                       "the lengths in this option do not add up, so nothing was looked up");
-    struct onion_nbd_export *export = find_or_ask(session->server, &query.name);
+    int status;
+    struct onion_nbd_export *export = find_or_ask(session->server, &query.name, &status);
     if (!export || put_infos(session, option->option, &query, export, out) < 0) {
         onion_nbd_unref(session->server, export);
-        return refuse(out, option->option, ONION_NBD_REP_ERR_UNKNOWN, "no such export");
+        return refuse_missing(session->server, option->option, status, "no such export", out);
     }
     acknowledge(out, option->option);
     if (option->option == ONION_NBD_OPT_INFO) {
@@ -215,7 +234,9 @@ static enum onion_nbd_next export_name(struct onion_nbd_session *session, const 
     unsigned char bytes[ONION_NBD_EXPORT_REPLY_BYTES];
     uint64_t size_bytes;
     uint32_t block_size;
-    struct onion_nbd_export *export = option->length > ONION_NBD_NAME_MAX ? NULL : find_or_ask(session->server, &name);
+    int status;
+    struct onion_nbd_export *export =
+        option->length > ONION_NBD_NAME_MAX ? NULL : find_or_ask(session->server, &name, &status);
     if (!export || export_facts(export, &size_bytes, &block_size) < 0) {
         onion_nbd_unref(session->server, export);
         return ONION_NBD_CLOSE;
@@ -291,8 +312,9 @@ static struct onion_nbd_context *find_context(struct onion_nbd_export *export, c
     return context;
 }
 
+/* `status` is set to a negative code if it cannot be told whether there is such a context, and left as it is otherwise. */
 static struct onion_nbd_context *find_or_ask_context(struct onion_nbd_server *server, struct onion_nbd_export *export,
-                                                     const struct onion_nbd_string *name) {
+                                                     const struct onion_nbd_string *name, int *status) {
     const struct onion_nbd_hooks *hooks = &server->options.hooks;
     const char *export_name = onion_nbd_label(export)->name;
     uint32_t length = (uint32_t)strlen(export_name);
@@ -300,20 +322,22 @@ static struct onion_nbd_context *find_or_ask_context(struct onion_nbd_server *se
     if (context && hooks->still_context &&
         !hooks->still_context(hooks->context, export_name, length, name->bytes, name->length))
         context = NULL;
-    if (!context && hooks->find_context && (begins_with(name, CHANGED) || begins_with(name, BITMAP)) &&
-        hooks->find_context(hooks->context, export_name, length, name->bytes, name->length))
-        context = find_context(export, name);
+    if (!context && hooks->find_context && (begins_with(name, CHANGED) || begins_with(name, BITMAP))) {
+        int found = hooks->find_context(hooks->context, export_name, length, name->bytes, name->length);
+        context = found > 0 ? find_context(export, name) : NULL;
+        *status = found < 0 ? found : *status;
+    }
     return context;
 }
 
 static void select_context(struct onion_nbd_session *session, const struct onion_nbd_string *query,
-                           struct onion_nbd_out *out) {
+                           struct onion_nbd_out *out, int *status) {
     struct onion_nbd_context *context = NULL;
     uint32_t id = string_is(query, ALLOCATION) ? ONION_NBD_ID_ALLOCATION
                   : string_is(query, DEPTH)    ? ONION_NBD_ID_DEPTH
                                                : 0;
     const char *name = id == ONION_NBD_ID_ALLOCATION ? ALLOCATION : DEPTH;
-    if (!id && (context = find_or_ask_context(session->server, session->meta_export, query))) {
+    if (!id && (context = find_or_ask_context(session->server, session->meta_export, query, status))) {
         id = context->id;
         name = context->name;
     }
@@ -332,8 +356,9 @@ static void select_context(struct onion_nbd_session *session, const struct onion
 static void list_computed(struct onion_nbd_context_listing *listing, struct onion_nbd_export *export) {
     struct onion_nbd_meta_query query = *listing->query;
     struct onion_nbd_string string;
+    int status = 0; /* what cannot be told is not listed */
     while (onion_nbd_meta_next(&query, &string))
-        find_or_ask_context(listing->session->server, export, &string);
+        find_or_ask_context(listing->session->server, export, &string, &status);
     pthread_mutex_lock(&export->lock);
     for (struct onion_nbd_context *context = export->contexts; context; context = context->next)
         list_context(listing, context->name);
@@ -373,9 +398,10 @@ static enum onion_nbd_next meta_context(struct onion_nbd_session *session, const
     if (onion_nbd_meta_decode(data, option->length, &query) < 0)
         return refuse(out, option->option, ONION_NBD_REP_ERR_INVALID,
                       "the lengths in this option do not add up, so nothing was looked up");
-    struct onion_nbd_export *export = find_or_ask(session->server, &query.name);
+    int status;
+    struct onion_nbd_export *export = find_or_ask(session->server, &query.name, &status);
     if (!export)
-        return refuse(out, option->option, ONION_NBD_REP_ERR_UNKNOWN, "no such export");
+        return refuse_missing(session->server, option->option, status, "no such export", out);
     if (listing) {
         enum onion_nbd_next next = list_contexts(session, &query, export, out);
         onion_nbd_unref(session->server, export);
@@ -383,8 +409,12 @@ static enum onion_nbd_next meta_context(struct onion_nbd_session *session, const
     }
     onion_nbd_unref(session->server, session->meta_export);
     session->meta_export = export;
-    while (onion_nbd_meta_next(&query, &string))
-        select_context(session, &string, out);
+    while (status >= 0 && onion_nbd_meta_next(&query, &string))
+        select_context(session, &string, out, &status);
+    if (status < 0) {
+        session->context_count = 0; /* an error selects none */
+        return refuse_missing(session->server, option->option, status, "", out);
+    }
     return acknowledge(out, option->option);
 }
 

@@ -4,7 +4,9 @@
 #define ONIONSKIN_NBD_INTERNAL_H
 
 #include <pthread.h>
+#include <sys/types.h>
 #include <sys/uio.h>
+#include <time.h>
 
 #include "nbd/protocol.h"
 #include "nbd/server.h"
@@ -21,6 +23,7 @@ enum {
     ONION_NBD_QUEUE_MAX = 64,       /* requests that wait for the helper */
     ONION_NBD_EVENTS_MAX = 1024,
     ONION_NBD_BUCKETS = 1024,
+    ONION_NBD_KEPT_MAX = 128, /* threads without a client that wait for later ones */
 };
 
 /* Ids of contexts on the wire. Changed-since contexts, under either of their names, get the ids from ID_CHANGED on. */
@@ -170,7 +173,11 @@ struct onion_nbd_server {
     struct onion_nbd_connection *connections;
     uint32_t connection_count;
     uint64_t next_id;
-    int stopping;                    /* atomic */
+    int stopping;                /* atomic */
+    pid_t process;               /* that has its threads: the child of a fork has none */
+    struct onion_nbd_kept *kept; /* threads that wait for a client; the last one to begin is the first */
+    uint32_t kept_count;
+    uint32_t thread_count;           /* those with a client included */
     struct onion_nbd_asking *asking; /* connections that wait for their turn, first come first */
     uint64_t askings;                /* how many have waited so far, those of `asking` included */
     int is_asked;                    /* one of them has it */
@@ -193,16 +200,31 @@ static inline int onion_nbd_is_unwritten(const struct onion_nbd_export *export) 
 
 /* ---- turns.c ---- */
 
-/* Calls find_export when it is this connection's turn, unless the export was found meanwhile. Returns whether it may be
- * there. */
+/* Calls find_export when it is this connection's turn, unless the export was found meanwhile. 1: it may be there. 0 or
+ * negative: what find_export said. */
 int onion_nbd_ask(struct onion_nbd_server *server, const struct onion_nbd_string *name);
+
+/* ---- threads.c ---- */
+
+/* Whether threads are left that use the server. In the child of a fork there are none. The caller holds the lock. */
+int onion_nbd_has_threads(const struct onion_nbd_server *server);
+/* Gives a connection to a thread that waits for one. Returns whether there is one. The caller holds the server's lock. */
+int onion_nbd_hand_over(struct onion_nbd_server *server, struct onion_nbd_connection *connection);
+/* Starts a thread, which has to call onion_nbd_next_connection until that returns NULL. The caller does not hold the
+ * lock. 0 or -errno. */
+int onion_nbd_start_thread(struct onion_nbd_server *server, void *(*run)(void *), void *argument);
+/* Waits for a later client, for the time of the options. NULL: the thread has to end, and the server may be freed. */
+struct onion_nbd_connection *onion_nbd_next_connection(struct onion_nbd_server *server);
+/* Has all threads that wait end. The server is stopping, and the caller holds its lock. */
+void onion_nbd_end_kept_threads(struct onion_nbd_server *server);
 
 /* ---- events.c ---- */
 
 void onion_nbd_event(struct onion_nbd_server *server, const char *format, ...) __attribute__((format(printf, 2, 3)));
 int64_t onion_nbd_now_ns(void);
-/* A condition whose waits with a limit go by the clock of onion_nbd_now_ns. */
+/* A condition whose waits with a limit go by the clock of onion_nbd_now_ns, as onion_nbd_in_ms does. */
 void onion_nbd_init_condition(pthread_cond_t *condition);
+struct timespec onion_nbd_in_ms(uint64_t ms);
 
 static inline void onion_nbd_counter_add(uint64_t *counter, uint64_t value) {
     __atomic_fetch_add(counter, value, __ATOMIC_RELAXED);

@@ -1,20 +1,18 @@
 /* server.c: starts and stops the server and its connections. See server.h for what must hold. */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "base/sigbus.h"
+#include "base/site.h"
 #include "base/turns.h"
 #include "nbd/internal.h"
 
-#define STACK_BYTES (512 << 10)
 #define LEAVING_MS 2000       /* for so long a new connection waits for one that gives way to be gone */
 #define ACCEPTING_NS 10000000 /* behind so long, no further client is taken by the same call */
 
@@ -33,6 +31,7 @@ int onion_nbd_new(const struct onion_nbd_options *options, struct onion_nbd_serv
     }
     server->options = *options;
     server->last = &server->exports;
+    server->process = getpid();
     server->events = calloc(ONION_NBD_EVENTS_MAX, sizeof *server->events);
     server->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (!server->events || server->event_fd < 0) {
@@ -85,7 +84,7 @@ static void link_connection(struct onion_nbd_server *server, struct onion_nbd_co
     server->connection_count++;
 }
 
-/* The last step of a connection's thread. After the count is decremented, the server may be freed. */
+/* After the count is decremented, the server may be freed by all but its threads. */
 static void end_connection(struct onion_nbd_connection *connection) {
     struct onion_nbd_server *server = connection->server;
     pthread_mutex_lock(&server->lock);
@@ -104,18 +103,27 @@ static void end_connection(struct onion_nbd_connection *connection) {
     pthread_mutex_unlock(&server->lock);
 }
 
-static void *run_connection(void *argument) {
+static void run_connection(struct onion_nbd_connection *connection) {
+    if (onion_nbd_negotiate(connection)) {
+        const char *name = onion_nbd_label(connection->session.chosen)->name;
+        onion_nbd_event(connection->server, "%s: connected to %s%s", connection->peer, *name ? name : "(default)",
+                        connection->session.tls ? " over TLS" : "");
+        onion_nbd_transmit(connection);
+        onion_nbd_event(connection->server, "%s: closed", connection->peer);
+    }
+    end_connection(connection);
+}
+
+/* A thread serves one client, and then later ones. It holds nothing of a former one: the connection is freed, and the
+ * place of its last error is forgotten. */
+static void *run_thread(void *argument) {
     struct onion_nbd_connection *connection = argument;
     struct onion_nbd_server *server = connection->server;
     (void)onion_turns_take_short(); /* a client waits for each of its turns; the helper gets them too */
-    if (onion_nbd_negotiate(connection)) {
-        const char *name = onion_nbd_label(connection->session.chosen)->name;
-        onion_nbd_event(server, "%s: connected to %s%s", connection->peer, *name ? name : "(default)",
-                        connection->session.tls ? " over TLS" : "");
-        onion_nbd_transmit(connection);
-        onion_nbd_event(server, "%s: closed", connection->peer);
-    }
-    end_connection(connection);
+    do {
+        run_connection(connection);
+        onion_site_clear();
+    } while ((connection = onion_nbd_next_connection(server)));
     return NULL;
 }
 
@@ -144,32 +152,9 @@ static struct onion_nbd_connection *new_connection(struct onion_nbd_server *serv
     return connection;
 }
 
-static int start_thread(struct onion_nbd_connection *connection) {
-    pthread_attr_t attributes;
-    pthread_t thread;
-    sigset_t all, before;
-    pthread_attr_init(&attributes);
-    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-    pthread_attr_setstacksize(&attributes, STACK_BYTES);
-    sigfillset(&all);
-    sigdelset(&all, SIGBUS); /* raised by this thread's own loads: base/sigbus.h */
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    int status = -pthread_create(&thread, &attributes, run_connection, connection);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    pthread_attr_destroy(&attributes);
-    return status;
-}
-
 /* Waits until fewer than so many connections are left, or the time is over. The caller holds the server's lock. */
 static void wait_for_fewer(struct onion_nbd_server *server, uint64_t count, uint64_t grace_ms) {
-    struct timespec until;
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_sec += (time_t)(grace_ms / 1000);
-    until.tv_nsec += (long)(grace_ms % 1000) * 1000000;
-    if (until.tv_nsec >= 1000000000) {
-        until.tv_sec++;
-        until.tv_nsec -= 1000000000;
-    }
+    struct timespec until = onion_nbd_in_ms(grace_ms);
     while (server->connection_count >= count && pthread_cond_timedwait(&server->closed, &server->lock, &until) == 0)
         ;
 }
@@ -203,16 +188,18 @@ int64_t onion_nbd_serve(struct onion_nbd_server *server, int fd, const char *pee
     pthread_mutex_lock(&server->lock);
     int room = has_room(server); /* it may be stopped while it waits */
     int64_t id = server->stopping ? -ESHUTDOWN : room ? (int64_t)++server->next_id : -EMFILE;
+    int is_taken = 0;
     if (id > 0) {
         connection->id = (uint64_t)id;
         link_connection(server, connection);
+        is_taken = onion_nbd_hand_over(server, connection); /* it may have ended as soon as the lock is given up */
     }
     pthread_mutex_unlock(&server->lock);
     if (id < 0) {
         free_connection(connection);
-    } else {
+    } else if (!is_taken) {
         /* Without the lock, for which the new thread would wait first of all. */
-        int status = start_thread(connection);
+        int status = onion_nbd_start_thread(server, run_thread, connection);
         if (status < 0) {
             end_connection(connection);
             id = status;
@@ -322,6 +309,7 @@ static int flush_exports(struct onion_nbd_server *server) {
 int onion_nbd_stop(struct onion_nbd_server *server, uint64_t grace_ms) {
     pthread_mutex_lock(&server->lock);
     server->stopping = 1;
+    onion_nbd_end_kept_threads(server);
     /* The connections still read and answer what has arrived, and then find the end of the stream. */
     shut_all(server, SHUT_RD);
     wait_for_fewer(server, 1, grace_ms);
@@ -332,7 +320,7 @@ int onion_nbd_stop(struct onion_nbd_server *server, uint64_t grace_ms) {
         pthread_cond_broadcast(&export->changed);
         pthread_mutex_unlock(&export->lock);
     }
-    while (server->connection_count)
+    while (server->connection_count || onion_nbd_has_threads(server))
         pthread_cond_wait(&server->closed, &server->lock);
     pthread_mutex_unlock(&server->lock);
     return flush_exports(server);

@@ -1,7 +1,7 @@
 /* server.h: an NBD server over open volumes. It needs no Python, and any thread may call it.
  *
  * The caller listens. The server takes connected stream sockets, speaks the fixed newstyle protocol on
- * them, each in a thread of its own, and hands requests to the volumes. Functions return 0 (or what their comment
+ * them, each in a thread that it has alone, and hands requests to the volumes. Functions return 0 (or what their comment
  * says) or a negative code of base/status.h.
  *
  * What must hold
@@ -47,7 +47,8 @@ struct onion_nbd_context_listing;
  * it does not, and the server calls find_export or find_context as if it did not have the name. NULL: always 1.
  *
  * find_export, find_context: a client asks for a name that the server does not have. The function may add it. 1: the
- * server looks again, and asks again where it is gone. 0: the name does not exist. Of several clients, one after the other calls find_export, unless one
+ * server looks again, and asks again where it is gone. 0: the name does not exist. Negative: that cannot be told now, or
+ * it cannot be opened; -ESHUTDOWN: since the caller is ending. Of several clients, one after the other calls find_export, unless one
  * takes longer than turn_ms: see onion_nbd_found.
  *
  * make_room: a flush of that export found the disk full. 1: the function found room and flushed the volume. 0: there is
@@ -90,6 +91,7 @@ struct onion_nbd_options {
     uint32_t request_bytes_max; /* the limit of a read or a write: 65,536 to ONION_NBD_REQUEST_BYTES_MAX */
     uint64_t bytes_in_flight_max;
     uint32_t turn_ms; /* for so long a client waits for the find_export of another */
+    uint32_t kept_ms; /* for so long a thread whose client has gone waits for a later one; 0: it ends at once */
     struct onion_nbd_hooks hooks;
 };
 
@@ -164,7 +166,7 @@ int onion_nbd_list(struct onion_nbd_listing *listing, const char *name, const ch
 /* list_contexts calls it in the same way. */
 int onion_nbd_list_context(struct onion_nbd_context_listing *listing, const char *name);
 
-/* Takes over the socket, and serves it in a thread of its own. Returns the connection's id; on an error the socket is
+/* Takes over the socket, and serves it in a thread that no other client has meanwhile. Returns the connection's id; on an error the socket is
  * closed. -EMFILE: connections_max are open. -ESHUTDOWN: stopped. */
 int64_t onion_nbd_serve(struct onion_nbd_server *server, int fd, const char *peer, int flags, uint32_t client_flags);
 

@@ -6,7 +6,6 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "nbd/internal.h"
 
@@ -19,18 +18,6 @@ struct onion_nbd_asking {
     pthread_cond_t changed;
 };
 
-static struct timespec in_ms(uint64_t ms) {
-    struct timespec until;
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_sec += (time_t)(ms / 1000);
-    until.tv_nsec += (long)(ms % 1000) * 1000000;
-    if (until.tv_nsec >= 1000000000) {
-        until.tv_sec++;
-        until.tv_nsec -= 1000000000;
-    }
-    return until;
-}
-
 /* The caller holds the lock. */
 static void let_next_go_on(struct onion_nbd_server *server) {
     if (!server->is_asked && server->asking)
@@ -40,7 +27,7 @@ static void let_next_go_on(struct onion_nbd_server *server) {
 /* Waits until the export was found, or until it is this connection's turn, or for as long as that is waited for. Returns
  * whether it has the turn. The caller holds the lock. */
 static int wait_for_turn(struct onion_nbd_server *server, struct onion_nbd_asking *own) {
-    struct timespec until = in_ms(server->options.turn_ms);
+    struct timespec until = onion_nbd_in_ms(server->options.turn_ms);
     struct onion_nbd_asking **at = &server->asking;
     while (*at)
         at = &(*at)->next;
@@ -66,14 +53,14 @@ int onion_nbd_ask(struct onion_nbd_server *server, const struct onion_nbd_string
     int has_turn = wait_for_turn(server, &own);
     pthread_mutex_unlock(&server->lock);
     pthread_cond_destroy(&own.changed);
-    int is_found = own.is_found || hooks->find_export(hooks->context, name->bytes, name->length);
+    int found = own.is_found ? 1 : hooks->find_export(hooks->context, name->bytes, name->length);
     if (has_turn) {
         pthread_mutex_lock(&server->lock);
         server->is_asked = 0;
         let_next_go_on(server);
         pthread_mutex_unlock(&server->lock);
     }
-    return is_found;
+    return found;
 }
 
 void onion_nbd_found(struct onion_nbd_server *server, const char *name, uint64_t until) {

@@ -174,7 +174,7 @@ static void *use(void *argument) {
 
 static void check_clients_side_by_side(void) {
     struct onion_nbd_options options = {
-        .connections_max = 8, .request_bytes_max = 1 << 20, .bytes_in_flight_max = 1 << 20};
+        .connections_max = 8, .request_bytes_max = 1 << 20, .bytes_in_flight_max = 1 << 20, .kept_ms = 1000};
     struct onion_nbd_server *server;
     struct client clients[CLIENTS];
     pthread_t threads[CLIENTS];
@@ -201,6 +201,43 @@ static void check_clients_side_by_side(void) {
     onion_volume_close(volume);
     onion_volume_free(volume);
     remove_files();
+}
+
+static void *come_and_go(void *argument) {
+    struct onion_nbd_server *server = argument;
+    unsigned char bytes[64];
+    for (int i = 0; i < ROUNDS; i++) {
+        int pair[2];
+        CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+        int64_t id = onion_nbd_serve(server, pair[1], "check", 0, 0);
+        CHECK(id > 0 || id == -ESHUTDOWN);
+        ssize_t got = recv(pair[0], bytes, ONION_NBD_GREETING_BYTES, MSG_WAITALL);
+        CHECK(id > 0 ? got >= 0 || errno == ECONNRESET : got == 0);
+        close(pair[0]);
+    }
+    return NULL;
+}
+
+/* Threads wait for so short a time that they often end just as they would be given a client; and the server is stopped
+ * and freed while they wait, end, and are given some. */
+static void check_threads_that_are_kept(void) {
+    struct onion_nbd_options options = {
+        .connections_max = 64, .request_bytes_max = 1 << 20, .bytes_in_flight_max = 1 << 20};
+    for (uint32_t i = 0; i < 8; i++) {
+        struct onion_nbd_server *server;
+        pthread_t threads[CLIENTS];
+        options.kept_ms = i % 4;
+        CHECK(onion_nbd_new(&options, &server) == 0);
+        for (int at = 0; at < CLIENTS; at++)
+            CHECK(pthread_create(&threads[at], NULL, come_and_go, server) == 0);
+        while (i % 2 && onion_nbd_connections(server, NULL, 0) < 2)
+            sched_yield();
+        if (i % 2)
+            CHECK(onion_nbd_stop(server, i % 3) == 0);
+        for (int at = 0; at < CLIENTS; at++)
+            pthread_join(threads[at], NULL);
+        onion_nbd_free(server);
+    }
 }
 
 struct waiting_replacement {
@@ -263,6 +300,7 @@ int main(void) {
     check_meta_cut_anywhere();
     check_requests();
     check_clients_side_by_side();
+    check_threads_that_are_kept();
     check_stop_while_a_replacement_waits();
     puts("nbd: all holds");
     return 0;

@@ -1,6 +1,8 @@
 """Option haggling, by a client that speaks the protocol by hand."""
 
+import errno
 import itertools
+import os
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ from support.phony_client import (
     REP_INFO,
     SERVER,
     SET_META,
+    SHUTDOWN,
     STARTTLS,
     STRUCTURED_REPLY,
     TLS_REQD,
@@ -331,7 +334,25 @@ def test_a_list_that_fails_says_so_and_the_connection_goes_on(tmp_path: Path) ->
         raise OSError("the catalog cannot be read")
 
     with served_volume(tmp_path, size=SIZE, list_exports=broken) as (at, _), Client(at.path) as client:
-        assert [kind for kind, _ in client.option(LIST)] == [SERVER, UNKNOWN]
+        assert [kind for kind, _ in client.option(LIST)] == [SERVER, POLICY]
+        assert client.go("web").size == SIZE
+
+
+@pytest.mark.parametrize("number, kind", [(errno.EMFILE, POLICY), (errno.ENOMEM, POLICY), (errno.ESHUTDOWN, SHUTDOWN)])
+def test_an_export_or_context_that_cannot_be_looked_up_is_not_told_as_unknown(
+    served: Served, number: int, kind: int
+) -> None:
+    def poor(*names: str) -> bool:
+        raise OSError(number, os.strerror(number))
+
+    served[0].server.on_unknown_export = served[0].server.on_unknown_context = poor
+    with Client(served[0].path) as client:
+        assert client.info(GO, "other")[-1][0] == kind
+        assert client.info(INFO, "other")[-1][0] == kind
+        client.option(STRUCTURED_REPLY)
+        wanted = "onionskin:changed-since:s"
+        assert client.meta(SET_META, "other", "base:allocation")[-1][0] == kind
+        assert client.meta(SET_META, "web", "base:allocation", wanted)[-1][0] == kind
         assert client.go("web").size == SIZE
 
 
@@ -343,11 +364,11 @@ def test_names_that_are_no_text_are_unknown_without_asking(served: Served) -> No
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_callback_that_raises_makes_the_export_unknown(served: Served) -> None:
+def test_a_callback_that_raises_does_not_make_the_export_unknown(served: Served) -> None:
     def broken(name: str) -> bool:
         raise ValueError(name)
 
     served[0].server.on_unknown_export = broken
     with Client(served[0].path) as client:
-        assert client.info(GO, "other")[-1][0] == UNKNOWN
+        assert client.info(GO, "other")[-1][0] == POLICY
         assert client.go("web").size == SIZE

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.nbd_client import NbdClient
@@ -101,6 +102,41 @@ def test_a_running_server_drops_what_is_over_and_says_so(store: library.Store, s
         log.wait_for(*map(said, NAMES))
         assert list(store) == ["web"]
     assert store.check() == []
+
+
+def test_all_that_the_server_holds_for_nobody_go_in_one_transaction(
+    store: library.Store, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.fork("web@clean", names=[*NAMES, "open"], lifetime="1h")
+    server.exports.add_store(store.path)
+    store.fork("web@clean", names=["unserved"], lifetime="1h")
+    end_lifetime(store, *NAMES, "open", "unserved")
+    dropped: list[list[str]] = []
+    drop = expiry._drop
+
+    def noted(*given: Any) -> Any:
+        found = drop(*given)
+        dropped.append(found[0])
+        return found
+
+    monkeypatch.setattr(expiry, "_drop", noted)
+    with client_of(server, "open"):
+        server.exports.tidy()
+        assert [sorted(names) for names in dropped] == [[*NAMES, "unserved"]]
+        assert set(server.exports.table.served) == set(store) == {"web", "open"}
+
+
+def test_a_volume_whose_export_is_being_made_just_now_stays_where_others_go(
+    store: library.Store, server: Server
+) -> None:
+    store.fork("web@clean", names=NAMES, lifetime="1h")
+    server.exports.add_store(store.path)
+    end_lifetime(store, *NAMES)
+    with server.exports.table.being_made("job-2"):
+        server.exports.tidy()
+        assert set(server.exports.table.served) == set(store) == {"web", "job-2"}
+    server.exports.tidy()
+    assert list(store) == list(server.exports.table.served) == ["web"]
 
 
 def test_what_the_server_holds_for_nobody_is_closed_and_dropped(

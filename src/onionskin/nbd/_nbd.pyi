@@ -22,6 +22,7 @@ class NbdServer:
         idle_seconds: int = ...,
         request_bytes_max: int = ...,
         turn_seconds: float = ...,
+        kept_seconds: float = ...,
         list_exports: Callable[[str], Iterable[tuple[str, str]]] | None = ...,
         list_contexts: Callable[[str, str], Iterable[str]] | None = ...,
     ) -> Self: ...

@@ -47,6 +47,7 @@ cdef extern from "nbd/server.h" nogil:
         uint32_t request_bytes_max
         uint64_t bytes_in_flight_max
         uint32_t turn_ms
+        uint32_t kept_ms
         onion_nbd_hooks hooks
     struct onion_nbd_counters:
         uint64_t requests[8]
@@ -147,8 +148,7 @@ cdef int _find_export(void *context, const char *name, uint32_t length) noexcept
         text = _name(name, length)
         return hooks.find_export is not None and text is not None and bool(hooks.find_export(text))
     except BaseException as error:
-        _report(error, hooks.find_export)
-        return 0
+        return _failure(error, hooks.find_export)
 
 
 cdef int _find_context(void *context, const char *name, uint32_t length, const char *meta,
@@ -160,8 +160,7 @@ cdef int _find_context(void *context, const char *name, uint32_t length, const c
             return 0
         return bool(hooks.find_context(text, meta_text))
     except BaseException as error:
-        _report(error, hooks.find_context)
-        return 0
+        return _failure(error, hooks.find_context)
 
 
 cdef int _make_room(void *context, const char *name) noexcept with gil:
@@ -189,13 +188,8 @@ cdef int _begin_writing(void *context, const char *name) noexcept with gil:
             return -EIO
         hooks.begin_writing(name.decode())
         return 0
-    except OSError as error:
-        return -error.errno if error.errno else -EIO
-    except StateError:
-        return -EIO
     except BaseException as error:
-        _report(error, hooks.begin_writing)
-        return -EIO
+        return _failure(error, hooks.begin_writing)
 
 
 cdef void _written(void *context, const char *name) noexcept with gil:
@@ -218,7 +212,7 @@ cdef int _list_exports(void *context, const char *after, uint32_t length, onion_
         return status
     except BaseException as error:
         _report(error, hooks.list_exports)
-        return -5
+        return -EIO
 
 
 cdef int _list_contexts(void *context, const char *name, const char *after, uint32_t length,
@@ -238,7 +232,16 @@ cdef int _list_contexts(void *context, const char *name, const char *after, uint
         return status
     except BaseException as error:
         _report(error, hooks.list_contexts)
-        return -5
+        return -EIO
+
+
+cdef int _failure(object error, object callback) noexcept:
+    """Return the code of what a callback raised. What it may not raise is reported."""
+    if isinstance(error, OSError):
+        return -error.errno if error.errno and error.errno > 0 else -EIO
+    if not isinstance(error, StateError):
+        _report(error, callback)
+    return -EIO
 
 
 cdef void _report(object error, object callback) noexcept:
@@ -280,6 +283,8 @@ cdef class NbdServer:
         Of one read or write, 65,536 to 32 MiB.
     turn_seconds : float
         For so long a client waits while `on_unknown_export` is called for another one.
+    kept_seconds : float
+        For so long a thread whose client has gone waits for a later one. At most 128 threads wait.
     list_exports : callable(after) -> iterable of (name, description), optional
         Names what clients can ask for, also what is not there yet: the names behind `after` (empty: all), in an order
         that is always the same. No more of them are taken than are sent together. Called as `on_unknown_export` is.
@@ -290,7 +295,8 @@ cdef class NbdServer:
     ----------
     on_unknown_export : callable(name) -> bool, or None
         A client names an export that is not there. Called from the connection's thread, which waits; no lock is held,
-        so it may call any method here but `stop`. It adds the export and returns True, or returns False; several
+        so it may call any method here but `stop`. It adds the export and returns True, or returns False where there is
+        none, or raises OSError or StateError where that cannot be told now: the client is to ask again. Several
         threads may ask for the same name at once, so `add_export` may raise FileExistsError, which is as good. The
         name is whatever the client sent. Clients take turns: it may also add what the others ask for (`asked`), and tell
         them (`found`).
@@ -319,7 +325,7 @@ cdef class NbdServer:
     cdef object __weakref__
 
     def __cinit__(self, *, connections_max=64, bytes_in_flight_max=64 << 20, idle_seconds=0,
-                  request_bytes_max=32 << 20, turn_seconds=0.2, list_exports=None, list_contexts=None):
+                  request_bytes_max=32 << 20, turn_seconds=0.2, kept_seconds=10.0, list_exports=None, list_contexts=None):
         cdef onion_nbd_options options
         self._hooks = _Hooks()
         self._hooks.list_exports = list_exports
@@ -332,6 +338,7 @@ cdef class NbdServer:
         options.request_bytes_max = request_bytes_max
         options.bytes_in_flight_max = bytes_in_flight_max
         options.turn_ms = round(turn_seconds * 1000)
+        options.kept_ms = round(kept_seconds * 1000)
         options.hooks.still_export = _still_export
         options.hooks.still_context = _still_context
         options.hooks.find_export = _find_export

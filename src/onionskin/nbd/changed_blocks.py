@@ -10,11 +10,12 @@ changed.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from onionskin.errors import OnionskinError, SnapshotNotFoundError, StateError
 from onionskin.nbd._nbd import NbdServer
 from onionskin.nbd.export_table import ExportTable
-from onionskin.nbd.exported import Exported, ServedVolume, View, snapshot_names_behind
+from onionskin.nbd.exported import Exported, ServedVolume, View, raise_unless_missing, snapshot_names_behind
 
 DIRTY_BITMAP = "qemu:dirty-bitmap:"
 PREFIXES = ("onionskin:changed-since:", DIRTY_BITMAP)  # in the order in which contexts are listed
@@ -48,7 +49,9 @@ class ChangedBlocks:
 
         A context whose snapshot is gone is made to say that everything changed, and then holds.
         """
-        return self._ask(self._is_still, export, context)
+        with suppress(OnionskinError, OSError):
+            return self._ask(self._is_still, export, context)
+        return False  # it is looked for again, which says what is wrong
 
     def find(self, export: str, context: str) -> bool:
         """Compute the metadata context of that name and offer it; return whether the server has it now.
@@ -59,12 +62,13 @@ class ChangedBlocks:
         return self._ask(self._find, export, context)
 
     def _ask(self, answer: Callable[[View | ServedVolume, str, str], bool], export: str, context: str) -> bool:
-        """Answer for an export and the snapshot that a context names; log an error, and return False then."""
+        """Answer for an export and the snapshot that a context names; log an error. False: there is no such thing."""
         try:
             exported = self._table.exported(export)
             return exported is not None and answer(exported, context, _snapshot_of(context))
         except (OnionskinError, OSError, ValueError, KeyError) as error:
             self._log(f"context {context!r} of {export!r}: {error}")
+            raise_unless_missing(error)
             return False
 
     def _is_still(self, exported: View | ServedVolume, context: str, since: str) -> bool:

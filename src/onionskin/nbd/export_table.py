@@ -8,8 +8,9 @@ held while something is opened, closed, read from a catalog or computed, because
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+from onionskin.errors import StateError
 from onionskin.nbd._nbd import NbdServer
 from onionskin.nbd.exported import Exported, ServedVolume, View
 from onionskin.storage.open_store import OpenStore
@@ -47,9 +48,7 @@ class ExportTable:
         try:
             yield
         finally:
-            with self.guard:
-                self._opening.discard(export)
-                self.changed.notify_all()
+            self._made({export})
 
     @contextmanager
     def being_made_together(self, exports: Iterable[str]) -> Iterator[set[str]]:
@@ -63,9 +62,31 @@ class ExportTable:
         try:
             yield mine
         finally:
-            with self.changed:
-                self._opening -= mine
-                self.changed.notify_all()
+            self._made(mine)
+
+    @contextmanager
+    def taken_away(self, served: Iterable[ServedVolume]) -> Iterator[list[ServedVolume]]:
+        """Take those of the volumes away that nobody uses or is about to. Yields them, and the caller has to close them.
+
+        Nobody makes an export of such a label before the end of the block.
+        """
+        taken: list[ServedVolume] = []
+        try:
+            with self.guard:
+                for one in served:
+                    with suppress(KeyError, StateError):  # the server is stopping, which closes it
+                        if one.name not in self._opening and self.take_served(one):
+                            taken.append(one)
+                            self._opening.add(one.name)
+            yield taken
+        finally:
+            self._made({one.name for one in taken})
+
+    def _made(self, exports: set[str]) -> None:
+        """Let other threads make exports of those labels."""
+        with self.changed:
+            self._opening -= exports
+            self.changed.notify_all()
 
     def follow_names(self) -> None:
         """Give exports the labels that the catalogs say now, and take stale labels out of the way.

@@ -302,6 +302,15 @@ class ServedVolume(Exported):
         self._serving.rename(self, new_name)
 
 
+def raise_unless_missing(error: Exception) -> None:
+    """Raise an error as one that the C server takes, unless it says that something is not there."""
+    if isinstance(error, LookupError):  # a volume, a snapshot or an export that is not there
+        return
+    if isinstance(error, OSError | StateError):
+        raise error
+    raise StateError(str(error)) from error
+
+
 def open_snapshot(store: Store, volume_id: bytes, snapshot: str) -> tuple[Volume, SnapshotRow]:
     """Open a snapshot of the volume with this id, and return it with its row.
 

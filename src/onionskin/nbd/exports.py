@@ -8,8 +8,9 @@ invalidate. A name is looked up again whenever a client asks for it, and a label
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from errno import ESHUTDOWN
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,14 @@ from onionskin.errors import OnionskinError, StateError, VolumeNotFoundError
 from onionskin.nbd._nbd import NbdServer
 from onionskin.nbd.changed_blocks import ChangedBlocks
 from onionskin.nbd.export_table import ExportTable
-from onionskin.nbd.exported import OPEN_TRIES, ServedVolume, View, open_snapshot, snapshot_names_behind
+from onionskin.nbd.exported import (
+    OPEN_TRIES,
+    ServedVolume,
+    View,
+    open_snapshot,
+    raise_unless_missing,
+    snapshot_names_behind,
+)
 from onionskin.nbd.opening import open_beside, open_to_serve, stands_beside
 from onionskin.operations import expiry, reclaim
 from onionskin.operations.flush import compact_map_if_wanted, reclaim_freed
@@ -280,10 +288,14 @@ class Exports:
             return False
 
     def _find_export(self, name: str) -> bool:
-        """Open the export that a client asks for, if it exists; return whether the C server has it now."""
+        """Open the export that a client asks for, if it exists; return whether the C server has it now.
+
+        Where it is not known whether it exists, or it cannot be opened, this raises OSError or StateError, and the client is
+        told so: one that hears that there is none may make another in its place.
+        """
+        if self._stopping.is_set():
+            raise OSError(ESHUTDOWN, "the server is stopping")
         try:
-            if self._stopping.is_set():
-                return False
             if self._open_beside(name):
                 return True
             if not self._open_export(name):
@@ -292,6 +304,7 @@ class Exports:
             return True
         except (OnionskinError, OSError, ValueError) as error:
             self._log(f"export {name!r}: {error}")
+            raise_unless_missing(error)
             return False
 
     def _open_export(self, name: str) -> bool:
@@ -557,31 +570,31 @@ class Exports:
         for rows in expiry.due(store._opened):
             if self._stopping.is_set():
                 return
-            served = {one.opened.row.id: one for one in self.table.all_served() if one.volume.store is store}
-            gone = expiry.drop(store._opened, [row for row in rows if row.id not in served])
-            for row in rows:
-                if row.id in served:
-                    gone += self._drop_served(served[row.id], row)
+            gone = self._drop_due(store, rows)
             for name in gone:
                 self._log(f"{name}: dropped, because its lifetime is over")
             if gone:
                 self._want_tidying()
                 return
 
-    def _drop_served(self, served: ServedVolume, row: VolumeRow) -> list[str]:
-        """Close an expired volume that no client has, and drop it.
+    def _drop_due(self, store: Store, rows: Iterable[VolumeRow]) -> list[str]:
+        """Drop expired volumes in one transaction, also those that are served here and that no client has.
 
-        Who asks for it meanwhile waits, and is told then that it is gone. If it may not go after all, it is opened again
+        Who asks for one meanwhile waits, and is told then that it is gone. If it may not go after all, it is opened again
         when a client asks for it.
         """
-        with self.table.being_made(served.name):
-            if not self.table.take_served(served):
-                return []
-            try:
-                served.give_up()
-            except (OnionskinError, OSError) as error:  # what it could not make durable goes anyway
-                self._log(f"{row.name}: {error}")
-            return expiry.drop(served.opened.store, [row])
+        due = {row.id: row for row in rows}
+        served = [one for one in self.table.all_served() if one.volume.store is store and one.opened.row.id in due]
+        with self.table.taken_away(served) as taken:
+            call_all([partial(self._give_up, one) for one in taken])
+            kept = {one.opened.row.id for one in served} - {one.opened.row.id for one in taken}
+            return expiry.drop(store._opened, [row for id, row in due.items() if id not in kept])
+
+    def _give_up(self, served: ServedVolume) -> None:
+        try:
+            served.give_up()
+        except (OnionskinError, OSError) as error:  # what it could not make durable goes anyway
+            self._log(f"{served.name}: {error}")
 
     def _say_once(self, line: str) -> None:
         """Log a failure once, because the same failure may happen every few seconds."""

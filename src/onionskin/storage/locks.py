@@ -315,25 +315,24 @@ class WritersOpening:
 
     def __init__(self, path: FilePath) -> None:
         self._guard = threading.RLock()  # a finalizer may close one volume in the thread that is just locking another
-        self._users: set[int | None] = {None}
+        self._users: dict[int | None, int] = {None: 0}  # the writer of each byte
         self.descriptor: int = open_lock_file(path)
         forking.register(self)
 
-    def has(self, byte: int) -> bool:
-        """Whether a writer has this byte by it, which the system would let another one have too."""
-        with self._guard:
-            return byte in self._users
+    def join(self, byte: int, writer: int) -> int:
+        """Keep it open for the writer with this byte. Returns the descriptor, or -1 where another writer has the byte by it.
 
-    def join(self, byte: int) -> int:
-        """Keep it open for the writer with this byte, and return the descriptor. The caller is one of those who have it."""
+        The system would let both have the byte. `writer` is a number that no other writer has, and the caller is one of those
+        who have the opening.
+        """
         with self._guard:
-            self._users.add(byte)
-            return self.descriptor
+            return self.descriptor if self._users.setdefault(byte, writer) == writer else -1
 
-    def leave(self, byte: int | None = None) -> None:
-        """Note that a writer has given its byte up. Further calls do nothing."""
+    def leave(self, byte: int | None = None, writer: int = 0) -> None:
+        """Note that a writer has given its byte up, or did not get it. Further calls do nothing."""
         with self._guard:
-            self._users.discard(byte)
+            if self._users.get(byte) == writer:
+                del self._users[byte]
             if self._users:
                 return
             descriptor, self.descriptor = self.descriptor, -1
@@ -343,7 +342,7 @@ class WritersOpening:
     def after_fork(self) -> None:
         """Close the descriptor in a forked child, but unlock nothing."""
         self._guard = threading.RLock()
-        self._users = set()
+        self._users = {}
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -369,12 +368,14 @@ class VolumeLock:
         self._left_socket = layout.volume_control_path(volume_id)
         self._byte = _writer_byte(volume_id)
         self._descriptor = self._byte_descriptor = -1
-        if opening is not None and opening.has(self._byte):
-            _refuse_held(self._path, volume_name)
         self._opening = opening  # of the byte, where it is no opening of the volume's own
         self._shared: SharedFile | None = None  # the file, where it is no file of the volume's own
         try:
-            self._byte_descriptor = open_lock_file(layout.lock) if opening is None else opening.join(self._byte)
+            self._byte_descriptor = (
+                open_lock_file(layout.lock) if opening is None else opening.join(self._byte, id(self))
+            )
+            if self._byte_descriptor < 0:
+                _refuse_held(self._path, volume_name)
             if not _set_lock(self._byte_descriptor, fcntl.F_WRLCK, self._byte, 1):
                 _refuse_taken(self._byte_descriptor, self._path, volume_id, volume_name)
         except BaseException:
@@ -450,9 +451,9 @@ class VolumeLock:
                 os.close(byte_descriptor)
             return
         try:
-            opening.leave(self._byte)
+            opening.leave(self._byte, id(self))
         except BaseException:
-            opening.leave(self._byte)
+            opening.leave(self._byte, id(self))
             raise
 
     def after_fork(self) -> None:

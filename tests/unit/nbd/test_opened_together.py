@@ -446,6 +446,23 @@ def test_an_interrupt_behind_the_locking_of_one_leaves_it_to_others(
         opening.leave()
 
 
+def test_one_of_two_writers_gets_the_byte_of_an_opening_and_the_other_takes_nothing_away(store: Store) -> None:
+    layout, id = store._opened.layout, store._opened.catalog.volume("job-3").id
+    opening = WritersOpening(layout.lock)
+    try:
+        lock = VolumeLock(layout, id, "job-3", opening=opening)
+        for _ in range(2):  # a refusal does not make the byte free for the next one
+            with pytest.raises(StateError, match="open for writing"):
+                VolumeLock(layout, id, "job-3", opening=opening)
+        opening.leave()
+        with pytest.raises(StateError, match="open for writing"):  # the opening is not closed: the byte is locked
+            store.open("job-3")
+        lock.close()
+        store.open("job-3").close()
+    finally:
+        opening.leave()
+
+
 def test_an_interrupt_before_the_unlocking_of_one_leaves_it_to_others(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,123 @@
+"""A thread whose client has gone waits for a later one: for a bounded time, and with a bounded number of others."""
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from support.nbd_client import NbdClient
+
+from onionskin import Store, Volume
+from onionskin.base.waiting import within
+from onionskin.nbd._nbd import NbdServer
+
+KEPT_MAX = 128
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[Volume]:
+    with Store(tmp_path / "vms") as store, store.create("web", size="1M") as volume:
+        yield volume
+
+
+@contextmanager
+def _server(web: Volume, *, kept_seconds: float = 300) -> Iterator[tuple[NbdServer, list[int]]]:
+    """A server, and the threads that asked for each client's export, in order."""
+    asked: list[int] = []
+    server = NbdServer(connections_max=256, turn_seconds=300, kept_seconds=kept_seconds)
+    server.add_export("web", web._path, read_only=True)
+    server.on_known_export = lambda name: asked.append(threading.get_native_id()) or True
+    try:
+        yield server, asked
+    finally:
+        server.stop(grace_seconds=0)
+
+
+def _connected(server: NbdServer) -> socket.socket:
+    ours, theirs = socket.socketpair()
+    ours.settimeout(300)
+    server.serve(theirs.detach(), "test")
+    return ours
+
+
+def _come_and_go(server: NbdServer) -> None:
+    others = len(server.connections())
+    with NbdClient(_connected(server), "web") as client:
+        assert client.read(0, 1) == b"\0"
+    assert within(300, lambda: len(server.connections()) == others)
+
+
+def _threads() -> set[int]:
+    return {int(one) for one in os.listdir("/proc/self/task")}
+
+
+def test_a_later_client_gets_the_thread_of_a_former_one(web: Volume) -> None:
+    with _server(web) as (server, asked):
+        for _ in range(5):
+            before = len(asked)
+            _come_and_go(server)
+            # It is gone from the list a moment before its thread waits.
+            assert len(asked) == before + 1 and within(300, lambda: _is_asleep(asked[-1]))
+    assert len(set(asked)) == 1
+
+
+def _is_asleep(thread: int) -> bool:
+    return Path(f"/proc/self/task/{thread}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+
+
+def test_clients_that_say_nothing_keep_no_thread_from_others(web: Volume) -> None:
+    with _server(web) as (server, asked), ExitStack() as stack:
+        _come_and_go(server)
+        for _ in range(20):
+            stack.enter_context(_connected(server))
+        _come_and_go(server)
+        assert len(asked) == 2 and len(server.connections()) == 20
+
+
+@pytest.mark.parametrize("seconds", [0, 0.01])
+def test_a_thread_ends_where_no_client_comes(web: Volume, seconds: float) -> None:
+    with _server(web, kept_seconds=seconds) as (server, asked):
+        for _ in range(3):
+            _come_and_go(server)
+            assert within(300, lambda: asked[-1] not in _threads())
+
+
+def test_no_more_than_so_many_threads_wait(web: Volume) -> None:
+    with _server(web) as (server, _), ExitStack() as stack:
+        before = _threads()
+        for _ in range(KEPT_MAX + 20):
+            stack.enter_context(NbdClient(_connected(server), "web"))
+        assert len(_threads() - before) == KEPT_MAX + 20
+        stack.close()
+        assert within(300, lambda: len(_threads() - before) == KEPT_MAX)
+
+
+def test_a_stop_ends_the_threads_that_wait_and_refuses_later_clients(web: Volume) -> None:
+    with _server(web) as (server, asked):
+        _come_and_go(server)
+        server.stop()
+        assert within(300, lambda: asked[-1] not in _threads())
+        ours, theirs = socket.socketpair()
+        with ours, pytest.raises(Exception, match="stopped"):
+            server.serve(theirs.detach(), "test")
+
+
+def test_the_child_of_a_fork_stops_a_server_whose_threads_are_its_parents(web: Volume) -> None:
+    with _server(web) as (server, asked):
+        _come_and_go(server)
+        assert within(300, lambda: _is_asleep(asked[-1]))
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            try:
+                server.stop(grace_seconds=0)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        _come_and_go(server)
+    assert len(set(asked)) == 1
