@@ -698,7 +698,7 @@ class Volume:
             The base is not the file that it was.
         """
         from onionskin.operations import unflushed
-        from onionskin.operations.layering import read_layering
+        from onionskin.operations.layering import read_layer_table
 
         opened = self._opened
         if opened.closed or opened.forked:
@@ -707,7 +707,7 @@ class Volume:
             self.flush()
         elif opened.snapshot_name is None:
             unflushed.refuse_unflushed(opened.store, opened.row.id, self._name_now())
-        return read_layering(opened.store, lambda: opened.head_now)
+        return read_layer_table(opened.store, lambda: opened.head_now).layering()
 
     def _name_now(self) -> str:
         """Look the current name up, because another process may have renamed the volume since it was opened."""
