@@ -5,7 +5,7 @@ from itertools import groupby
 
 from onionskin.base.sizes import format_size
 from onionskin.base.states import DATA, HOLE
-from onionskin.pictures import png, svg
+from onionskin.pictures import svg
 from onionskin.pictures.bands import Band, Legend
 from onionskin.pictures.cells import Cells
 
@@ -146,6 +146,8 @@ def _legend(legend: Legend, top: float) -> tuple[list[str], float]:
 
 def map_png(name: str, cells: Cells, legend: Legend) -> bytes:
     """Return the map as a PNG image, transparent behind the disk's end."""
+    from onionskin.pictures import png  # with it struct and zlib, which no other picture needs
+
     bands = len(legend.layers)
     colours = [svg.ramp(index, bands) for index in range(bands)] + ([GREY] if legend.base else [])
     palette: list[png.Colour] = [(0, 0, 0, 0)]

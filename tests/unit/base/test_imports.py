@@ -301,6 +301,24 @@ def test_a_verb_that_reads_or_writes_an_image_imports_no_pathlib(tmp_path: Path,
     run_verb(tmp_path, arguments, "{'numpy', 'pathlib', 'urllib', 'dataclasses', 'socket', 'subprocess'}")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    ["export STORE/web@a OUT", "compare STORE/web STORE/copy", "delta STORE/based@a STORE/based@b --output OUT"],
+)
+def test_a_verb_that_reads_snapshots_imports_nothing_of_what_seals_folds_or_restages(
+    tmp_path: Path, arguments: str
+) -> None:
+    make_store(tmp_path)
+    unneeded = ("fold", "hidden_blocks", "compact_segments", "seal", "snapshots", "staged_volumes", "resize")
+    run_verb(tmp_path, arguments, str({f"onionskin.operations.{name}" for name in unneeded}))
+
+
+@pytest.mark.parametrize("arguments", ["map STORE/web", "map STORE/web -o OUT.svg"])
+def test_a_map_that_is_no_png_imports_nothing_of_one(tmp_path: Path, arguments: str) -> None:
+    make_store(tmp_path)
+    run_verb(tmp_path, arguments, "{'zlib', 'html', 'onionskin.pictures.png'}")
+
+
 @pytest.mark.parametrize("arguments", VERBS)
 def test_a_verb_imports_no_numpy(tmp_path: Path, arguments: str) -> None:
     make_store(tmp_path)
