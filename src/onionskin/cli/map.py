@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onionskin.base.paths import FilePath
 from onionskin.base.states import HOLE
 from onionskin.cli import output
 from onionskin.cli.arguments import VOLUME_OR_SNAPSHOT, Name, live, trust_option
@@ -12,8 +13,6 @@ from onionskin.cli.output import json_option
 from onionskin.cli.picture_file import PictureType, write_picture
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from onionskin.operations.layering import LayerTable
     from onionskin.pictures.bands import Legend
     from onionskin.pictures.cells import Cells
@@ -32,7 +31,7 @@ OFFSET_COLUMNS = 13  # beside the cells: the longest offset, blanks, and a colum
 @click.option("--rows", type=click.IntRange(1, 1000), help="Rows of cells.")
 @trust_option
 @json_option
-def map_(name: Name, path: "Path | None", columns: int | None, rows: int | None, as_json: bool) -> None:
+def map_(name: Name, path: FilePath | None, columns: int | None, rows: int | None, as_json: bool) -> None:
     """Show which layer each part of a disk comes from.
 
     The disk is cut into cells, from its beginning at the upper left. A cell shows the layer, or the base, that has most
@@ -71,7 +70,7 @@ def _layer_table(name: Name) -> "LayerTable":
         return layer_table(store._opened, name.volume, name.snapshot)
 
 
-def _resolution(path: "Path | None") -> tuple[int, int]:
+def _resolution(path: FilePath | None) -> tuple[int, int]:
     if path is not None:
         return FILE_COLUMNS, FILE_ROWS
     if not sys.stdout.isatty():
@@ -82,7 +81,7 @@ def _resolution(path: "Path | None") -> tuple[int, int]:
     return min(max(width, 16), TEXT_COLUMNS_MAX), TEXT_ROWS
 
 
-def _picture(path: "Path", name: Name, cells: "Cells", legend: "Legend") -> bytes:
+def _picture(path: FilePath, name: Name, cells: "Cells", legend: "Legend") -> bytes:
     from onionskin.pictures.maps import map_png, map_svg
 
     title = str(name)

@@ -316,7 +316,7 @@ def test_a_verb_that_reads_snapshots_imports_nothing_of_what_seals_folds_or_rest
 @pytest.mark.parametrize("arguments", ["map STORE/web", "map STORE/web -o OUT.svg"])
 def test_a_map_that_is_no_png_imports_nothing_of_one(tmp_path: Path, arguments: str) -> None:
     make_store(tmp_path)
-    run_verb(tmp_path, arguments, "{'zlib', 'html', 'onionskin.pictures.png'}")
+    run_verb(tmp_path, arguments, "{'zlib', 'html', 'pathlib', 'onionskin.pictures.png'}")
 
 
 @pytest.mark.parametrize("arguments", VERBS)
