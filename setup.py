@@ -46,7 +46,7 @@ _VOLUME = [*_all_of("volume", but="read_plan"), *_BASE, "bulk/wipe", *_MAP]
 EXTENSIONS = {
     "kernels._blockmap": _INDEX,
     "kernels._copy": ["bulk/copy", "bulk/zero_runs", "base/linux_io", "base/whole_io"],
-    "kernels._extents": _EXTENTS,
+    "kernels._extents": [*_EXTENTS, "base/cells"],
     "kernels._ram": ["machine/pages", "machine/tracking"],
     "kernels._maplog": [*_MAP, "layer/provenance"],
     # Its own copy of the volume's code, which keeps all state in the volumes that _volume makes.

@@ -39,11 +39,9 @@ from onionskin.catalog.tree import Snapshot
 from onionskin.errors import ChainError, FormatError, SnapshotExistsError, StateError
 from onionskin.kernels._copy import split_same, split_zeros
 from onionskin.kernels._extents import Extents
-from onionskin.operations import copy, staged_volumes
+from onionskin.operations import copy
 from onionskin.operations.differences import State, are_related, diff_of_chains, snapshot_of
 from onionskin.operations.pinned import pinned
-from onionskin.operations.resize import resize
-from onionskin.operations.staged_volumes import is_changed_since, snapshot_below
 from onionskin.storage.chain import Chain, lock_chain, read_chain
 from onionskin.storage.locks import ByteLocks
 from onionskin.storage.open_head import OpenHead
@@ -290,6 +288,9 @@ def _staged_at(volume: Volume, start: SnapshotRow | None, header: Delta) -> "Ite
     So the volume itself changes only when everything has arrived. A disk that grows needs no resize here, because the
     staged volume is made with the larger size. A disk that shrinks is resized, which drops the data past the new end.
     """
+    from onionskin.operations import staged_volumes  # a stream is written without it
+    from onionskin.operations.resize import resize
+
     size_bytes = max(header.size_a, header.size_b)
     layer = start.layer if start else None
     with staged_volumes.stage(
@@ -482,6 +483,8 @@ def _check_start(volume: Volume, header: Delta) -> SnapshotRow | None:
 
     Return None for a full stream.
     """
+    from onionskin.operations.staged_volumes import is_changed_since, snapshot_below
+
     opened, catalog = volume._opened, volume._opened.store.catalog
     with catalog.reading():
         names = {row.name for row in catalog.snapshots_of(opened.row.id)}

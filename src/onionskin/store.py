@@ -2432,9 +2432,9 @@ class Store:
         FormatError
             A block map is damaged or missing.
         """
-        from onionskin.operations.layering import layering_of
+        from onionskin.operations.layering import layer_table
 
-        return layering_of(self._opened, name, snapshot)
+        return layer_table(self._opened, name, snapshot).layering()
 
     def check(self, *, repair: bool = False) -> "list[Problem]":
         """Look for damage in the catalog and in all files that it names. Data blocks are not read.

@@ -16,7 +16,6 @@ from onionskin.base.sizes import parse_size
 from onionskin.catalog import new_id
 from onionskin.catalog.tree import Snapshot, list_snapshots
 from onionskin.errors import SnapshotNotFoundError, StateError
-from onionskin.operations import snapshots
 from onionskin.operations.flush import flush
 from onionskin.storage.open_head import OpenDisk
 
@@ -418,11 +417,15 @@ class Volume:
 
         It is the last snapshot on the branch of the head, or the one that the volume was reverted to.
         """
+        from onionskin.operations import snapshots
+
         return snapshots.parent_of(self._opened)
 
     @property
     def head_changed(self) -> bool:
         """Whether anything was written, trimmed or resized since `parent`. Reading this flushes the volume first."""
+        from onionskin.operations import snapshots
+
         return snapshots.is_changed(self._opened)
 
     @property
@@ -459,6 +462,8 @@ class Volume:
         OSError
             With ENOSPC, no snapshot was taken, and the volume can be used as before.
         """
+        from onionskin.operations import snapshots
+
         name = None if name is None else check_name("snapshot", name)
         note = check_note(note)
         guid_bytes = _guid_bytes(guid) if guid is not None else new_id()
@@ -486,6 +491,8 @@ class Volume:
         OSError
             With ENOSPC, the disk reads as before.
         """
+        from onionskin.operations import snapshots
+
         snapshots.revert(self._opened.to_write(), name, guid=guid)
 
     def discard(
@@ -516,6 +523,8 @@ class Volume:
         ValueError
             The sequence is empty.
         """
+        from onionskin.operations import snapshots
+
         snapshots.discard(self._opened.to_write(), several("snapshot", name), recursive=recursive, guids=guid)
 
     def merge(self, name: "str | Sequence[str]", *, guid: "str | Sequence[str] | None" = None) -> None:
@@ -541,6 +550,8 @@ class Volume:
         ValueError
             The sequence is empty.
         """
+        from onionskin.operations import snapshots
+
         snapshots.merge(self._opened.to_write(), several("snapshot", name), guids=guid)
 
     def merge_into_base(
@@ -700,13 +711,13 @@ class Volume:
         ChainError
             The base is not the file that it was.
         """
-        from onionskin.operations.layering import read_layering
+        from onionskin.operations.layering import read_layer_table
 
         opened = self._opened
         if opened.closed or opened.forked:
             raise StateError(f"volume {opened.row.name!r} is closed, or was opened before a fork; open it again")
         self._bring_map_up_to_date()
-        return read_layering(opened.store, lambda: opened.head_now)
+        return read_layer_table(opened.store, lambda: opened.head_now).layering()
 
     def _bring_map_up_to_date(self) -> None:
         """Flush a head that is open for writing. Refuse one that is only read, if a writer that died left its map behind."""

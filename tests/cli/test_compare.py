@@ -74,6 +74,19 @@ def test_holes_of_both_are_not_read(run: Run, vms: Path) -> None:
     assert judged(run, f"{vms}/a", f"{vms}/b") == (0, None)
 
 
+def test_holes_of_a_base_are_not_read(run: Run, vms: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base.raw"
+    with open(base, "wb") as file:
+        file.write(b"b" * 4096)
+        file.truncate(1 << 40)
+    for name in ("one", "two"):
+        assert run("create", f"{vms}/{name}", "--base", base).exit_code == 0
+    assert run("write", f"{vms}/two", 1 << 39, input=b"x").exit_code == 0
+    assert judged(run, f"{vms}/one", f"{vms}/one") == (0, None)
+    assert judged(run, f"{vms}/one", base) == (0, None)
+    assert judged(run, f"{vms}/one", f"{vms}/two") == (1, 1 << 39)
+
+
 @pytest.mark.parametrize(("side", "status"), [("web@nope", 3), ("nope", 3)])
 def test_an_error_is_no_difference(run: Run, vms: Path, side: str, status: int) -> None:
     assert run("compare", f"{vms}/{side}", f"{vms}/web").exit_code == status

@@ -43,6 +43,33 @@ def test_create_tells_what_it_made(run: Run, tmp_path: Path) -> None:
     assert made["created"].endswith("Z")
 
 
+@pytest.mark.parametrize("verb", ["create", "import"])
+def test_no_store_is_made_where_somebody_keeps_something_else(run: Run, tmp_path: Path, verb: str) -> None:
+    image = tmp_path / "image.raw"
+    image.write_bytes(os.urandom(8192))
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "one.jpg").write_bytes(b"jpg")
+    words = ["create", f"{photos}/web", "--size", "1M"] if verb == "create" else ["import", image, f"{photos}/web"]
+    refused = run(*words)
+    assert refused.exit_code == 4
+    assert str(photos) in refused.stderr and "one.jpg" in refused.stderr and "empty or not there" in refused.stderr
+    assert [path.name for path in photos.iterdir()] == ["one.jpg"]
+
+
+def test_a_store_is_made_in_an_empty_directory_and_goes_on_where_one_was_begun(run: Run, tmp_path: Path) -> None:
+    """The directory of a new file system is one too; a creation that was killed leaves directories and a lock."""
+    for name in ("empty", "begun"):
+        (tmp_path / name / "lost+found").mkdir(parents=True)
+    ok(run("create", f"{tmp_path}/empty/web", "--size", "1M"))
+    (tmp_path / "begun" / "layers").mkdir()
+    for left in ("lock", "reserve", "catalog.db-wal"):
+        (tmp_path / "begun" / left).touch()
+    ok(run("create", f"{tmp_path}/begun/web", "--size", "1M"))
+    (tmp_path / "empty" / "notes.txt").touch()
+    ok(run("create", f"{tmp_path}/empty/db", "--size", "1M"))  # it is a store now, whatever lies beside
+
+
 def test_create_over_a_base_takes_its_size(run: Run, tmp_path: Path) -> None:
     base = tmp_path / "base.raw"
     base.write_bytes(os.urandom(8192))
@@ -306,6 +333,29 @@ def test_check_ends_with_damage_where_a_segment_is_missing(run: Run, vms: Path) 
     problems = json.loads(result.stdout)
     assert all(set(problem) == {"severity", "what", "where", "advice"} for problem in problems)
     assert "error" in {problem["severity"] for problem in problems}
+
+
+@pytest.mark.parametrize("what", ["base", "gone base", "map", "gone map", "segment", "gone segment"])
+def test_what_cannot_be_opened_any_more_can_be_deleted(run: Run, tmp_path: Path, what: str) -> None:
+    base, vms = tmp_path / "base.raw", tmp_path / "vms"
+    base.write_bytes(b"b" * 65536)
+    with onionskin.Store(vms) as store, store.create("kept", size="1M") as kept:
+        kept.write(0, b"kept")
+    before = sorted(path.name for path in vms.glob("*/*"))
+    with onionskin.Store(vms) as store, store.create("web", base=base) as web:
+        web.write(0, b"1" * 4096)
+        web.snapshot("a")
+        web.write(4096, b"2" * 4096)
+    damaged = {"base": [base], "map": vms.glob("layers/*"), "segment": vms.glob("segments/*")}.get(what.split()[-1], [])
+    for path in [path for path in damaged if path.name not in before]:
+        path.unlink() if "gone" in what else path.write_bytes(b"?" * path.stat().st_size)
+    assert run("read", f"{vms}/web", 0, 1).exit_code != 0
+    assert run("delete", f"{vms}/web", "--recursive").exit_code == 5  # it asks all the same
+    ok(run("delete", f"{vms}/web", "--recursive", "--yes"))
+    assert [volume["name"] for volume in as_json(run("list", vms, "--json"))] == ["kept"]
+    assert run("read", f"{vms}/kept", 0, 4).stdout == "kept"
+    assert run("check", vms).exit_code == 0
+    assert sorted(path.name for path in vms.glob("*/*")) == before
 
 
 def test_the_demo_proves_what_it_shows(run: Run, tmp_path: Path) -> None:

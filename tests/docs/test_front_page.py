@@ -48,6 +48,13 @@ def test_a_picture_of_the_front_page_is_small_and_fits_a_telephone(picture: str)
     assert f'width="{draw_front_page.WIDTH}"' in drawn and draw_front_page.WIDTH <= 360
 
 
+def test_the_boxes_of_the_first_screen_are_wrapped_on_a_telephone_and_the_example_need_not_be() -> None:
+    style = (ROOT / "docs/static/narrow.css").read_text()
+    assert 'section#onionskin > div[class*="highlight-"] pre' in style and "white-space: pre-wrap" in style
+    example = next(block for block in blocks_of(ROOT / "README.md") if block.language == "console")
+    assert max(map(len, example.text.splitlines())) <= 56  # characters of 0.65rem in 400 pixels, less the margins
+
+
 @pytest.mark.slow
 def test_the_recorded_session_is_what_the_tutorial_prints_now(tmp_path: Path) -> None:
     made = record_session.record(record_session.TUTORIAL.read_text(), tmp_path)

@@ -1,9 +1,10 @@
-/* check_extents.c: base/extents.c alone, without Python, for the sanitizers: random tables against arrays that have what
+/* check_extents.c: base/extents.c and base/cells.c alone, without Python, for the sanitizers: random tables against arrays that have what
  * each byte of a small disk shows. Exits 0 if all holds. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/cells.h"
 #include "base/extents.h"
 
 #define CHECK(condition)                                                            \
@@ -90,6 +91,40 @@ static void check_sums(const struct onion_extents *table) {
     CHECK(onion_extents_bytes_before(table, ONION_EXTENTS_END) == bytes);
 }
 
+/* Checks a cell against the bytes that each state and source has in it. */
+static void check_cell(const struct onion_cell *cell, const struct byte *shown) {
+    static const uint32_t by_rank[] = {ONION_EXTENT_STATE_DATA, ONION_EXTENT_STATE_ZERO, ONION_EXTENT_STATE_HOLE};
+    uint64_t bytes[3][2] = {0};
+    for (uint64_t at = cell->offset; at < cell->offset + cell->length; at++)
+        if (shown[at].is_shown)
+            bytes[shown[at].state][shown[at].source]++;
+    for (int rank = 0; rank < 3; rank++) {
+        const uint64_t *of = bytes[by_rank[rank]];
+        if (!of[0] && !of[1])
+            continue;
+        uint32_t source = of[1] > of[0];
+        CHECK(cell->state == by_rank[rank] && cell->source == source && cell->shown == of[source]);
+        return;
+    }
+    CHECK(cell->state == ONION_EXTENT_STATE_HOLE && cell->source == 0 && cell->shown == 0);
+}
+
+static void check_cells(const struct onion_extents *table) {
+    static struct byte shown[DISK_BYTES];
+    static struct onion_cell cells[DISK_BYTES];
+    show(table, shown);
+    uint64_t size = table->count ? table->rows[table->count - 1].offset + table->rows[table->count - 1].length : 0;
+    size_t count = size ? 1 + (size_t)rand() % size : 0;
+    uint64_t end = 0;
+    CHECK(onion_cells_cut(table, cells, count) == 0);
+    for (size_t i = 0; i < count; i++) {
+        CHECK(cells[i].offset == end && (cells[i].length == size / count || cells[i].length == size / count + 1));
+        end += cells[i].length;
+        check_cell(&cells[i], shown);
+    }
+    CHECK(end == size);
+}
+
 static void check_join(struct onion_extents *table) {
     static struct byte before[DISK_BYTES], after[DISK_BYTES];
     show(table, before);
@@ -121,6 +156,7 @@ int main(void) {
         struct onion_extents one = random_table(), other = random_table();
         check_two(&one, &other);
         check_sums(&one);
+        check_cells(&one);
         check_join(&one);
         check_pack(&one);
         onion_extents_destroy(&one);

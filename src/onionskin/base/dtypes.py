@@ -5,6 +5,9 @@ import numpy
 EXTENT = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("state", "u1")])
 # As onion_extent_row in csrc/base/extents.h.
 EXTENT_ROW = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("place", "<u8"), ("source", "<u4"), ("state", "<u4")])
+# As `Layering` gives it, and the same rows by the names of `Extents`.
+LAYER_EXTENT = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("state", "u1"), ("depth", "<u4")])
+LAYER_EXTENT_ROW = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("state", "u1"), ("source", "<u4")])
 SLOTS = numpy.dtype([("slot", "<u8"), ("count", "<u8")])
 # As onion_run in csrc/index/blockmap.h, onion_layer_run in csrc/layer/layer_map.h, and the records of docs/format.md.
 LOCATION_RUN = numpy.dtype([("block_index", "<u8"), ("block_count", "<u8"), ("location", "<u8")])

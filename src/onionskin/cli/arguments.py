@@ -109,10 +109,38 @@ def open_store(path: FilePath, *, create: bool = False, group: str | None = None
     ------
     VolumeNotFoundError
         It is none. What looks like a volume of a store that is there is named as one.
+    FileExistsError
+        It is to be made, in a directory that has something else in it.
     """
+    if create and not is_store(path):
+        _refuse_occupied(path)
     if not create and not is_store(path) and is_store(path.parent) and not os.path.lexists(path):
         raise VolumeNotFoundError(f"{path} is no store, but a name in the store {path.parent}: give {path.parent}")
     return onionskin.Store(path, create=create, trust=is_trusted(), group=group)
+
+
+def _refuse_occupied(path: FilePath) -> None:
+    """Raise FileExistsError if a directory has files that no store has: one is made where nobody keeps anything else.
+
+    What a creation left that was killed is no such file, nor is the directory that a new ext4 has.
+    """
+    from onionskin.storage.layout import DIRECTORIES, Layout
+
+    try:
+        found = os.listdir(path)
+    except OSError:
+        return  # it is missing or no directory: what makes the store says so
+    foreign = sorted({*found} - {*DIRECTORIES, "lost+found"} - {file.name for file in Layout(path).files})
+    if foreign:
+        import errno
+
+        from onionskin.base.naming import some_of
+
+        raise FileExistsError(
+            errno.EEXIST,
+            f"it is no store, and has something else in it ({some_of(foreign)}); name a directory that is empty or not there",
+            str(path),
+        )
 
 
 def open_to_read(store: "Store", name: Name) -> "Volume":

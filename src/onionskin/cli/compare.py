@@ -64,12 +64,16 @@ class OpenVolume:
         return self.volume.readinto(offset, buffer)
 
     def ranges(self) -> Iterable[tuple[int, int]]:
-        """Give what the layers hold; over a base, all of it."""
+        """Give what the layers hold, and where the base has data."""
+        from onionskin.base.files import data_ranges
+        from onionskin.kernels._extents import Extents
         from onionskin.operations.copy import extents
 
-        if self.volume._opened.base_lock is not None:
-            return [(0, self.size_bytes)]
-        return [(offset, offset + length) for offset, length, *_ in extents(self.volume._opened)]
+        found, base_lock = extents(self.volume._opened), self.volume._opened.base_lock
+        if base_lock is not None:
+            end = min(self.size_bytes, os.fstat(base_lock.descriptor).st_size)
+            found = found.over(Extents(data_ranges(base_lock.descriptor, 0, end)))
+        return [(offset, offset + length) for offset, length, *_ in found]
 
 
 @click.command()

@@ -14,8 +14,6 @@ from onionskin.cli.picture_file import PictureType, write_picture
 from onionskin.cli.values import holder, labels_text, snapshot_value, space_of, space_value, volume_value
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from onionskin.catalog.tree import Snapshot
     from onionskin.operations.chain_members import ChainLayer
     from onionskin.operations.lineage import Ancestor
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--output", "-o", "path", type=PictureType(".svg"), help="Write a picture as SVG; - is stdout.")
 @trust_option
 @json_option
-def tree(store: FilePath, path: "Path | None", as_json: bool) -> None:
+def tree(store: FilePath, path: FilePath | None, as_json: bool) -> None:
     """Draw the bases, snapshots, clones and heads of a store.
 
     A fork or clone that does not stand on the snapshot that it began as says what it came from.

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onionskin.base.paths import FilePath
 from onionskin.base.states import HOLE
 from onionskin.cli import output
 from onionskin.cli.arguments import VOLUME_OR_SNAPSHOT, Name, live, trust_option
@@ -12,9 +13,7 @@ from onionskin.cli.output import json_option
 from onionskin.cli.picture_file import PictureType, write_picture
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from onionskin.operations.layering import Layering
+    from onionskin.operations.layering import LayerTable
     from onionskin.pictures.bands import Legend
     from onionskin.pictures.cells import Cells
 
@@ -32,7 +31,7 @@ OFFSET_COLUMNS = 13  # beside the cells: the longest offset, blanks, and a colum
 @click.option("--rows", type=click.IntRange(1, 1000), help="Rows of cells.")
 @trust_option
 @json_option
-def map_(name: Name, path: "Path | None", columns: int | None, rows: int | None, as_json: bool) -> None:
+def map_(name: Name, path: FilePath | None, columns: int | None, rows: int | None, as_json: bool) -> None:
     """Show which layer each part of a disk comes from.
 
     The disk is cut into cells, from its beginning at the upper left. A cell shows the layer, or the base, that has most
@@ -43,21 +42,23 @@ def map_(name: Name, path: "Path | None", columns: int | None, rows: int | None,
 
     if as_json and path is not None and str(path) == "-":
         raise click.UsageError("--json and --output - both want stdout: give --output a file")
-    layering = _layering(name)
+    table = _layer_table(name)
     width, height = _resolution(path)
-    cells, legend = cut(layering, columns or width, rows or height), legend_of(layering)
+    cells, legend = cut(table, columns or width, rows or height), legend_of(table)
     if path is not None:
         write_picture(path, _picture(path, name, cells, legend))
         if str(path) == "-":
             return
-    value = _value(name, layering, cells) if as_json else None
+    value = _value(name, table, cells) if as_json else None
     if path is None:
         output.show(as_json, value, lambda: _draw(name, cells, legend))
     else:
         output.tell(as_json, value, lambda: f"wrote {path}")
 
 
-def _layering(name: Name) -> "Layering":
+def _layer_table(name: Name) -> "LayerTable":
+    from onionskin.operations.layering import layer_table
+
     with name.open_store() as store:
         if name.snapshot is None and (served := live(store, name.volume)) is not None:
             with served:
@@ -66,10 +67,10 @@ def _layering(name: Name) -> "Layering":
             from onionskin.operations.unflushed import refuse_left_unflushed
 
             refuse_left_unflushed(store._opened, name.volume)
-        return store.layering(name.volume, name.snapshot)
+        return layer_table(store._opened, name.volume, name.snapshot)
 
 
-def _resolution(path: "Path | None") -> tuple[int, int]:
+def _resolution(path: FilePath | None) -> tuple[int, int]:
     if path is not None:
         return FILE_COLUMNS, FILE_ROWS
     if not sys.stdout.isatty():
@@ -80,7 +81,7 @@ def _resolution(path: "Path | None") -> tuple[int, int]:
     return min(max(width, 16), TEXT_COLUMNS_MAX), TEXT_ROWS
 
 
-def _picture(path: "Path", name: Name, cells: "Cells", legend: "Legend") -> bytes:
+def _picture(path: FilePath, name: Name, cells: "Cells", legend: "Legend") -> bytes:
     from onionskin.pictures.maps import map_png, map_svg
 
     title = str(name)
@@ -101,13 +102,12 @@ def _draw(name: Name, cells: "Cells", legend: "Legend") -> str:
     return terminal.in_letters(title, cells, legend)
 
 
-def _value(name: Name, layering: "Layering", cells: "Cells") -> dict[str, Any]:
+def _value(name: Name, table: "LayerTable", cells: "Cells") -> dict[str, Any]:
     """Return the JSON value of a map."""
     from onionskin.pictures.bands import bytes_of_states, data_bytes
 
-    hole, zero = bytes_of_states(layering)
-    edges = cells.edges.tolist()
-    columns = (edges, edges[1:], cells.state.tolist(), cells.depth.tolist(), cells.share.tolist())
+    hole, zero = bytes_of_states(table)
+    columns = (cells.edges, cells.edges[1:], cells.state, cells.depth, cells.share)
     return {
         "volume": name.volume,
         "snapshot": name.snapshot,
@@ -123,7 +123,7 @@ def _value(name: Name, layering: "Layering", cells: "Cells") -> dict[str, Any]:
                 "created": output.timestamp(member.created),
                 "bytes": data,
             }
-            for depth, (member, data) in enumerate(zip(layering.chain, data_bytes(layering), strict=False))
+            for depth, (member, data) in enumerate(zip(table.chain, data_bytes(table), strict=False))
         ],
         "cells": [
             {

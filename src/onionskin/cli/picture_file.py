@@ -1,13 +1,11 @@
 """Files that verbs write pictures to."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from onionskin.base.paths import FilePath
 from onionskin.cli import output
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 class PictureType(click.ParamType):  # type: ignore[type-arg]
@@ -18,11 +16,9 @@ class PictureType(click.ParamType):  # type: ignore[type-arg]
     def __init__(self, *suffixes: str) -> None:
         self.suffixes = suffixes
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> "Path":
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> FilePath:
         """Make a path of it, or fail as a usage error; `-` is stdout, and gets SVG."""
-        from pathlib import Path
-
-        path = Path(value)
+        path = FilePath(value)
         if str(path) != "-" and path.suffix.lower() not in self.suffixes:
             self.fail(f"{str(path)!r} is no picture: name it {' or '.join('*' + one for one in self.suffixes)}", param)
         return path
@@ -32,7 +28,7 @@ class PictureType(click.ParamType):  # type: ignore[type-arg]
         return [click.shell_completion.CompletionItem(incomplete, type="file")]
 
 
-def write_picture(path: "Path", picture: bytes) -> None:
+def write_picture(path: FilePath, picture: bytes) -> None:
     """Write a picture to a file, which is replaced, or to stdout."""
     if str(path) == "-":
         out = output.StandardStream("stdout")
@@ -40,7 +36,8 @@ def write_picture(path: "Path", picture: bytes) -> None:
         out.flush()
     else:
         try:
-            path.write_bytes(picture)
+            with open(path, "wb") as file:
+                file.write(picture)
         except OSError as error:
             error.filename = str(path)  # that of a write is not told
             raise

@@ -72,7 +72,7 @@ def create(
 ) -> None:
     """Make a volume over a base image or over nothing.
 
-    The store is made if it is missing.
+    The store is made if it is missing. A directory that is there already has to be empty then.
     """
     from onionskin.exchange.image_formats import refuse_as_raw
 

@@ -53,5 +53,11 @@ class Extents:
     def sources(self) -> set[int]:
         """Return the sources of all extents."""
 
+    def bytes_of_sources(self, count: int) -> list[int]:
+        """Return how many bytes of the extents come from each of the first sources."""
+
+    def cells(self, count: int) -> tuple[list[int], bytes, list[int], list[int]]:
+        """Cut the disk into cells of equal size, and return what each shows: edges, states, sources, bytes of them."""
+
     def copies(self, destination: int, descriptors: Mapping[int, int]) -> bytes:
         """Return the table of `CopyJob` that copies extents to the same offsets of a file."""

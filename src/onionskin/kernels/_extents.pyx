@@ -5,7 +5,7 @@ What must hold: a table does not change once it is made, so any thread may use i
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport calloc, free, malloc
 
 from onionskin.base.lazy import dtypes, numpy
 
@@ -16,6 +16,17 @@ cdef extern from "bulk/copy.h" nogil:
         uint64_t source_offset
         uint64_t destination_offset
         uint64_t length
+
+
+cdef extern from "base/cells.h" nogil:
+    const size_t ONION_CELLS_MAX
+    struct onion_cell:
+        uint64_t offset
+        uint64_t length
+        uint64_t shown
+        uint32_t source
+        uint32_t state
+    int onion_cells_cut(const onion_extents *extents, onion_cell *cells, size_t count)
 
 
 cdef enum:
@@ -222,6 +233,62 @@ cdef class Extents:
             if i == 0 or self.table.rows[i].source != self.table.rows[i - 1].source:
                 found.add(self.table.rows[i].source)
         return found
+
+    def bytes_of_sources(self, size_t count):
+        """Return a list of how many bytes of the extents come from each of the sources below `count`."""
+        cdef uint64_t *sums = <uint64_t *>calloc(count or 1, sizeof(uint64_t))
+        cdef size_t i
+        if sums == NULL:
+            raise MemoryError(f"no memory for the sums of {count} sources")
+        try:
+            with nogil:
+                for i in range(self.table.count):
+                    if self.table.rows[i].source < count:
+                        sums[self.table.rows[i].source] += self.table.rows[i].length
+            return [sums[i] for i in range(count)]
+        finally:
+            free(sums)
+
+    def cells(self, size_t count):
+        """Cut the bytes before the end of the last extent into cells of equal size, and return what each shows.
+
+        DATA goes before ZERO, and ZERO before HOLE. Of the sources of that state a cell shows the one that has most bytes in
+        it, and the lowest of equal ones.
+
+        Parameters
+        ----------
+        count : int
+            How many cells there are: 1 at least, and no more than bytes.
+
+        Returns
+        -------
+        edges : list of int
+            `count` + 1 offsets, which are the ends of the cells.
+        states : bytes
+        sources : list of int
+        shown : list of int
+            For each cell, the bytes that have its state and source.
+        """
+        cdef onion_cell *cells
+        cdef size_t i
+        cdef int status
+        if not 1 <= count <= min(self.end, ONION_CELLS_MAX):
+            raise ValueError(f"{count} cells for {self.end} bytes: give 1 at least, and no more than there are bytes")
+        cells = <onion_cell *>malloc(count * sizeof(onion_cell))
+        if cells == NULL:
+            raise MemoryError(f"no memory for {count} cells")
+        try:
+            with nogil:
+                status = onion_cells_cut(&self.table, cells, count)
+            check(status)
+            return (
+                [cells[i].offset for i in range(count)] + [self.end],
+                bytes([cells[i].state for i in range(count)]),
+                [cells[i].source for i in range(count)],
+                [cells[i].shown for i in range(count)],
+            )
+        finally:
+            free(cells)
 
     # ---- copies ----
 

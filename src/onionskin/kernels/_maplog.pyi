@@ -120,7 +120,7 @@ class LayerMap:
     def count_shadowed(self, upper: LayerMap) -> int:
         """Return how many blocks a merge of the two maps frees."""
 
-    def live_slots(self, segment: bytes) -> npt.NDArray[np.void]:
+    def live_slots(self, segment: bytes) -> bytes:
         """Return the slots of a segment that the map names."""
 
     def slots_by_segment(self) -> dict[bytes, bytes]:
@@ -138,7 +138,7 @@ class LayerMap:
     def drop_zero(self) -> None:
         """Turn ZERO into HOLE."""
 
-    def replace(self, segment: bytes, slots: npt.NDArray[np.void], new_segment: bytes, new_slots: npt.ArrayLike) -> int:
+    def replace(self, segment: bytes, slots: bytes, new_segment: bytes, new_slots: Sequence[int]) -> int:
         """Map blocks of one segment to their copies in another segment."""
 
     def write(

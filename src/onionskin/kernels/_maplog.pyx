@@ -733,25 +733,28 @@ cdef class LayerMap:
         return count
 
     def live_slots(self, segment):
-        """Return the slots of a segment that the map names, as a sorted and joined array of dtypes.SLOTS.
+        """Return the slots of a segment that the map names, sorted and joined: the bytes of an array of dtypes.SLOTS.
 
-        The array is empty if the map does not know the segment.
+        They are empty if the map does not know the segment.
         """
         cdef uint64_t count
         cdef onion_stretch *out
         cdef uint32_t number = self._numbers.get(segment, 0)
         self._check_open()
         if number == 0:
-            return np.empty(0, dtypes.SLOTS)
+            return b""
         with nogil:
             count = onion_layer_slots(&self._layer, number, NULL)
-        array = np.empty(count, dtypes.SLOTS)
-        out = <onion_stretch *><size_t>_array_data(array)
-        if count:
+            out = <onion_stretch *>malloc((count + 1) * sizeof(onion_stretch))
+        if out == NULL:
+            raise MemoryError(f"no memory for {count} runs of slots")
+        try:
             with nogil:
                 onion_layer_slots(&self._layer, number, out)
                 count = onion_stretches_join(out, count)
-        return array[:count]
+            return PyBytes_FromStringAndSize(<char *>out, count * sizeof(onion_stretch))
+        finally:
+            free(out)
 
     def slots_by_segment(self):
         """Return {id: slots} of the segments that have blocks: what the map names of them, sorted and joined.
@@ -868,27 +871,29 @@ cdef class LayerMap:
     def replace(self, segment, slots, new_segment, new_slots):
         """Map blocks of one segment to their copies in another segment.
 
-        A block in slot ``slots["slot"][i] + k`` of ``segment``, with k below ``slots["count"][i]``, moves to slot
-        ``new_slots[i] + k`` of ``new_segment``. Blocks in other slots stay.
+        ``slots`` are stretches of slots: a block in slot k of stretch i of ``segment`` moves to slot ``new_slots[i] + k`` of
+        ``new_segment``. Blocks in other slots stay.
 
         Parameters
         ----------
         segment, new_segment : bytes
             The ids of the segments. The map must know the first. The second is added to ``segments``.
-        slots : array of dtypes.SLOTS
+        slots : bytes
             The slots to move, sorted and without overlaps, as ``live_slots`` returns them.
-        new_slots : array of uint64
-            For each entry of ``slots``, its first slot in ``new_segment``.
+        new_slots : sequence of int
+            For each stretch, its first slot in ``new_segment``.
 
         Returns
         -------
         int
             The number of blocks that moved.
         """
-        cdef uint64_t count = len(slots)
-        cdef const onion_stretch *from_slots
-        cdef const uint64_t *to_slots
+        cdef const unsigned char[::1] stretches = slots
+        cdef uint64_t count = len(stretches) // sizeof(onion_stretch)
+        cdef onion_stretch *from_slots = NULL
+        cdef uint64_t *to_slots = NULL
         cdef uint32_t number, new_number
+        cdef uint64_t i
         cdef int64_t moved
         self._check_open()
         number = self._numbers.get(segment, 0)
@@ -896,14 +901,24 @@ cdef class LayerMap:
             raise ValueError(f"segment {segment.hex()} is not in this map")
         if segment == new_segment:
             raise ValueError(f"segment {segment.hex()} cannot be moved into itself")
-        slots = np.ascontiguousarray(slots, dtypes.SLOTS)
-        new_slots = np.ascontiguousarray(new_slots, np.uint64)
-        _check_slots(slots, new_slots)
-        new_number = self.add_segment(new_segment)
-        from_slots = <const onion_stretch *><size_t>_array_data(slots)
-        to_slots = <const uint64_t *><size_t>_array_data(new_slots)
-        with nogil:
-            moved = onion_layer_replace(&self._layer, number, from_slots, to_slots, count, new_number)
+        if len(stretches) % sizeof(onion_stretch) or len(new_slots) != count:
+            raise ValueError(f"{len(new_slots)} new slots for {len(stretches)} bytes of old ones")
+        from_slots = <onion_stretch *>calloc(count + 1, sizeof(onion_stretch))
+        to_slots = <uint64_t *>calloc(count + 1, sizeof(uint64_t))
+        try:
+            if from_slots == NULL or to_slots == NULL:
+                raise MemoryError(f"no memory for {count} runs of slots")
+            if count:
+                memcpy(from_slots, &stretches[0], count * sizeof(onion_stretch))
+            for i in range(count):
+                to_slots[i] = new_slots[i]
+            _check_slots(from_slots, to_slots, count)
+            new_number = self.add_segment(new_segment)
+            with nogil:
+                moved = onion_layer_replace(&self._layer, number, from_slots, to_slots, count, new_number)
+        finally:
+            free(from_slots)
+            free(to_slots)
         if moved < 0:
             raise MemoryError("no memory for the index")
         return moved
@@ -1056,15 +1071,16 @@ cdef class ProvenanceMap:
         return self.laid + 1
 
 
-def _check_slots(slots, new_slots):
-    if new_slots.shape != slots.shape or slots.ndim != 1:
-        raise ValueError(f"{new_slots.shape} new slots for {slots.shape} old ones")
-    past_last = ONION_SLOT_LAST + 1
-    for first in (slots["slot"], new_slots):
-        if (first >= past_last).any() or (slots["count"] > past_last - first).any():
-            raise ValueError("a slot number is too large")
-    if (slots["slot"][1:] < (slots["slot"] + slots["count"])[:-1]).any():
-        raise ValueError("slots are not sorted, or overlap")
+cdef int _check_slots(const onion_stretch *slots, const uint64_t *new_slots, uint64_t count) except -1:
+    cdef uint64_t past_last = <uint64_t>ONION_SLOT_LAST + 1
+    cdef uint64_t i
+    for i in range(count):
+        for first in (slots[i].first, new_slots[i]):
+            if first >= past_last or slots[i].count > past_last - first:
+                raise ValueError("a slot number is too large")
+        if i and slots[i].first < slots[i - 1].first + slots[i - 1].count:
+            raise ValueError("slots are not sorted, or overlap")
+    return 0
 
 
 def _overwrite(descriptor):

@@ -18,9 +18,10 @@ from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.modes import is_shared
 from onionskin.base.paths import FilePath
 from onionskin.catalog import BaseRow, Catalog, LayerRow, SegmentRow, SnapshotRow, VolumeRow, WorkRow
-from onionskin.errors import FormatError, OnionskinError
+from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.kernels._maplog import MAGIC_SEGMENT, decode_header
 from onionskin.operations.locked_maps import locked_maps
+from onionskin.operations.unflushed import has_unflushed
 from onionskin.storage.block_maps import load_map, open_map
 from onionskin.storage.chain import check_base
 from onionskin.storage.layout import listed
@@ -68,7 +69,9 @@ def check(store: OpenStore) -> list[Problem]:
     listed = list(_list_files(store))
     with locked_maps(store, lambda: _read_rows(store), lambda rows: rows.layers) as rows:
         unsound = _unsound_rows(store)
-        problems = [*unsound, *_check_layers(store, rows), *_check_chains(store, rows), *_check_bases(store, rows)]
+        problems = [*unsound, *_check_layers(store, rows), *_check_chains(store, rows)]
+        problems += _check_bases(store, rows)
+        problems += _check_left(store, rows)
     problems += [Problem("notice", f"pending work: {row.kind}", row.target.hex(), _when_done(row)) for row in rows.work]
     orphans = (
         f"{_RESTORE_CATALOG} first: a row that cannot be read may name it" if unsound else "'check --repair' removes it"
@@ -189,7 +192,7 @@ def _data_without_map(
         offset = _data_from(path, HEADER_BYTES + ends.get(id, 0) * head.block_size)
         if offset is not None:
             found.append((path, offset))
-    if found and volume_holder(store.layout.volume_lock(volume.id)) is None:
+    if found and not _is_held(store, volume):
         for path, offset in found:
             yield Problem(
                 "notice",
@@ -215,6 +218,45 @@ def _data_from(path: FilePath, offset: int) -> int | None:
         return None if error.errno == ENXIO else offset
     finally:
         os.close(descriptor)
+
+
+def _check_left(store: OpenStore, rows: _Rows) -> Iterator[Problem]:
+    """Report what a killed process left of a head if an opening would refuse to take it over.
+
+    No lock is taken that would keep somebody from opening the volume. So if somebody does so meanwhile, nothing is said.
+    """
+    for volume in rows.volumes:
+        dirty = store.layout.dirty_file(volume.id)
+        if not has_unflushed(store, volume.id) or _is_held(store, volume):
+            continue
+        found = _looks(dirty)
+        try:
+            opened = store.open_layer(volume.head, dirty=dirty)
+        except StateError as error:
+            if not _is_held(store, volume) and _looks(dirty) == found:
+                yield Problem("error", f"volume {volume.name!r} cannot be opened: {error}", str(dirty), "as it says")
+        except (OnionskinError, OSError):
+            pass  # the layers and the bases are checked by themselves
+        else:
+            opened.path.close()
+            opened.locks.close()
+            if opened.base_lock:
+                opened.base_lock.close()
+
+
+def _is_held(store: OpenStore, volume: VolumeRow) -> bool:
+    try:
+        return volume_holder(store.layout.volume_lock(volume.id)) is not None
+    except (StateError, FormatError):
+        return False  # it is no lock, so nobody has one: `_check_files` reports it
+
+
+def _looks(path: FilePath) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 # ---- chains and bases ----
@@ -313,7 +355,7 @@ def _list_files(store: OpenStore) -> Iterator[os.DirEntry[str]]:
 
 
 def _check_files(rows: _Rows, listed: list[os.DirEntry[str]], orphans: str) -> Iterator[Problem]:
-    named = _named_files(rows)
+    named, needed = _named_files(rows), _files_of_openings(rows)
     for entry in listed:
         path = FilePath(entry.path)
         ours = bool(_OUR_NAME.fullmatch(entry.name))
@@ -324,7 +366,11 @@ def _check_files(rows: _Rows, listed: list[os.DirEntry[str]], orphans: str) -> I
         what = _foreign(found, ours)
         if what and ours and entry.name.endswith(".lock") and stands_for_many(path):
             what = None  # a server holds several volumes, or did until it died
-        if what:
+        if what and entry.name in needed and not stat.S_ISREG(found.st_mode):
+            yield Problem(
+                "error", what, str(path), "its volume cannot be opened while it is there; move it out of the store"
+            )
+        elif what:
             yield Problem("notice", what, str(path), "nothing here touches it; move it out of the store")
         if ours and not what and entry.name not in named:
             yield Problem("notice", "a file that no row names", str(path), orphans)
@@ -357,6 +403,12 @@ def _named_files(rows: _Rows) -> set[str]:
     for id in volumes:
         named |= {f"{id.hex()}.{kind}" for kind in ("lock", "control", "dirty")}
     return named
+
+
+def _files_of_openings(rows: _Rows) -> set[str]:
+    """Return the names that an opening opens or makes, so that it is refused where something else has one of them."""
+    needed = {f"{row.map_id.hex()}.map" for row in rows.layers} | {f"{row.id.hex()}.seg" for row in rows.segments}
+    return needed | {f"{volume.id.hex()}.lock" for volume in rows.volumes}
 
 
 def _foreign(found: os.stat_result, ours: bool) -> str | None:

@@ -8,8 +8,8 @@ Without the latter, a disk whose snapshots come and go for months in one opening
 """
 
 import os
+from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 from onionskin.base.files import write_all
 from onionskin.base.fsync import sync_directory, sync_file
@@ -27,14 +27,6 @@ from onionskin.storage.chain import read_chain, unfinished_base_merges
 from onionskin.storage.locks import ByteLocks
 from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
-
-if TYPE_CHECKING:
-    import numpy
-    import numpy.typing
-
-    Array = numpy.typing.NDArray[Any]
-else:
-    from onionskin.base.lazy import numpy
 
 _log = logger(__name__)
 
@@ -208,14 +200,24 @@ def _copy_slots(store: OpenStore, layer: LayerRow, layer_map: LayerMap, small: l
         write_all(target, header)
         for row in small:
             live = layer_map.live_slots(row.id)
-            if not len(live):
+            moves = list(_moves(live, next_slot))
+            if not moves:
                 continue
-            first = next_slot + numpy.concatenate(([0], numpy.cumsum(live["count"])[:-1])).astype(numpy.uint64)
-            _copy_runs(store, row, live, first, target, block_size)
-            layer_map.replace(row.id, live, segment, first)
-            next_slot += int(live["count"].sum())
+            _copy_runs(store, row, moves, target, block_size)
+            layer_map.replace(row.id, live, segment, [to for _, _, to in moves])
+            _, count, to = moves[-1]
+            next_slot = to + count
         sync_file(target)  # BARRIER: compacted segment
     return next_slot
+
+
+def _moves(live: bytes, next_slot: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (slot, count, new slot) of each run of live slots. The new ones follow each other from `next_slot` on."""
+    from struct import iter_unpack  # each opening imports this module, and few copy
+
+    for slot, count in iter_unpack("=QQ", live):
+        yield slot, count, next_slot
+        next_slot += count
 
 
 def _wants_zeros(store: OpenStore, row: SegmentRow) -> bool:
@@ -223,7 +225,9 @@ def _wants_zeros(store: OpenStore, row: SegmentRow) -> bool:
     return segment_wants_zeros(store.layout.segment_file(row.id))
 
 
-def _copy_runs(store: OpenStore, row: SegmentRow, live: "Array", first: "Array", target: int, block_size: int) -> None:
+def _copy_runs(
+    store: OpenStore, row: SegmentRow, moves: list[tuple[int, int, int]], target: int, block_size: int
+) -> None:
     # Imported late: each opening imports this module, and few copy.
     from onionskin.kernels._copy import CopyJob
     from onionskin.operations.copy import naming
@@ -231,10 +235,9 @@ def _copy_runs(store: OpenStore, row: SegmentRow, live: "Array", first: "Array",
     with open(store.layout.segment_file(row.id), "rb", buffering=0, opener=_open_to_copy) as file:
         source = file.fileno()
         rows = [
-            (source, target, HEADER_BYTES + int(slot) * block_size, HEADER_BYTES + int(to) * block_size,
-             int(count) * block_size)
-            for (slot, count), to in zip(live.tolist(), first.tolist(), strict=True)
-        ]  # fmt: skip
+            (source, target, HEADER_BYTES + slot * block_size, HEADER_BYTES + to * block_size, count * block_size)
+            for slot, count, to in moves
+        ]
         job = CopyJob(rows)
         with naming(job):
             job.run()

@@ -3,16 +3,15 @@
 What must hold: the chain and the names on it are read in one state of the catalog. The map files of the chain are
 locked while they are read, and the base is one open file. Nothing is opened for writing, made or changed, so that the
 layering can be read while another handle holds the volume. The loops over runs are in C (csrc/layer/provenance.h); this
-module only works on tables.
+module only works on tables. NumPy is loaded for who asks for an array, and not for the pictures.
 """
 
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy
-
 from onionskin.base.files import data_ranges
+from onionskin.base.lazy import dtypes
 from onionskin.base.limits import VOLUME_BYTES_MAX
 from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.records import record
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
     Array = numpy.typing.NDArray[Any]
 
 _BASE_ADVICE = "put the file back, or name the right one with 'onionskin relocate'"
-_ROW_DTYPE = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("state", "u1"), ("source", "<u4")])
-LAYER_EXTENT_DTYPE = numpy.dtype([("offset", "<u8"), ("length", "<u8"), ("state", "u1"), ("depth", "<u4")])
 
 
 class Layering(NamedTuple):
@@ -57,17 +54,29 @@ class Layering(NamedTuple):
     extents: "Array"
 
 
-def layering_of(store: OpenStore, name: str, snapshot: str | None) -> Layering:
+class LayerTable(NamedTuple):
+    """A layering whose extents are a table: their sources are the depths."""
+
+    chain: tuple[ChainMember, ...]
+    extents: Extents
+
+    def layering(self) -> Layering:
+        """Return it with an array of the extents."""
+        rows = self.extents.array(dtypes.LAYER_EXTENT_ROW)
+        return Layering(self.chain, rows.view(dtypes.LAYER_EXTENT))  # the source is the depth
+
+
+def layer_table(store: OpenStore, name: str, snapshot: str | None) -> LayerTable:
     """Return the layering of a snapshot, or of the durable part of a volume's head."""
 
     def find() -> bytes:
         volume = store.catalog.volume(name)
         return volume.head if snapshot is None else find_snapshot(store.catalog, volume, snapshot).layer
 
-    return read_layering(store, find)
+    return read_layer_table(store, find)
 
 
-def read_layering(store: OpenStore, find: Callable[[], bytes]) -> Layering:
+def read_layer_table(store: OpenStore, find: Callable[[], bytes]) -> LayerTable:
     """Return the layering of the disk whose top layer `find` names.
 
     If the tree or the base changes meanwhile, `find` is called again.
@@ -97,15 +106,14 @@ def _find(store: OpenStore, find: Callable[[], bytes]) -> _Found:
     return _Found(chain, chain_members(store.catalog, chain), bool(unfinished_base_merges(store.catalog, top)))
 
 
-def _read(store: OpenStore, found: _Found) -> Layering:
+def _read(store: OpenStore, found: _Found) -> LayerTable:
     chain = found.chain
     held, size_bytes = _held(store, chain)
     below = len(chain.layers)  # the depth of the base, if there is one
     base = Extents(_base_ranges(chain.base, found.is_merging, size_bytes), state=DATA, source=below)
     # Blocks are whole, and a layer below may be longer than the disk.
     everything = Extents([(0, size_bytes)], source=below)
-    extents = held.within(everything).over(base).over(everything).joined()
-    return Layering(found.members, extents.array(_ROW_DTYPE).view(LAYER_EXTENT_DTYPE))  # the source is the depth
+    return LayerTable(found.members, held.within(everything).over(base).over(everything).joined())
 
 
 def _base_is_merged_into(store: OpenStore, chain: Chain) -> bool:

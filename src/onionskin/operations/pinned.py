@@ -16,8 +16,6 @@ from onionskin.base.lazy import logger
 from onionskin.catalog import LayerRow
 from onionskin.errors import OnionskinError, StateError
 from onionskin.operations import reclaim
-from onionskin.operations.fold import fold
-from onionskin.operations.seal import seal
 from onionskin.storage.locks import ReadersLock
 from onionskin.storage.open_head import OpenDisk, OpenHead
 from onionskin.storage.open_store import OpenStore
@@ -103,9 +101,13 @@ def _sealed_head(volume: OpenHead) -> Iterator[OpenChain]:
 
 
 def _seal(volume: OpenHead) -> LayerRow:
+    # Loaded here, as who reads a snapshot seals and folds nothing: both, before anything is sealed that has to be folded.
+    from onionskin.operations import fold, seal
+
+    assert fold
     sealed: list[LayerRow] = []
     # A seal frees nothing, but it is undone soon, so a disk that is full can still be read.
-    volume.store.reserve.retry(lambda: sealed.append(seal(volume)))
+    volume.store.reserve.retry(lambda: sealed.append(seal.seal(volume)))
     return sealed[-1]
 
 
@@ -118,6 +120,8 @@ def _close(opened: OpenChain) -> None:
 
 def _fold_back(volume: OpenHead, layer: LayerRow) -> None:
     """Fold the layer into what was written since. If that fails, the reading has not: the next open folds the layer."""
+    from onionskin.operations.fold import fold  # `_seal` has loaded it
+
     store: OpenStore = volume.store
     try:
         if not volume.closed:

@@ -1,14 +1,19 @@
 """What a process that died left of a volume, and who has the volume open: asked before maps are believed or changed."""
 
 from onionskin.errors import StateError
-from onionskin.storage.locks import VolumeLock, volume_holder
+from onionskin.storage.locks import VolumeLock, refuse_file_held, volume_holder
 from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
 
 
 def refuse_open(store: OpenStore, name: str) -> None:
-    """Raise the StateError that an opening for writing would raise, if somebody has the volume open."""
-    VolumeLock(store.layout, store.catalog.volume(name).id, name).close()
+    """Raise what an opening for writing would raise, if somebody has the volume open, or no lock can be where its lock is."""
+    id = store.catalog.volume(name).id
+    lock = VolumeLock(store.layout, id, name)
+    try:
+        refuse_file_held(store.layout, id, name)
+    finally:
+        lock.close()
 
 
 def refuse_unflushed(store: OpenStore, volume: bytes, name: str) -> None:

@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-import numpy
-
 from onionskin.base.records import record
 from onionskin.base.states import DATA, HOLE, ZERO
-from onionskin.operations.layering import Layering
+from onionskin.operations.layering import LayerTable
 
 BANDS_MAX = 12
 _HEAD_ALONE = 1
@@ -49,10 +47,10 @@ class Legend:
         return (*self.layers, *([self.base] if self.base else []), self.zero, self.hole)
 
 
-def legend_of(layering: Layering) -> Legend:
+def legend_of(table: LayerTable) -> Legend:
     """Return the legend of a layering."""
-    data = data_bytes(layering)
-    members = list(layering.chain)
+    data = data_bytes(table)
+    members = list(table.chain)
     base = members.pop() if members[-1].kind == "base" else None
     depths: Sequence[int] = range(len(members))
     if len(members) > BANDS_MAX:
@@ -65,7 +63,7 @@ def legend_of(layering: Layering) -> Legend:
             kind, name = "layers", f"{first.name} to {last.name}"
         bands.append(Band(kind, name, group[0], group[-1], sum(data[depth] for depth in group)))
     below = len(members)
-    hole, zero = bytes_of_states(layering)
+    hole, zero = bytes_of_states(table)
     return Legend(
         tuple(bands),
         Band("base", base.name, below, below, data[below]) if base else None,
@@ -74,19 +72,14 @@ def legend_of(layering: Layering) -> Legend:
     )
 
 
-def data_bytes(layering: Layering) -> list[int]:
+def data_bytes(table: LayerTable) -> list[int]:
     """Return how much data is read from each depth; the last is that of the base, and 0 if there is none."""
-    extents = layering.extents[layering.extents["state"] == DATA]
-    # Sums of float64 are exact here: a disk has at most 2^46 bytes.
-    sums = numpy.bincount(extents["depth"], extents["length"], minlength=len(layering.chain) + 1)
-    return [int(one) for one in sums]
+    return table.extents.only(DATA).bytes_of_sources(len(table.chain) + 1)
 
 
-def bytes_of_states(layering: Layering) -> tuple[int, int]:
+def bytes_of_states(table: LayerTable) -> tuple[int, int]:
     """Return how much of the disk is a hole, and how much reads zero because a layer says so."""
-    extents = layering.extents
-    hole, zero = (int(extents["length"][extents["state"] == state].sum()) for state in (HOLE, ZERO))
-    return hole, zero
+    return table.extents.only(HOLE).total_bytes, table.extents.only(ZERO).total_bytes
 
 
 def _groups(depths: Sequence[int]) -> list[Sequence[int]]:

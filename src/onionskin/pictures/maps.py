@@ -1,19 +1,13 @@
 """Draws the map of a disk: as SVG with a legend, and as PNG, which carries its legend in the Description."""
 
-from typing import TYPE_CHECKING, Any
-
-import numpy
+from bisect import bisect_right
+from itertools import groupby
 
 from onionskin.base.sizes import format_size
 from onionskin.base.states import DATA, HOLE
-from onionskin.pictures import png, svg
+from onionskin.pictures import svg
 from onionskin.pictures.bands import Band, Legend
 from onionskin.pictures.cells import Cells
-
-if TYPE_CHECKING:
-    import numpy.typing
-
-    Array = numpy.typing.NDArray[Any]
 
 WIDTH, LEFT, TOP, ROW = 760, 76, 34, 19
 GRID_WIDTH = WIDTH - LEFT - 4
@@ -37,21 +31,25 @@ _STRIPES = (
 )
 
 
-def fades(share: "Array") -> "Array":
-    """Return for each share how pale it is drawn: an index into OPACITIES."""
-    return (share < SHARES[0]).astype(numpy.uint8) + (share < SHARES[1])
+def looks(cells: Cells, legend: Legend) -> list[tuple[int, int]]:
+    """Return for each cell its band, an index into `legend.all`, and how pale it is drawn, an index into OPACITIES."""
+    kinds = _kinds_of_depths(legend, max(cells.depth))
+    hole = len(legend.all) - 1
+    zero = hole - 1
+    return [
+        (kinds[depth], (share < SHARES[0]) + (share < SHARES[1]))
+        if state == DATA
+        else (hole if state == HOLE else zero, 0)
+        for state, depth, share in zip(cells.state, cells.depth, cells.share, strict=True)
+    ]
 
 
-def kind_of_cells(cells: Cells, legend: Legend) -> "Array":
-    """Return for each cell its band: an index into `legend.all`."""
-    first = numpy.array([band.first for band in legend.layers])
-    kinds = numpy.searchsorted(first, cells.depth, side="right") - 1
-    layers = len(legend.layers)
-    if legend.base:
-        kinds[cells.depth == legend.base.first] = layers
-    zero = len(legend.all) - 2
-    kinds[cells.state != DATA] = zero
-    kinds[cells.state == HOLE] = zero + 1
+def _kinds_of_depths(legend: Legend, depth_max: int) -> list[int]:
+    """Return for each depth the band of its data."""
+    first = [band.first for band in legend.layers]
+    kinds = [bisect_right(first, depth) - 1 for depth in range(depth_max + 1)]
+    if legend.base and legend.base.first <= depth_max:
+        kinds[legend.base.first] = len(legend.layers)
     return kinds
 
 
@@ -96,21 +94,18 @@ def _class_of(index: int, legend: Legend) -> str:
 
 def _paths(cells: Cells, legend: Legend) -> list[str]:
     """Draw the cells: one path for each colour, of the runs of cells in each row that have it."""
-    kinds, pale = kind_of_cells(cells, legend), fades(cells.share)
-    pale[cells.state != DATA] = 0
-    look = kinds * len(OPACITIES) + pale
-    row = numpy.arange(cells.count) // cells.columns
-    starts = numpy.flatnonzero(numpy.diff(look, prepend=-1) | numpy.diff(row, prepend=-1))
-    lengths = numpy.diff(starts, append=cells.count)
-    parts: dict[int, list[str]] = {}
-    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-        y, x = divmod(start, cells.columns)
-        parts.setdefault(int(look[start]), []).append(f"M{x} {y}h{length}v1h-{length}z")
+    looked = looks(cells, legend)
+    parts: dict[tuple[int, int], list[str]] = {}
+    for y in range(cells.rows):
+        x = 0
+        for look, run in groupby(looked[y * cells.columns : (y + 1) * cells.columns]):
+            length = sum(1 for _ in run)
+            parts.setdefault(look, []).append(f"M{x} {y}h{length}v1h-{length}z")
+            x += length
     paths = []
-    for key in sorted(parts):
-        index, fade = divmod(key, len(OPACITIES))
+    for index, fade in sorted(parts):
         faded = f" f{fade}" if fade else ""
-        paths.append(f'<path class="{_class_of(index, legend)}{faded}" d="{"".join(parts[key])}"/>')
+        paths.append(f'<path class="{_class_of(index, legend)}{faded}" d="{"".join(parts[index, fade])}"/>')
     return paths
 
 
@@ -127,7 +122,7 @@ def _offsets(cells: Cells, height: float) -> list[str]:
     step = max(1, int(-(-16 // height)))
     rows = range(0, cells.rows, step)
     return [
-        svg.text(LEFT - 8, TOP + height * row + 10, format_size(int(cells.edges[row * cells.columns])), "soft end")
+        svg.text(LEFT - 8, TOP + height * row + 10, format_size(cells.edges[row * cells.columns]), "soft end")
         for row in rows
     ]
 
@@ -151,24 +146,41 @@ def _legend(legend: Legend, top: float) -> tuple[list[str], float]:
 
 def map_png(name: str, cells: Cells, legend: Legend) -> bytes:
     """Return the map as a PNG image, transparent behind the disk's end."""
+    from onionskin.pictures import png  # with it struct and zlib, which no other picture needs
+
     bands = len(legend.layers)
     colours = [svg.ramp(index, bands) for index in range(bands)] + ([GREY] if legend.base else [])
     palette: list[png.Colour] = [(0, 0, 0, 0)]
     for colour in colours:
         palette += [(*colour, round(255 * opacity)) for opacity in OPACITIES]
     palette += [(*GREY, 255), (*GREY, _HOLE_OPACITY)]
-    kinds = kind_of_cells(cells, legend)
     # The colours of data come in as many fades each; the last two, zero and hole, stand alone.
     zero = 1 + len(colours) * len(OPACITIES)
-    number = 1 + numpy.minimum(kinds, len(colours)) * len(OPACITIES) + numpy.maximum(kinds - len(colours), 0)
-    number += numpy.where(cells.state == DATA, fades(cells.share), 0)
-    grid = numpy.zeros(cells.rows * cells.columns, numpy.uint8)
-    grid[: cells.count] = number
+    numbers = bytes(
+        1 + min(kind, len(colours)) * len(OPACITIES) + max(kind - len(colours), 0) + fade
+        for kind, fade in looks(cells, legend)
+    )
     scale = max(1, min(PIXELS_OF_CELL_MAX, PIXELS_WIDE_MAX // cells.columns))
-    pixels = grid.reshape(cells.rows, cells.columns).repeat(scale, axis=0).repeat(scale, axis=1)
-    y, x = numpy.indices(pixels.shape)
-    pixels[(pixels == zero) & ((x + y) % 4 != 0)] = 0  # stripes
+    pixels = _pixels(numbers, cells.columns, scale, zero)
     return png.encode(pixels, palette, {"Title": svg.shown(name), "Description": describe(cells, legend)})
+
+
+def _pixels(numbers: bytes, columns: int, scale: int, striped: int) -> list[bytes]:
+    """Draw a row of pixels for each `scale`-th of a row of cells; of the number `striped`, one pixel in four stays."""
+    only_others = bytes(0 if number == striped else number for number in range(256))
+    rows: list[bytes] = []
+    for first in range(0, len(numbers), columns):
+        cells = numbers[first : first + columns].ljust(columns, b"\0")
+        solid = bytearray(columns * scale)
+        for x in range(scale):
+            solid[x::scale] = cells
+        shifted = []  # the stripes of a row, by the row's number modulo 4
+        for y in range(4):
+            row = solid.translate(only_others)
+            row[-y % 4 :: 4] = solid[-y % 4 :: 4]
+            shifted.append(bytes(row))
+        rows += [shifted[y % 4] for y in range(len(rows), len(rows) + scale)]
+    return rows
 
 
 def describe(cells: Cells, legend: Legend) -> str:

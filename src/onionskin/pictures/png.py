@@ -3,11 +3,6 @@
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import numpy
-    import numpy.typing
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 COLOURS_MAX = 256
@@ -15,26 +10,23 @@ COLOURS_MAX = 256
 Colour = tuple[int, int, int, int]  # red, green, blue, opacity
 
 
-def encode(
-    pixels: "numpy.typing.NDArray[numpy.uint8]", palette: Sequence[Colour], texts: Mapping[str, str] | None = None
-) -> bytes:
+def encode(pixels: Sequence[bytes], palette: Sequence[Colour], texts: Mapping[str, str] | None = None) -> bytes:
     """Return a PNG image.
 
     Parameters
     ----------
-    pixels : numpy.ndarray
-        (height, width), uint8: indices into the palette. Neither is 0.
+    pixels : sequence of bytes
+        The rows, which are of one length: indices into the palette. There is a row, and it is not empty.
     palette : sequence of (red, green, blue, opacity)
         At most 256 colours, of 0 to 255 each.
     texts : mapping, optional
         Kept in the file by keyword (Latin-1, at most 79 characters), as iTXt.
     """
-    height, width = pixels.shape
-    header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)  # 8 bits, palette, no interlace
+    header = struct.pack(">IIBBBBB", len(pixels[0]), len(pixels), 8, 3, 0, 0, 0)  # 8 bits, palette, no interlace
     colours = b"".join(bytes(colour[:3]) for colour in palette)
     opacities = bytes(colour[3] for colour in palette)
     # Each row is preceded by its filter: 0, none.
-    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    rows = b"".join(b"\0" + row for row in pixels)
     notes = b"".join(
         _chunk(b"iTXt", keyword.encode("latin-1") + b"\0\0\0\0\0" + text.encode())
         for keyword, text in (texts or {}).items()

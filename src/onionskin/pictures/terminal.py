@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from onionskin.base.sizes import format_size
-from onionskin.base.states import DATA
 from onionskin.pictures import svg
 from onionskin.pictures.bands import Legend
 from onionskin.pictures.cells import Cells
-from onionskin.pictures.maps import GREY, fades, kind_of_cells, label
+from onionskin.pictures.maps import GREY, label, looks
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,11 +43,11 @@ def in_colour(title: str, cells: Cells, legend: Legend, console: "Console") -> s
 def _lines(title: str, cells: Cells, legend: Legend, *, colour: bool) -> Iterator[list[Piece]]:
     marks = _marks(legend, colour=colour)
     yield [(title, "bold"), (f"  {format_size(cells.size_bytes)}, a cell is {format_size(cells.cell_bytes)}", "")]
-    looks = [marks[kind][fade] for kind, fade in zip(*_looks(cells, legend), strict=True)]
-    offsets = [format_size(int(offset)) for offset in cells.edges[: -1 : cells.columns]]
+    drawn = [marks[kind][fade] for kind, fade in looks(cells, legend)]
+    offsets = [format_size(offset) for offset in cells.edges[: -1 : cells.columns]]
     width = max(map(len, offsets))
     for row, offset in enumerate(offsets):
-        yield [(f"{offset:>{width}}  ", "dim"), *_joined(looks[row * cells.columns : (row + 1) * cells.columns])]
+        yield [(f"{offset:>{width}}  ", "dim"), *_joined(drawn[row * cells.columns : (row + 1) * cells.columns])]
     yield []
     names = [label(band) for band in legend.all]
     width = max(map(len, names))
@@ -57,16 +56,10 @@ def _lines(title: str, cells: Cells, legend: Legend, *, colour: bool) -> Iterato
     yield [(BLOCKS_NOTE if colour else LETTERS_NOTE, "dim")]
 
 
-def _looks(cells: Cells, legend: Legend) -> tuple[list[int], list[int]]:
-    pale = fades(cells.share)
-    pale[cells.state != DATA] = 0
-    return kind_of_cells(cells, legend).tolist(), pale.tolist()
-
-
-def _joined(looks: list[Piece]) -> Iterator[Piece]:
+def _joined(pieces: list[Piece]) -> Iterator[Piece]:
     """Join neighbours of one style, so that a row costs few escape sequences."""
     text, style = "", ""
-    for mark, its_style in looks:
+    for mark, its_style in pieces:
         if its_style != style:
             yield text, style
             text, style = "", its_style

@@ -607,11 +607,19 @@ def locked_to_remove(layout: Layout, volumes: Mapping[bytes, str]) -> Iterator[N
             id = of[taken]
             _refuse_taken(locks._open_descriptor(), layout.volume_lock(id), id, volumes[id])
         for id, name in volumes.items():
-            if _is_file_held(layout.volume_lock_path(id)):
-                _refuse_held(layout.volume_lock(id), name)
+            refuse_file_held(layout, id, name)
         yield
     finally:
         locks.close()
+
+
+def refuse_file_held(layout: Layout, volume_id: bytes, name: str) -> None:
+    """Raise StateError if somebody holds the own lock file of a volume, or what `volume_holder` raises where it is no file.
+
+    The caller holds the byte of the volume's writer.
+    """
+    if _is_file_held(layout.volume_lock_path(volume_id)):
+        _refuse_held(layout.volume_lock(volume_id), name)
 
 
 def _refuse_taken(descriptor: int, path: FilePath, volume_id: bytes, volume_name: str) -> NoReturn:

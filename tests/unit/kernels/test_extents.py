@@ -1,5 +1,8 @@
 """Tables of extents against arrays that have, for each byte of a small disk, what it shows."""
 
+from collections import Counter
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -98,6 +101,37 @@ def test_bytes_before_an_offset_are_counted_and_found_again(extents: Extents, of
     for count in (0, extents.total_bytes + 1):
         with pytest.raises(ValueError, match="give 1 at least"):
             extents.offset_after(count)
+
+
+@given(tables(), st.integers(0, 4))
+def test_the_bytes_of_each_source_are_counted(extents: Extents, count: int) -> None:
+    _, source, _ = shown(extents)
+    assert extents.bytes_of_sources(count) == [int((source == number).sum()) for number in range(count)]
+
+
+@given(tables(), st.integers(1, DISK_BYTES))
+def test_a_cell_shows_the_source_that_has_most_bytes_of_its_best_state(extents: Extents, count: int) -> None:
+    if count > extents.end:
+        with pytest.raises(ValueError, match="no more than there are bytes"):
+            extents.cells(count)
+        return
+    edges, states, sources, most = extents.cells(count)
+    assert edges == [number * extents.end // count for number in range(count + 1)]
+    state, source, _ = shown(extents)
+    for cell, (first, end) in enumerate(pairwise(edges)):
+        part = [
+            (s, n) for s, n in zip(state[first:end].tolist(), source[first:end].tolist(), strict=True) if s != NOTHING
+        ]
+        best = min((s for s, _ in part), key=[DATA, ZERO, HOLE].index, default=HOLE)
+        counts = Counter(n for s, n in part if s == best) or Counter({0: 0})
+        chosen = min(counts, key=lambda n: (-counts[n], n))
+        assert (states[cell], sources[cell], most[cell]) == (best, chosen, counts[chosen])
+
+
+def test_cells_are_one_at_least() -> None:
+    for extents in (Extents(), Extents([(0, 4096)])):
+        with pytest.raises(ValueError, match="give 1 at least"):
+            extents.cells(0)
 
 
 @given(tables(), st.sampled_from([1, 8]))

@@ -60,6 +60,10 @@ def contents(layer: LayerMap) -> Model:
     return found
 
 
+def live(layer: LayerMap, segment: bytes) -> np.ndarray:
+    return np.frombuffer(layer.live_slots(segment), dtypes.SLOTS)
+
+
 def blocks(stretches: np.ndarray) -> list[int]:
     return [first + i for first, count in stretches.tolist() for i in range(count)]
 
@@ -175,7 +179,7 @@ def test_the_extents_of_a_layer_say_what_is_data_and_what_is_zero(steps: list[Ch
 @given(changes)
 def test_live_slots_are_sorted_joined_and_complete(steps: list[Change]) -> None:
     layer, model = build(steps)
-    slots = layer.live_slots(A)
+    slots = live(layer, A)
     assert blocks(slots) == sorted({v[1] for v in model.values() if isinstance(v, tuple) and v[0] == A})
     assert (slots["slot"][1:] > (slots["slot"] + slots["count"])[:-1]).all()
     assert len(layer.live_slots(C)) == 0
@@ -184,17 +188,16 @@ def test_live_slots_are_sorted_joined_and_complete(steps: list[Change]) -> None:
 @given(changes)
 def test_the_slots_of_all_segments_are_those_of_each(steps: list[Change]) -> None:
     layer, _ = build(steps)
-    each = {segment: layer.live_slots(segment).tobytes() for segment in layer.segments}
+    each = {segment: layer.live_slots(segment) for segment in layer.segments}
     assert layer.slots_by_segment() == {segment: slots for segment, slots in each.items() if slots}
 
 
 @given(changes)
 def test_replace_of_all_live_slots_compacts_a_segment(steps: list[Change]) -> None:
     layer, model = build([*steps, (0, 1, A, 0)])
-    slots = layer.live_slots(A)
+    slots = live(layer, A)
     ends = np.cumsum(slots["count"])
-    new_slots = (ends - slots["count"] + 17).astype(np.uint64)
-    moved = layer.replace(A, slots, C, new_slots)
+    moved = layer.replace(A, slots.tobytes(), C, (ends - slots["count"] + 17).tolist())
     copied = {old: new for new, old in enumerate(blocks(slots), 17)}
     expected = {
         block: (C, copied[value[1]]) if isinstance(value, tuple) and value[0] == A else value
@@ -208,7 +211,7 @@ def test_replace_of_all_live_slots_compacts_a_segment(steps: list[Change]) -> No
 def test_replace_moves_only_the_slots_it_is_given() -> None:
     layer, model = build([(0, 100, A, 50), (200, 10, A, 10), (300, 100, B, 50)])
     slots = np.array([(12, 2), (60, 5), (145, 900)], dtypes.SLOTS)
-    assert layer.replace(A, slots, B, [1000, 2000, 3000]) == 2 + 5 + 5
+    assert layer.replace(A, slots.tobytes(), B, [1000, 2000, 3000]) == 2 + 5 + 5
     for block in list(model):
         segment, slot = model[block]
         for (first, count), new in zip(slots.tolist(), (1000, 2000, 3000), strict=True):
@@ -226,12 +229,15 @@ def test_replace_moves_only_the_slots_it_is_given() -> None:
         ([(3, 1)], [0xFFFFFFFF]),
         ([(0xFFFFFFFE, 2)], [0]),
         ([(1 << 63, 1 << 63)], [0]),
+        ([(3, 1)], []),
     ],
 )
 def test_replace_refuses_impossible_slots(slots: list[tuple[int, int]], new_slots: list[int]) -> None:
     layer, model = build([(0, 9, A, 0)])
     with pytest.raises(ValueError, match="slot"):
-        layer.replace(A, np.array(slots, dtypes.SLOTS), B, np.array(new_slots, np.uint64))
+        layer.replace(A, np.array(slots, dtypes.SLOTS).tobytes(), B, new_slots)
+    with pytest.raises(ValueError, match="new slots for 15 bytes"):
+        layer.replace(A, bytes(15), B, [0])
     assert contents(layer) == model
 
 

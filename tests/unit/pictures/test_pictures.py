@@ -6,21 +6,22 @@ import struct
 import xml.etree.ElementTree as ElementTree
 import zlib
 from datetime import UTC, datetime
+from itertools import accumulate
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.examples import examples
 
 from onionskin.base.states import DATA, HOLE, ZERO
-from onionskin.operations.layering import LAYER_EXTENT_DTYPE, ChainMember, Layering
+from onionskin.kernels._extents import Extents
+from onionskin.operations.layering import ChainMember, LayerTable
 from onionskin.operations.lineage import Ancestor
 from onionskin.operations.listing import TreeNode
 from onionskin.pictures import png, svg
-from onionskin.pictures.bands import BANDS_MAX, legend_of
+from onionskin.pictures.bands import BANDS_MAX, Legend, legend_of
 from onionskin.pictures.cells import Cells, cut
-from onionskin.pictures.maps import describe, map_png, map_svg
+from onionskin.pictures.maps import GREY, describe, map_png, map_svg
 from onionskin.pictures.terminal import in_letters
 from onionskin.pictures.trees import lay_out, tree_svg
 
@@ -29,14 +30,13 @@ MIB = 1 << 20
 HOSTILE = "</text><script>alert(1)</script>&\"'\x1b[31m\ud800\u202e"
 
 
-def layering_of(parts: list[tuple[int, int, int]], layers: int, *, base: bool = True) -> Layering:
+def layering_of(parts: list[tuple[int, int, int]], layers: int, *, base: bool = True) -> LayerTable:
     """Lay (length, state, depth) one behind the other."""
-    extents = np.zeros(len(parts), LAYER_EXTENT_DTYPE)
-    extents["length"], extents["state"], extents["depth"] = np.array(parts, np.int64).T
-    extents["offset"] = np.cumsum(extents["length"]) - extents["length"]
+    ends = list(accumulate(length for length, _, _ in parts))
+    extents = Extents.of((end - length, length, *rest, 0) for (length, *rest), end in zip(parts, ends, strict=True))
     chain = [ChainMember("head", "web", None)]
     chain += [ChainMember("snapshot", f"web@s{number}", None) for number in range(layers - 1, 0, -1)]
-    return Layering((*chain, *([ChainMember("base", "/b.raw", None)] if base else [])), extents)
+    return LayerTable((*chain, *([ChainMember("base", "/b.raw", None)] if base else [])), extents)
 
 
 PARTS = st.lists(
@@ -44,10 +44,10 @@ PARTS = st.lists(
 )
 
 
-def shown(layering: Layering, first: int, last: int) -> tuple[int, int, float]:
+def shown(layering: LayerTable, first: int, last: int) -> tuple[int, int, float]:
     """Count byte by byte what a cell should show: state, depth and share."""
     counts: dict[tuple[int, int], int] = {}
-    for offset, length, state, depth in layering.extents.tolist():
+    for offset, length, state, depth, _ in layering.extents:
         for _ in range(max(first, offset), min(last, offset + length)):
             counts[state, depth] = counts.get((state, depth), 0) + 1
     order = [DATA, ZERO, HOLE]
@@ -61,14 +61,14 @@ def shown(layering: Layering, first: int, last: int) -> tuple[int, int, float]:
 def test_a_cell_shows_what_has_most_of_its_data(parts: list[tuple[int, int, int]], columns: int, rows: int) -> None:
     layering = layering_of(parts, 3)
     cells = cut(layering, columns, rows)
-    edges = cells.edges.tolist()
+    edges = cells.edges
     assert edges[0] == 0
     assert edges[-1] == sum(length for length, _, _ in parts)
     assert cells.count <= columns * rows
     for index in range(cells.count):
         state, depth, share = shown(layering, edges[index], edges[index + 1])
         assert (cells.state[index], cells.depth[index]) == (state, depth)
-        assert cells.share[index] == pytest.approx(share)
+        assert cells.share[index] == share
 
 
 def test_cells_are_as_equal_as_can_be_on_the_largest_disk() -> None:
@@ -83,7 +83,7 @@ def test_a_lonely_block_on_a_vast_disk_is_seen_and_pale() -> None:
     assert "......a..." in in_letters("web", cut(layering, 10, 1), legend_of(layering))
 
 
-def picture(layering: Layering, columns: int = 8, rows: int = 2) -> tuple[Cells, str]:
+def picture(layering: LayerTable, columns: int = 8, rows: int = 2) -> tuple[Cells, str]:
     cells = cut(layering, columns, rows)
     return cells, map_svg("vms/web", cells, legend_of(layering))
 
@@ -138,7 +138,7 @@ def test_the_map_is_an_svg_document_that_covers_every_cell_once() -> None:
 
 def test_pictures_hold_no_name_as_markup() -> None:
     chain = (ChainMember("head", HOSTILE, None), ChainMember("base", HOSTILE, None))
-    layering = Layering(chain, layering_of([(MIB, DATA, 0), (MIB, DATA, 1)], 1).extents)
+    layering = LayerTable(chain, layering_of([(MIB, DATA, 0), (MIB, DATA, 1)], 1).extents)
     cells, legend = cut(layering, 4, 1), legend_of(layering)
     root = TreeNode("base", HOSTILE, MIB, None, children=[TreeNode("head", HOSTILE, MIB, None, note=HOSTILE)])
     for drawn in (map_svg(HOSTILE, cells, legend), tree_svg(HOSTILE, [root])):
@@ -173,7 +173,7 @@ def decode_png(data: bytes) -> tuple[np.ndarray, dict[bytes, bytes]]:
 def test_png_pixels_come_back_as_they_were(width: int, height: int, colours: int) -> None:
     pixels = (np.arange(width * height) * 7 % colours).astype(np.uint8).reshape(height, width)
     palette = [(i, 255 - i, i // 2, 255 - i // 3) for i in range(colours)]
-    decoded, chunks = decode_png(png.encode(pixels, palette, {"Title": "vms/web"}))
+    decoded, chunks = decode_png(png.encode([row.tobytes() for row in pixels], palette, {"Title": "vms/web"}))
     assert (decoded == pixels).all()
     assert chunks[b"PLTE"] == b"".join(bytes(colour[:3]) for colour in palette)
     assert chunks[b"tRNS"] == bytes(colour[3] for colour in palette)
@@ -195,6 +195,54 @@ def test_the_png_map_gives_each_layer_its_colour_and_the_end_none() -> None:
     assert sorted({opacity[n] for n in stripes.flat}) == [0, 255]
     assert 0 < opacity[cell[4]] < 255
     assert opacity[cell[5]] == 0
+
+
+PICTURE_PARTS = st.lists(
+    st.tuples(
+        st.one_of(st.integers(1, 5000), st.integers(1, 1 << 30)),
+        st.sampled_from([HOLE, DATA, ZERO]),
+        st.integers(0, 15),
+    ),
+    min_size=1,
+    max_size=30,
+)
+
+
+@settings(max_examples=examples(40), deadline=None)
+@given(PICTURE_PARTS, st.integers(1, 40), st.integers(1, 6), st.sampled_from([1, 3, 15]), st.booleans())
+def test_each_pixel_of_the_png_map_is_of_the_band_and_the_shade_of_its_cell(
+    parts: list[tuple[int, int, int]], columns: int, rows: int, layers: int, base: bool
+) -> None:
+    # Depth `layers` is the base, or below all layers if there is none, where no data is.
+    parts = [
+        (length, state if base else min(state, depth < layers), min(depth, layers)) for length, state, depth in parts
+    ]
+    layering = layering_of(parts, layers, base=base)
+    cells, legend = cut(layering, columns, rows), legend_of(layering)
+    pixels, chunks = decode_png(map_png("vms/web", cells, legend))
+    side = pixels.shape[1] // cells.columns
+    assert pixels.shape == (side * cells.rows, side * cells.columns)
+    shown = [
+        (*chunks[b"PLTE"][3 * number : 3 * number + 3], chunks[b"tRNS"][number])
+        for number in range(len(chunks[b"tRNS"]))
+    ]
+    for y, x in np.ndindex(pixels.shape):
+        cell = y // side * cells.columns + x // side
+        assert shown[pixels[y, x]] == colour_of(cells, legend, cell, is_stripe=(x + y) % 4 == 0)
+
+
+def colour_of(cells: Cells, legend: Legend, cell: int, *, is_stripe: bool) -> tuple[int, ...]:
+    """Say which colour and opacity a pixel of a cell has."""
+    if cell >= cells.count or (cells.state[cell] == ZERO and not is_stripe):
+        return (0, 0, 0, 0)
+    if cells.state[cell] != DATA:
+        return (*GREY, 40 if cells.state[cell] == HOLE else 255)
+    share, depth = cells.share[cell], cells.depth[cell]
+    opacity = 255 if share >= 0.5 else 153 if share >= 1 / 16 else 76
+    if legend.base and depth == legend.base.first:
+        return (*GREY, opacity)
+    (band,) = (number for number, band in enumerate(legend.layers) if band.first <= depth <= band.last)
+    return (*svg.ramp(band, len(legend.layers)), opacity)
 
 
 # ---- trees ----

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import onionskin
+from onionskin.operations import volumes
+from onionskin.operations.losses import of_delete
 from onionskin.operations.reclaim import segment_wants_zeros
 
 BLOCK = 4096
@@ -118,6 +120,39 @@ def test_a_file_of_data_that_is_a_link_is_refused_and_reported(root: Path, victi
         store.delete("web", recursive=True)
         store.finish_work()
         assert all(path.is_symlink() for path in (root / kind).iterdir())
+
+
+def put_in_place(path: Path, kind: str, target: Path) -> None:
+    path.unlink(missing_ok=True)
+    {"link": lambda: path.symlink_to(target), "pipe": lambda: os.mkfifo(path), "directory": path.mkdir}[kind]()
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "directory"])
+@pytest.mark.parametrize("what", ["spare segment", "lock"])
+def test_what_keeps_a_volume_from_being_opened_is_an_error_of_check(
+    root: Path, victim: Path, what: str, kind: str
+) -> None:
+    with onionskin.Store(root) as store:
+        catalog, layout = store._opened.catalog, store._opened.layout
+        volume = catalog.volume("web")
+        (spare,) = (row for row in catalog.segments_of_layer(volume.head) if row.role == "spare")
+        place = layout.segment_file(spare.id) if what == "spare segment" else layout.volume_lock(volume.id)
+        put_in_place(Path(place), kind, victim)
+        with pytest.raises((onionskin.OnionskinError, OSError)):
+            store.open("web")
+        assert [problem.where for problem in store.check() if problem.severity == "error"] == [str(place)]
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "directory"])
+def test_a_deletion_that_would_be_refused_is_refused_where_it_is_only_asked_about(
+    root: Path, victim: Path, kind: str
+) -> None:
+    with onionskin.Store(root) as store:
+        lock = store._opened.layout.volume_lock(store._opened.catalog.volume("web").id)
+        put_in_place(Path(lock), kind, victim)
+        for ask in (of_delete, volumes.delete):
+            with pytest.raises((onionskin.StateError, onionskin.FormatError), match="remove it"):
+                ask(store._opened, ["web"], recursive=True)
 
 
 def test_a_file_with_two_names_is_neither_wiped_nor_removed_but_reported(root: Path, tmp_path: Path) -> None:

@@ -122,6 +122,12 @@ def look(store: Path, mode: str, hidden: str = "") -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
+def errors_of(store: Path) -> list[str]:
+    """Say which places `check` calls errors, and not only work that is left."""
+    with onionskin.Store(store) as opened:
+        return [problem.where for problem in opened.check() if problem.severity == "error"]
+
+
 @pytest.mark.parametrize("file", [".dirty", "boot_id", ".seg"])
 @pytest.mark.parametrize("number", ["EMFILE", "EIO"])
 def test_an_opening_that_cannot_look_at_what_was_left_is_refused(
@@ -185,6 +191,7 @@ def test_what_a_writer_left_that_another_mount_may_hold_is_refused_and_not_dropp
             told = look(store, mode)
             assert ".dirty" in told
             assert "another mount" in told
+        assert errors_of(store) == [next(str(path) for path in (store / "volumes").glob("*.dirty"))]
         next((store / "volumes").glob("*.dirty")).unlink()  # as it says: what was not flushed is given up
         assert look(store, "w") == f"{b'changed'} {bytes(7)}"  # in a block of its own, `changed` needs no record
     finally:
@@ -210,6 +217,7 @@ def test_what_was_left_of_another_head_refuses_no_opening(ext4_mount: Callable[[
         subprocess.run(["cp", "--sparse=always", tmp_path / "kept", left], check=True)
         subprocess.run(["umount", disk / "merged"], check=True)
         subprocess.run(mount, check=True)
+        assert errors_of(store) == []
         assert look(store, "r") == look(store, "w") == KEPT
     finally:
         subprocess.run(["umount", disk / "merged"], check=True)
