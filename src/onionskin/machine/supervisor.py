@@ -815,14 +815,19 @@ class Supervisor:
         with self._turn(has_gone), self._held():
             goes_on = self.running.goes_on if self.running.is_broken else not self._process.is_paused
             self._note(is_reverting=True, is_standing=goes_on)
+            stays = False
             try:
                 restore.revert(self.running, name, stays=self.record.is_paused)
+            except BaseException:
+                # One that did not answer when it was to go on may be found stopped when it does.
+                stays = goes_on and not self.running.is_broken and self._may_stand()
+                raise
             finally:
                 now, told = self.running.recorded.to_json(), self.running.generation
                 is_broken, is_frozen = self.running.is_broken, self.running.is_frozen
                 self._note_what_is(
                     is_reverting=is_broken,
-                    is_standing=is_broken and self.running.goes_on,
+                    is_standing=stays or (is_broken and self.running.goes_on),
                     recorded=now,
                     told=told,
                     is_frozen=is_frozen,

@@ -355,6 +355,35 @@ def test_a_server_is_kept_that_could_not_be_looked_at_for_a_moment(
     assert os.strerror(errno.EMFILE) in said[0]
 
 
+def test_a_machine_that_did_not_answer_behind_a_revert_that_failed_is_noted_as_one_that_is_to_go_on(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: dict[str, object] = {}
+    answers = iter([False, True])  # it runs; and is found stopped when it answers again
+
+    class Process:
+        is_paused = property(lambda self: next(answers))
+
+    def revert(*given: object, **named: object) -> None:
+        raise MonitorError("it did not answer when it was to go on")
+
+    supervisor = Supervisor(store, "lab", print)
+    try:
+        supervisor._process = Process()  # type: ignore[assignment]
+        supervisor.record = SimpleNamespace(is_paused=False)  # type: ignore[assignment]
+        supervisor.running = SimpleNamespace(  # type: ignore[assignment]
+            guard=threading.RLock(), is_broken=False, goes_on=True, is_frozen=False, generation="",
+            recorded=SimpleNamespace(to_json=str), ram_volume=SimpleNamespace(closed=False),
+        )  # fmt: skip
+        monkeypatch.setattr(supervisor, "_note", lambda **what: noted.update(what))
+        monkeypatch.setattr(supervisor_module.restore, "revert", revert)
+        with pytest.raises(MonitorError):
+            supervisor.revert(lambda: None, "ready")
+    finally:
+        supervisor._ends.close()
+    assert (noted["is_reverting"], noted["is_standing"]) == (False, True)
+
+
 def test_a_machine_that_a_full_tmpfs_ended_says_so_from_the_room_of_its_ram(
     store: onionskin.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
