@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onionskin.base.lazy import logger
+from onionskin.base.os_errors import words_of
 from onionskin.base.sockets import has_hung_up
 from onionskin.base.waiting import within
 from onionskin.errors import OnionskinError, StateError
@@ -228,7 +229,7 @@ class Supervisor:
                         self._untold.append(f"its random numbers: {doubt}")
             except (OSError, OnionskinError) as error:
                 self._untold += [
-                    f"its clock, its host name and its addresses are those of the machine it was made from: {error}"
+                    f"its clock, its host name and its addresses are those of the machine it was made from: {words_of(error)}"
                 ]
             for line in self._untold:
                 self._log(f"the guest was not told: {line}")
@@ -244,7 +245,7 @@ class Supervisor:
         except (OSError, OnionskinError) as error:
             raise StateError(
                 f"machine {self._name!r} runs with its file systems frozen, as the snapshot has them, and its agent did not "
-                f"thaw them: {error}; thaw them from inside, or revert it to another snapshot"
+                f"thaw them: {words_of(error)}; thaw them from inside, or revert it to another snapshot"
             ) from error
         self.running.is_frozen = False
         self._note_what_is(is_frozen=False)
@@ -355,7 +356,7 @@ class Supervisor:
                 self._note(**what)
             except OSError as error:
                 self.record = replace(self.record, **what)
-                self._log(f"{self._directory / record.RECORD} could not be written: {error}")
+                self._log(f"{self._directory / record.RECORD} could not be written: {words_of(error)}")
 
     def _listen(self) -> None:
         verbs: dict[str, Callable[..., Any]] = {
@@ -451,7 +452,7 @@ class Supervisor:
         except OSError as error:  # no descriptor or no memory is left to look with: the guest goes on, and is not ended
             if str(error) != self._said_of_looking:
                 self._said_of_looking = str(error)
-                self._log(f"what became of the machine's processes cannot be seen now, and is looked at again: {error}")
+                self._log(f"what became of the machine's processes cannot be seen now, and is looked at again: {words_of(error)}")
             time.sleep(RESTART_SECONDS)
         return None
 
@@ -515,7 +516,7 @@ class Supervisor:
             try:
                 self._wait_for_server(poll)
             except OSError as error:  # no descriptor or no memory is left to look with
-                self._log(f"what became of the server of the disks cannot be seen now, and is looked at again: {error}")
+                self._log(f"what became of the server of the disks cannot be seen now, and is looked at again: {words_of(error)}")
                 poll.poll(RESTART_SECONDS * 1000)
 
     def _wait_for_server(self, poll: select.poll) -> None:
@@ -541,9 +542,9 @@ class Supervisor:
             with self._serving:
                 self._server.restart()
         except (OSError, OnionskinError) as error:
-            self._log(str(error))
+            self._log(words_of(error))
             if self._server.is_given_up:
-                self._fault = str(error)
+                self._fault = words_of(error)
             else:  # a revert may have a disk for a moment
                 time.sleep(RESTART_SECONDS)
                 self.wake()
@@ -561,7 +562,7 @@ class Supervisor:
             self._is_stopped = self._process.is_paused  # events were lost
             self._log("the connection to the hypervisor had ended; it is there again")
         except (OSError, StateError) as error:
-            why = f"the connection to the hypervisor has ended, and it takes no other one: {error}"
+            why = f"the connection to the hypervisor has ended, and it takes no other one: {words_of(error)}"
             if (
                 self._process.wait(DYING_SECONDS) is None and why != self._said_of_looking
             ):  # else its end was the reason
@@ -617,7 +618,7 @@ class Supervisor:
                 {"status": status, "is_forced": self._is_forced, "at": time.time(), "said": said},
             )
         except OSError as error:
-            self._log(f"{self._directory / record.ENDED} could not be written, so it will be said to be off: {error}")
+            self._log(f"{self._directory / record.ENDED} could not be written, so it will be said to be off: {words_of(error)}")
 
     def end(self) -> None:
         """Give all up: the hypervisor, if it still runs; the disks, which are flushed; the machine."""
@@ -790,7 +791,7 @@ class Supervisor:
                     raise StateError("it waits in a pool, and its guest never ran")
                 self._ask_to_shut_down(lambda: None, STOP_SECONDS)
             except (OSError, OnionskinError) as error:
-                self._log(str(error))
+                self._log(words_of(error))
                 self._is_forced = True
                 self._process.quit(QUIT_SECONDS)
             self.wake()
