@@ -343,7 +343,11 @@ class Supervisor:
             self.record = what
 
     def _note(self, **what: Any) -> None:
-        """Note of the machine what has changed. Several threads do, each of something else."""
+        """Note of the machine what has changed. Several threads do, each of something else.
+
+        StateError: the store is not where it was. A copy in its place has a machine of its own in a directory of that name.
+        """
+        self._store._opened.catalog.refuse_moved()
         with self._guard:
             noted = replace(self.record, **what)
             noted.write(self._directory)
@@ -354,7 +358,7 @@ class Supervisor:
         with self._guard:
             try:
                 self._note(**what)
-            except OSError as error:
+            except (OSError, StateError) as error:
                 self.record = replace(self.record, **what)
                 self._log(f"{self._directory / record.RECORD} could not be written: {words_of(error)}")
 
@@ -450,9 +454,9 @@ class Supervisor:
                 self._look_at_connection()
                 self._look_at_guest()
         except OSError as error:  # no descriptor or no memory is left to look with: the guest goes on, and is not ended
-            if str(error) != self._said_of_looking:
-                self._said_of_looking = str(error)
-                self._log(f"what became of the machine's processes cannot be seen now, and is looked at again: {words_of(error)}")
+            self._log_once(
+                f"what became of the machine's processes cannot be seen now, and is looked at again: {words_of(error)}"
+            )
             time.sleep(RESTART_SECONDS)
         return None
 
@@ -537,12 +541,13 @@ class Supervisor:
         process = self._server.process
         if not self._server.uris or (process is not None and process.is_alive) or self._fault or self._stopping:
             return
-        self._log("the server of the disks ended; starting it again")
         try:
+            self._store._opened.catalog.refuse_moved()  # a copy in its place has disks of the same names
+            self._log("the server of the disks ended; starting it again")
             with self._serving:
                 self._server.restart()
         except (OSError, OnionskinError) as error:
-            self._log(words_of(error))
+            self._log_once(f"the disks are not served: {words_of(error)}")
             if self._server.is_given_up:
                 self._fault = words_of(error)
             else:  # a revert may have a disk for a moment
@@ -563,13 +568,16 @@ class Supervisor:
             self._log("the connection to the hypervisor had ended; it is there again")
         except (OSError, StateError) as error:
             why = f"the connection to the hypervisor has ended, and it takes no other one: {words_of(error)}"
-            if (
-                self._process.wait(DYING_SECONDS) is None and why != self._said_of_looking
-            ):  # else its end was the reason
-                self._said_of_looking = why
-                self._log(why)
+            if self._process.wait(DYING_SECONDS) is None:  # else its end was the reason
+                self._log_once(why)
         finally:
             self.running.guard.release()
+
+    def _log_once(self, line: str) -> None:
+        """Log what is found again and again, as long as it is the same."""
+        if line != self._said_of_looking:
+            self._said_of_looking = line
+            self._log(line)
 
     def _look_at_guest(self) -> None:
         """Let a machine go on that the hypervisor stopped for an error of a disk, now that the disks are served.
@@ -609,22 +617,23 @@ class Supervisor:
                 "the kernel ended it (SIGBUS), as it does where the file below its RAM finds no room: is "
                 f"{self._process.ram_file.parent} full?"
             )
-        # Nobody has it any more, and on a full tmpfs its room is what this needs.
-        (self._directory / qemu_command.EMPTY_RAM).unlink(missing_ok=True)
         self._log(f"machine {self._name!r} ended with {status}{': ' + said if said else ''}")
         try:
+            self._store._opened.catalog.refuse_moved()
+            # Nobody has it any more, and on a full tmpfs its room is what this needs.
+            (self._directory / qemu_command.EMPTY_RAM).unlink(missing_ok=True)
             record.write_json(
                 self._directory / record.ENDED,
                 {"status": status, "is_forced": self._is_forced, "at": time.time(), "said": said},
             )
-        except OSError as error:
+        except (OSError, StateError) as error:
             self._log(f"{self._directory / record.ENDED} could not be written, so it will be said to be off: {words_of(error)}")
 
     def end(self) -> None:
         """Give all up: the hypervisor, if it still runs; the disks, which are flushed; the machine."""
         try:
             self._ends.close()
-            if hasattr(self, "_directory") and self._is_recorded:
+            if hasattr(self, "_directory") and self._is_recorded and not self._moved:
                 (self._directory / record.RECORD).unlink(missing_ok=True)
         finally:
             self._ended.set()
@@ -680,6 +689,15 @@ class Supervisor:
         except MonitorError as error:
             return f"unknown: {error}"
 
+    @property
+    def _moved(self) -> str:
+        """Say that the store is not where it was opened; nothing where it is."""
+        try:
+            self._store._opened.catalog.refuse_moved()
+        except (OSError, StateError) as error:
+            return words_of(error)
+        return ""
+
     def _state(self, said: str) -> str:
         if (
             said == _ENDED
@@ -702,7 +720,7 @@ class Supervisor:
             is_full = (self._event or {}).get("nospace")
             return f"a disk had an error{': no room is left in the store' if is_full else ''}; resume it when that is mended"
         if said == "running":
-            return ""
+            return self._moved
         if said == "shutdown":
             return "its guest has shut down, and QEMU stays (-no-shutdown); revert it, or stop it"
         if said == "suspended":

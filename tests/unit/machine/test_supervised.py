@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -382,6 +383,35 @@ def test_a_machine_that_did_not_answer_behind_a_revert_that_failed_is_noted_as_o
     finally:
         supervisor._ends.close()
     assert (noted["is_reverting"], noted["is_standing"]) == (False, True)
+
+
+def test_a_copy_that_was_put_where_the_store_was_is_left_alone(store: onionskin.Store, tmp_path: Path) -> None:
+    """It has a machine of the same id, which may run by itself, and disks of the same names."""
+    lab = store.create_machine("lab", disks=["web"], memory="1M")
+    said: list[str] = []
+    served: list[str] = []
+    supervisor = Supervisor(store, "lab", said.append)
+    supervisor._directory = record.make_directory(store.path, lab._id)
+    supervisor.record = Record(None, None, None, "{}", "{}", "g", "s", "/ram", True, None)
+    store.path.rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", store.path)
+    for name in (record.RECORD, qemu_command.EMPTY_RAM):
+        (supervisor._directory / name).write_text("of the copy")
+    with pytest.raises(StateError, match="not where it was opened"):
+        supervisor._note(is_paused=True)
+    supervisor._note_what_is(is_paused=False)  # that has happened already
+    supervisor._process = SimpleNamespace(_said=lambda: "")  # type: ignore[assignment]
+    supervisor.running = SimpleNamespace(is_broken=False)  # type: ignore[assignment]
+    supervisor._server = SimpleNamespace(  # type: ignore[assignment]
+        reap=lambda: None, process=None, uris=["web"], is_given_up=False, restart=lambda: served.append("web")
+    )
+    supervisor._look_at_server()
+    assert "not where it was opened" in supervisor._why("running")
+    supervisor._report(1)
+    supervisor.end()
+    assert served == []
+    left = {path.name: path.read_text() for path in supervisor._directory.iterdir()}
+    assert left == {record.RECORD: "of the copy", qemu_command.EMPTY_RAM: "of the copy"}
 
 
 def test_a_machine_that_a_full_tmpfs_ended_says_so_from_the_room_of_its_ram(
