@@ -902,12 +902,21 @@ class Supervisor:
 
 
 def _refuse_without_pidfd() -> None:
-    """Raise StateError where nobody can wait for the end of a process: the supervisor of a machine would end at once."""
+    """Raise StateError where nobody can wait for the end of a process: the supervisor of a machine would end at once.
+
+    So where none can be ended by what it was opened as: its number alone may be another one's by then.
+    """
+    call = "pidfd_open"
     try:
-        os.close(os.pidfd_open(os.getpid()))
+        descriptor = os.pidfd_open(os.getpid())
+        try:
+            call = "pidfd_send_signal"
+            signal.pidfd_send_signal(descriptor, 0)  # type: ignore[arg-type] # of no signal, which only looks whether it may
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise StateError(
-            f"a machine wants a call of the kernel that is refused here (pidfd_open: {error.strerror}); an older sandbox may "
+            f"a machine wants a call of the kernel that is refused here ({call}: {error.strerror}); an older sandbox may "
             "not know it"
         ) from None
 
