@@ -196,7 +196,9 @@ class RamFiles:
                 self.use(source).close()
                 self.sweep()
             except (OSError, OnionskinError) as error:
-                _log.warning("the RAM file of layer %s was not made beforehand: %s", source.layer.hex(), words_of(error))
+                _log.warning(
+                    "the RAM file of layer %s was not made beforehand: %s", source.layer.hex(), words_of(error)
+                )
 
     def _next(self) -> Source | None:
         """Wait until what is wanted is due. Return it, or None if nothing is: the thread ends then."""

@@ -520,7 +520,9 @@ class Supervisor:
             try:
                 self._wait_for_server(poll)
             except OSError as error:  # no descriptor or no memory is left to look with
-                self._log(f"what became of the server of the disks cannot be seen now, and is looked at again: {words_of(error)}")
+                self._log(
+                    f"what became of the server of the disks cannot be seen now, and is looked at again: {words_of(error)}"
+                )
                 poll.poll(RESTART_SECONDS * 1000)
 
     def _wait_for_server(self, poll: select.poll) -> None:
@@ -627,7 +629,9 @@ class Supervisor:
                 {"status": status, "is_forced": self._is_forced, "at": time.time(), "said": said},
             )
         except (OSError, StateError) as error:
-            self._log(f"{self._directory / record.ENDED} could not be written, so it will be said to be off: {words_of(error)}")
+            self._log(
+                f"{self._directory / record.ENDED} could not be written, so it will be said to be off: {words_of(error)}"
+            )
 
     def end(self) -> None:
         """Give all up: the hypervisor, if it still runs; the disks, which are flushed; the machine."""
@@ -911,7 +915,7 @@ def _refuse_without_pidfd() -> None:
         descriptor = os.pidfd_open(os.getpid())
         try:
             call = "pidfd_send_signal"
-            signal.pidfd_send_signal(descriptor, 0)  # type: ignore[arg-type] # of no signal, which only looks whether it may
+            signal.pidfd_send_signal(descriptor, 0)  # of no signal, which only looks whether it may
         finally:
             os.close(descriptor)
     except OSError as error:

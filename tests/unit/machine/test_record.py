@@ -117,7 +117,7 @@ def test_nothing_is_waited_for_or_written_to_that_is_no_log_in_its_place(tmp_pat
     other.write_text("precious")
     {"a link": lambda: log.symlink_to(other), "a directory": log.mkdir}.get(what, lambda: os.mkfifo(log))()
     reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK) if what.endswith("reader") else None
-    with pytest.raises(FileExistsError, match="supervisor.log"):
+    with pytest.raises(FileExistsError, match=r"supervisor\.log"):
         open_log(log, os.O_TRUNC)
     if reader is not None:
         os.close(reader)
