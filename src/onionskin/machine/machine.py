@@ -342,7 +342,8 @@ class Machine:
         SnapshotExistsError
             The name is taken.
         StateError
-            It was not taken, and nothing of it remains.
+            It was not taken, and nothing of it remains; but where the supervisor of the machine does not answer, as it was
+            stopped, it may be taken when that goes on.
         """
         with self._supervisor() as control:
             if control is not None:

@@ -238,6 +238,16 @@ def test_a_caller_is_refused_whose_thread_dies_before_it_begins_and_the_next_one
     server.close()
 
 
+def test_who_hears_nothing_any_more_is_told_that_it_may_be_done_all_the_same() -> None:
+    here, there = socket.socketpair()
+    with there:
+        there.sendall(frames.packed({"onionskin": "machine", "version": VERSION}))
+        with MachineControl(here, "lab") as control:
+            here.settimeout(0.01)
+            with pytest.raises(StateError, match="may do what 'snapshot' asked for then"):
+                control.call("snapshot", name="a", note="", mode=None, freeze=False)
+
+
 def test_what_a_caller_that_has_gone_asked_for_is_given_up(tmp_path: Path) -> None:
     is_asked, may_end = threading.Event(), threading.Event()
     ended: list[str] = []
