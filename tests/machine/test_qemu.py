@@ -361,11 +361,23 @@ def test_without_tracking_its_ram_is_a_shared_file_of_its_own(
         ),
         (("-smp", "4"), "give cpus= instead"),
         (("-append", "quiet"), "give append= instead"),
+        (("-perfmap", "disk.raw"), "belongs to no option"),
+        (("-run-with", "chroot=/srv"), "-run-with"),
     ],
 )
 def test_an_argument_that_no_snapshot_would_survive_is_refused_by_name(given: tuple[str, ...], named: str) -> None:
     with pytest.raises(StateError, match=named):
         QemuHypervisor().check(Configuration(16 * MIB, qemu_args=given), 1)
+
+
+def test_no_word_behind_an_option_that_takes_none_is_a_disk_to_this_qemu(qemu: list[str]) -> None:
+    said = subprocess.run([qemu[0], "-help"], capture_output=True, text=True, check=True).stdout
+    # What an option takes stands one space behind it; what it does, further on or in the next line.
+    found = re.findall(r"^(-[\w-]+)(?: or -[\w-]+)?(?=$|\t| \t|  )", said, re.MULTILINE)
+    assert "-nodefaults" in found
+    for option in {one.replace("--", "-") for one in found} - {"-dtb"}:  # which takes a file, and is shown without one
+        with pytest.raises(StateError, match=rf"belongs to no option|argument {option} for QEMU cannot be given"):
+            QemuHypervisor().check(configuration(qemu, qemu_args=(option, "disk.raw")), 1)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import array
 import ctypes
 import fcntl
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -668,14 +669,18 @@ def test_all_killed_leaves_a_machine_that_starts_again(lab: Machine) -> None:
         screen.wait_ticks()
 
 
+@pytest.mark.parametrize("gone", ["its socket", "its directory"])
 def test_a_machine_whose_socket_is_gone_is_said_to_run_with_what_ends_it(
-    lab: Machine, monkeypatch: pytest.MonkeyPatch
+    lab: Machine, monkeypatch: pytest.MonkeyPatch, gone: str
 ) -> None:
     lab.start()
     with console(lab) as screen:
         screen.wait_ticks()
         record = found(lab)
-        (lab._directory / "control").unlink()
+        if gone == "its socket":
+            (lab._directory / "control").unlink()
+        else:
+            shutil.rmtree(lab._directory)
         monkeypatch.setattr("onionskin.machine.machine.STARTING_SECONDS", 0.1)
         with pytest.raises(StateError, match=f"'kill {record.supervisor.pid}' has its guest shut down"):
             lab.status()

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 from support.forbid_calls import (
     IOCTL,
+    MADVISE,
     MEMFD_CREATE,
     PAGEMAP_SCAN,
     PIDFD_OPEN,
+    PIDFD_SEND_SIGNAL,
     READ_PROCESS,
     WRITE_PROCESS,
     forbid,
@@ -155,10 +157,27 @@ def test_a_machine_whose_ram_cannot_be_scanned_read_or_written_is_started_withou
         screen.wait_ticks()
 
 
-def test_a_machine_is_not_started_where_nobody_can_wait_for_the_end_of_its_processes(tracked_lab: Machine) -> None:
-    refused = start_without(tracked_lab, PIDFD_OPEN)
-    assert refused.returncode and "pidfd_open" in refused.stderr
+@pytest.mark.parametrize(("call", "named"), [(PIDFD_OPEN, "pidfd_open"), (PIDFD_SEND_SIGNAL, "pidfd_send_signal")])
+def test_a_machine_is_not_started_where_nobody_can_wait_for_the_end_of_its_processes_or_end_them(
+    tracked_lab: Machine, call: int, named: str
+) -> None:
+    refused = start_without(tracked_lab, call)
+    assert refused.returncode and f"({named}:" in refused.stderr
     assert tracked_lab.state == "off"
+
+
+def test_a_machine_is_taken_and_put_back_in_a_sandbox_in_which_memory_cannot_be_dropped(tracked_lab: Machine) -> None:
+    assert start_without(tracked_lab, MADVISE).returncode == 0
+    assert tracked_lab.status()["is_tracked"] is True
+    with console_of(tracked_lab) as screen:
+        screen.wait_ticks()
+        for name in ("first", "second"):
+            tracked_lab.snapshot(name)
+            count = count_in(tracked_lab._store, name)
+            at = len(screen.ticks)
+            screen.wait_past(count + 1)
+            tracked_lab.revert(name)
+            assert screen.wait_back(at) in (count, count + 1)
 
 
 def test_a_snapshot_that_gets_no_file_in_memory_says_which_call_is_refused(tracked_lab: Machine) -> None:

@@ -11,11 +11,11 @@ _ALLOW, _ERROR = 0x7FFF0000, 0x00050000  # linux/seccomp.h
 _SECOND = 24  # where its low word is in struct seccomp_data; little-endian
 PROCESS_MADVISE = 440  # on all processors
 PAGEMAP_SCAN = 0xC0606610
-PIDFD_OPEN = 434
+PIDFD_OPEN, PIDFD_SEND_SIGNAL = 434, 424
 if platform.machine() == "x86_64":
-    IOCTL, READ_PROCESS, WRITE_PROCESS, MEMFD_CREATE = 16, 310, 311, 319
+    IOCTL, READ_PROCESS, WRITE_PROCESS, MEMFD_CREATE, MADVISE = 16, 310, 311, 319, 28
 else:
-    IOCTL, READ_PROCESS, WRITE_PROCESS, MEMFD_CREATE = 29, 270, 271, 279
+    IOCTL, READ_PROCESS, WRITE_PROCESS, MEMFD_CREATE, MADVISE = 29, 270, 271, 279, 233
 
 
 def forbid(number: int, second: int | None = None) -> None:

@@ -222,6 +222,7 @@ class MachineControl:
     def __init__(self, connection: socket.socket, name: str) -> None:
         self._connection = connection
         self._name = name
+        self._asked = ""  # which verb was asked for last
         self.pid: int = credentials_of(connection)[0]
         connection.settimeout(frames.SILENCE_SECONDS)
         try:
@@ -267,6 +268,7 @@ class MachineControl:
 
     def ask(self, verb: str, **arguments: Any) -> None:
         """Ask for a verb. `answer` is to be called next."""
+        self._asked = verb
         try:
             frames.send(self._connection, {"verb": verb, "arguments": arguments}, bytes_max=frames.REQUEST_BYTES_MAX)
         except TimeoutError:
@@ -298,9 +300,11 @@ class MachineControl:
 
     def _silent(self) -> StateError:
         why = "it was stopped (kill -CONT lets it go on)" if is_stopped(self.pid) else "it hangs, maybe on a disk"
+        # Between its last step and the answer nobody takes back what was done.
+        later = f", and may do what '{self._asked}' asked for then: look, before you ask again" * bool(self._asked)
         return StateError(
             f"process {self.pid}, which supervises machine {self._name!r}, has not answered for "
-            f"{frames.SILENCE_SECONDS:.0f} s; {why}"
+            f"{frames.SILENCE_SECONDS:.0f} s; {why}{later}"
         )
 
     def _gone(self) -> WentAway:

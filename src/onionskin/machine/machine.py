@@ -342,7 +342,8 @@ class Machine:
         SnapshotExistsError
             The name is taken.
         StateError
-            It was not taken, and nothing of it remains.
+            It was not taken, and nothing of it remains; but where the supervisor of the machine does not answer, as it was
+            stopped, it may be taken when that goes on.
         """
         with self._supervisor() as control:
             if control is not None:
@@ -842,8 +843,11 @@ class Machine:
 
     def _silent(self, found: Record | None) -> StateError:
         """Say that somebody has the machine who cannot be reached, and what ends that."""
-        if found is not None and found.supervisor is not None and found.supervisor.is_alive:
-            pid = found.supervisor.pid
+        supervisor = (
+            found.supervisor if found is not None else None
+        )  # it goes with the directory, where that was removed
+        pid = supervisor.pid if supervisor is not None and supervisor.is_alive else self.info().pid
+        if pid is not None:
             return StateError(
                 f"machine {self._name!r} runs in process {pid}, which nobody can reach at "
                 f"{self._directory / record.CONTROL}; 'kill {pid}' has its guest shut down"

@@ -93,6 +93,8 @@ class MachinePool:
         ------
         StateError
             It has ended, one could not be started, or it took longer than ten minutes.
+        OSError
+            One could not be started: a file could not be read or written, or there is no space (ENOSPC).
         """
         self._ask("wait", FULL_SECONDS)
 

@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onionskin.base.os_errors import words_of
 from onionskin.base.sockets import UnixListener, credentials_of, may_connect
 from onionskin.base.waiting import within
 from onionskin.control import frames
@@ -132,6 +133,7 @@ class Pool:
         self._is_ending = False
         self._due = 0.0
         self._failure = ""
+        self._error: OSError | OnionskinError | None = None  # which that is
         self._held: RamFile | None = None
         self._listener: UnixListener | None = None
         self._wake_reader, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -195,7 +197,7 @@ class Pool:
             made = self._make(missing)
         except (MachineNotFoundError, SnapshotNotFoundError) as error:
             daemon.log_line(f"the pool ends: {error}")
-            self._failure = str(error)
+            self._failure, self._error = words_of(error), error
             self._is_ending = True
             return
         except (OSError, OnionskinError) as error:
@@ -208,12 +210,13 @@ class Pool:
             self._note_failure(error)
 
     def _note_failure(self, error: BaseException) -> None:
-        self._failure = str(error)
+        self._failure = words_of(error)
+        self._error = error if isinstance(error, OSError | OnionskinError) else StateError(self._failure)
         self._due = time.monotonic() + AGAIN_SECONDS
-        daemon.log_line(f"a machine of the pool could not be started: {error}")
+        daemon.log_line(f"a machine of the pool could not be started: {self._failure}")
         waiting, self._waiting = self._waiting, []
         for connection in waiting:
-            self._reply(connection, {"error": frames.pack_error(StateError(self._failure))})
+            self._reply(connection, {"error": frames.pack_error(self._error)})
 
     def _make(self, count: int) -> dict[str, str]:
         """Make the rows of machines. Returns their ids by their names."""
@@ -305,13 +308,13 @@ class Pool:
                 notify("READY=1")
                 self.tell({"ready": True})
                 is_told = True
-            if not is_told and self._failure:
-                raise StateError(self._failure)
+            if not is_told and self._error is not None:
+                raise self._error
             self._wait()
             if self._milliseconds_left() == 0 and not self._is_ending:
                 self._fill()
-        if not is_told and self._failure:
-            raise StateError(self._failure)
+        if not is_told and self._error is not None:
+            raise self._error
 
     @property
     def _is_full(self) -> bool:
@@ -373,7 +376,7 @@ class Pool:
             self._drop(member)
             self._note_failure(frames.unpack_error(value["error"]))
         elif self._is_full:
-            self._failure = ""
+            self._failure, self._error = "", None
             waiting, self._waiting = self._waiting, []
             for connection in waiting:
                 self._reply(connection, {"result": None})
@@ -407,7 +410,7 @@ class Pool:
         try:
             pid = os.fork()
         except OSError as error:
-            daemon.log_line(f"{stays}: {error}")
+            daemon.log_line(f"{stays}: {words_of(error)}")
             return
         if pid == 0:
             try:
@@ -415,7 +418,7 @@ class Pool:
                 self._in_store(clean)
             except BaseException as error:
                 with suppress(BaseException):
-                    daemon.log_line(f"{stays}: {error}")
+                    daemon.log_line(f"{stays}: {words_of(error)}")
             os._exit(0)
         self._cleaning.add(pid)
 
@@ -426,7 +429,7 @@ class Pool:
         try:
             connection, _ = self._listener.socket.accept()
         except OSError as error:
-            daemon.log_line(f"a connection to the pool could not be accepted: {error}")
+            daemon.log_line(f"a connection to the pool could not be accepted: {words_of(error)}")
             time.sleep(ACCEPT_AGAIN_SECONDS)  # it waits still, and nothing else would be done meanwhile but to try
             return
         try:
@@ -520,7 +523,7 @@ class Pool:
         try:
             return list(self._in_child(look))
         except (OSError, OnionskinError) as error:
-            daemon.log_line(f"it is not known which machines of the pool are ending: {error}")
+            daemon.log_line(f"it is not known which machines of the pool are ending: {words_of(error)}")
             return []
 
 
@@ -568,7 +571,7 @@ def main(text: str) -> int:
         pool.begin()
         pool.run()
     except (OSError, OnionskinError) as error:
-        daemon.log_line(f"{type(error).__name__}: {error}")
+        daemon.log_line(f"{type(error).__name__}: {words_of(error)}")
         pool.end()
         pool.tell({"error": frames.pack_error(error)})
         return 1

@@ -46,7 +46,10 @@ _OURS = {
         ),
     ),
     **dict.fromkeys(("-snapshot", "-replay", "-icount"), "the disks and the time of the machine are onionskin's"),
-    **dict.fromkeys(("-mem-path", "-mem-prealloc", "-chroot", "-runas"), "its RAM is onionskin's"),
+    **dict.fromkeys(("-mem-path", "-mem-prealloc"), "its RAM is onionskin's"),
+    **dict.fromkeys(
+        ("-chroot", "-runas", "-run-with"), "the process, its user and the files that it opens are onionskin's"
+    ),
     "-pflash": "UEFI and its variable store are not supported: a snapshot would not have them; boot with SeaBIOS or kernel=",
 }
 _UEFI = re.compile(r"if=pflash|pflash[01]=|ovmf|edk2|\.fd\b", re.IGNORECASE)
@@ -66,7 +69,7 @@ _ALONE = {
     *("-usb", "-enable-kvm", "-no-reboot", "-no-shutdown", "-no-acpi", "-no-hpet", "-no-fd-bootchk", "-nographic"),
     *("-nodefaults", "-no-user-config", "-only-migratable", "-s", "-full-screen", "-portrait", "-singlestep"),
     *("-enable-sync-profile", "-h", "-help", "-version", "-audio-help", "-xen-attach", "-xen-domid-restrict"),
-    "-win2k-hack",
+    *("-win2k-hack", "-perfmap", "-jitdump", "-async-teardown", "-enable-fips", "-semihosting"),
 }
 # How QEMU writes that something is so; it takes no capitals, and no 1.
 _YES = ("on", "yes", "true", "y")

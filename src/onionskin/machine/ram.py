@@ -126,15 +126,24 @@ class UnsavedRam(ABC):
         self.length: int = length
         count = length // PAGE_BYTES
         self._unsaved = np.zeros(count, np.bool_)
-        # Each page has its place in it, so the last state of a page replaces the one before. Only what is written to
-        # takes memory.
-        self._copy = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-        self._bytes = np.frombuffer(self._copy, np.uint8)
-        self._pages = self._bytes.reshape(-1, PAGE_BYTES)
+        self._make_copy()
         self._copied = np.zeros(count, np.bool_)  # of the unsaved: what the copy has, and the volume has not
         self._stored = np.zeros(count, np.bool_)  # of the unsaved: what was written to the volume as data
         self._volume_has: NDArray[np.bool_] | None = None
         self._is_closed = False
+
+    def _make_copy(self) -> None:
+        # Each page has its place in it, so the last state of a page replaces the one before. Only what is written to
+        # takes memory.
+        self._copy = mmap.mmap(-1, self.length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+        self._bytes = np.frombuffer(self._copy, np.uint8)
+        self._pages = self._bytes.reshape(-1, PAGE_BYTES)
+
+    def _empty_copy(self) -> None:
+        try:
+            self._copy.madvise(mmap.MADV_DONTNEED)
+        except OSError:  # in a sandbox that refuses it
+            self._make_copy()
 
     @property
     def unsaved_pages(self) -> int:
@@ -239,7 +248,7 @@ class UnsavedRam(ABC):
         self._copied[:] = False
         self._stored[:] = False
         self._volume_has = None
-        self._copy.madvise(mmap.MADV_DONTNEED)
+        self._empty_copy()
 
     @abstractmethod
     def put_back(self, pages: NDArray[Any], volume: "Volume") -> None:
@@ -256,7 +265,7 @@ class UnsavedRam(ABC):
     def close(self) -> None:
         """Give up the copy."""
         self._is_closed = True
-        self._copy.madvise(mmap.MADV_DONTNEED)
+        self._empty_copy()
 
 
 def page_aligned(count: int) -> NDArray[np.uint8]:

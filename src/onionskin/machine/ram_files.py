@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Self
 from onionskin.base import modes
 from onionskin.base.files import data_ranges
 from onionskin.base.lazy import logger
+from onionskin.base.os_errors import words_of
 from onionskin.base.waiting import within
 from onionskin.errors import OnionskinError, StateError
 from onionskin.kernels._wipe import wipe
@@ -159,8 +160,11 @@ class RamFiles:
                 self._drop_wrong(path)
 
     def use_if_there(self, source: Source) -> RamFile | None:
-        """Return the file for a layer, or None where none is made yet."""
-        found = _use(self._path(source))
+        """Return the file for a layer, or None where none can be used now. Nobody is waited for: a machine stands still."""
+        try:
+            found = _use(self._path(source), seconds=0)
+        except (OSError, StateError):  # it is no file, or is being dropped
+            return None
         if found is not None and not (found.has(source.length) and found.is_whole):
             found.close()
             return None
@@ -192,7 +196,9 @@ class RamFiles:
                 self.use(source).close()
                 self.sweep()
             except (OSError, OnionskinError) as error:
-                _log.warning("the RAM file of layer %s was not made beforehand: %s", source.layer.hex(), error)
+                _log.warning(
+                    "the RAM file of layer %s was not made beforehand: %s", source.layer.hex(), words_of(error)
+                )
 
     def _next(self) -> Source | None:
         """Wait until what is wanted is due. Return it, or None if nothing is: the thread ends then."""
@@ -284,7 +290,7 @@ class RamFiles:
             try:
                 self._drop(path)
             except OSError as error:
-                _log.warning("the RAM file %s could not be dropped: %s", path, error)
+                _log.warning("the RAM file %s could not be dropped: %s", path, error.strerror)
 
     def drop(self, layer: bytes) -> bool:
         """Drop the files of a layer that nobody stands on any more. Return whether none is left."""
@@ -352,7 +358,7 @@ def _draft_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.new")
 
 
-def _use(path: Path) -> RamFile | None:
+def _use(path: Path, seconds: float = STOPPED_SECONDS) -> RamFile | None:
     """Use a file, or return None if there is none."""
     while True:
         try:
@@ -364,7 +370,7 @@ def _use(path: Path) -> RamFile | None:
                 raise
             raise StateError(f"{path} is no file; remove it: the RAM file of that name is made again") from None
         try:
-            if not within(STOPPED_SECONDS, lambda: _lock(descriptor, fcntl.LOCK_SH) or not _is_at(descriptor, path)):  # noqa: B023
+            if not within(seconds, lambda: _lock(descriptor, fcntl.LOCK_SH) or not _is_at(descriptor, path)):  # noqa: B023
                 raise StateError(
                     f"{path} is being dropped by another process, which does not go on; try again when it does"
                 )

@@ -7,10 +7,12 @@ What must hold: a process is meant by its id, its start and the boot of this hos
 is whole, or that of before. It need not survive a crash of the host: then no process is left that it could mean.
 """
 
+import errno
 import json
 import os
 import select
 import signal
+import stat
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
@@ -240,11 +242,34 @@ def write_json(path: Path, value: object) -> None:
 
 
 def open_log(path: Path, how: int) -> int:
-    """Open a log of a machine to write to it: `how` is O_APPEND or O_TRUNC. A link in its place is refused with an error.
+    """Open a log of a machine to write to it: `how` is O_APPEND or O_TRUNC. What is no file of its own is refused.
 
-    A store that came from somewhere else may have one there, to a file of whoever starts the machine.
+    A store that came from somewhere else may have a link there, to a file of whoever starts the machine; or a FIFO, on which
+    an opening would wait for a reader, and what is started for room.
+
+    Raises
+    ------
+    FileExistsError
+        It is no file.
+    OSError
+        It cannot be opened.
     """
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | how, 0o600)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags | how, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise
+        raise _no_log(path) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _no_log(path)
+    os.set_blocking(descriptor, True)
+    return descriptor
+
+
+def _no_log(path: Path) -> FileExistsError:
+    return FileExistsError(errno.EEXIST, "this is no file; remove it, and a log is begun in its place", str(path))
 
 
 def remove_directory(directory: Path) -> None:

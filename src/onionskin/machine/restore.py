@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onionskin.base.lazy import logger
+from onionskin.base.os_errors import words_of
 from onionskin.base.sizes import format_size
 from onionskin.errors import OnionskinError, StateError
 from onionskin.kernels._ram import PAGE_BYTES
@@ -378,7 +379,7 @@ def _stopped_to_revert(running: Running, stays: bool) -> Iterator[Stop]:
             if isinstance(error, OSError | OnionskinError):
                 raise StateError(
                     f"machine {running.name!r} could not be put back, and is between two states: it stays stopped; revert "
-                    f"it again, or stop it and start it from a snapshot: {error}"
+                    f"it again, or stop it and start it from a snapshot: {words_of(error)}"
                 ) from error
             raise
         if (was_broken or had_ended) and running.goes_on:

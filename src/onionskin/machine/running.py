@@ -260,13 +260,21 @@ def source_of(store: "Store", volume: "VolumeRow", layer: bytes, length: int) ->
 
 @contextmanager
 def stopped(process: "Process") -> Iterator["Stop"]:
-    """Stop a machine for the time of the block, or until `Stop.end`. One that was stopped before stays so."""
+    """Stop a machine for the time of the block, or until `Stop.end`. One that was stopped before stays so.
+
+    What the block fails with is raised also where the machine does not answer when it is to go on: that is why.
+    """
     stop = Stop(process)
     try:
         stop.begin()
         yield stop
-    finally:
-        stop.end()
+    except BaseException:
+        try:
+            stop.end()
+        except (OSError, OnionskinError) as error:
+            _log.warning("it does not go on behind what failed: %s", error)
+        raise
+    stop.end()
 
 
 class Stop:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onionskin.base.lazy import logger
+from onionskin.base.os_errors import words_of
 from onionskin.base.sockets import has_hung_up
 from onionskin.base.waiting import within
 from onionskin.errors import OnionskinError, StateError
@@ -228,7 +229,7 @@ class Supervisor:
                         self._untold.append(f"its random numbers: {doubt}")
             except (OSError, OnionskinError) as error:
                 self._untold += [
-                    f"its clock, its host name and its addresses are those of the machine it was made from: {error}"
+                    f"its clock, its host name and its addresses are those of the machine it was made from: {words_of(error)}"
                 ]
             for line in self._untold:
                 self._log(f"the guest was not told: {line}")
@@ -244,7 +245,7 @@ class Supervisor:
         except (OSError, OnionskinError) as error:
             raise StateError(
                 f"machine {self._name!r} runs with its file systems frozen, as the snapshot has them, and its agent did not "
-                f"thaw them: {error}; thaw them from inside, or revert it to another snapshot"
+                f"thaw them: {words_of(error)}; thaw them from inside, or revert it to another snapshot"
             ) from error
         self.running.is_frozen = False
         self._note_what_is(is_frozen=False)
@@ -342,7 +343,11 @@ class Supervisor:
             self.record = what
 
     def _note(self, **what: Any) -> None:
-        """Note of the machine what has changed. Several threads do, each of something else."""
+        """Note of the machine what has changed. Several threads do, each of something else.
+
+        StateError: the store is not where it was. A copy in its place has a machine of its own in a directory of that name.
+        """
+        self._store._opened.catalog.refuse_moved()
         with self._guard:
             noted = replace(self.record, **what)
             noted.write(self._directory)
@@ -353,9 +358,9 @@ class Supervisor:
         with self._guard:
             try:
                 self._note(**what)
-            except OSError as error:
+            except (OSError, StateError) as error:
                 self.record = replace(self.record, **what)
-                self._log(f"{self._directory / record.RECORD} could not be written: {error}")
+                self._log(f"{self._directory / record.RECORD} could not be written: {words_of(error)}")
 
     def _listen(self) -> None:
         verbs: dict[str, Callable[..., Any]] = {
@@ -449,9 +454,9 @@ class Supervisor:
                 self._look_at_connection()
                 self._look_at_guest()
         except OSError as error:  # no descriptor or no memory is left to look with: the guest goes on, and is not ended
-            if str(error) != self._said_of_looking:
-                self._said_of_looking = str(error)
-                self._log(f"what became of the machine's processes cannot be seen now, and is looked at again: {error}")
+            self._log_once(
+                f"what became of the machine's processes cannot be seen now, and is looked at again: {words_of(error)}"
+            )
             time.sleep(RESTART_SECONDS)
         return None
 
@@ -515,7 +520,9 @@ class Supervisor:
             try:
                 self._wait_for_server(poll)
             except OSError as error:  # no descriptor or no memory is left to look with
-                self._log(f"what became of the server of the disks cannot be seen now, and is looked at again: {error}")
+                self._log(
+                    f"what became of the server of the disks cannot be seen now, and is looked at again: {words_of(error)}"
+                )
                 poll.poll(RESTART_SECONDS * 1000)
 
     def _wait_for_server(self, poll: select.poll) -> None:
@@ -536,14 +543,15 @@ class Supervisor:
         process = self._server.process
         if not self._server.uris or (process is not None and process.is_alive) or self._fault or self._stopping:
             return
-        self._log("the server of the disks ended; starting it again")
         try:
+            self._store._opened.catalog.refuse_moved()  # a copy in its place has disks of the same names
+            self._log("the server of the disks ended; starting it again")
             with self._serving:
                 self._server.restart()
         except (OSError, OnionskinError) as error:
-            self._log(str(error))
+            self._log_once(f"the disks are not served: {words_of(error)}")
             if self._server.is_given_up:
-                self._fault = str(error)
+                self._fault = words_of(error)
             else:  # a revert may have a disk for a moment
                 time.sleep(RESTART_SECONDS)
                 self.wake()
@@ -561,14 +569,17 @@ class Supervisor:
             self._is_stopped = self._process.is_paused  # events were lost
             self._log("the connection to the hypervisor had ended; it is there again")
         except (OSError, StateError) as error:
-            why = f"the connection to the hypervisor has ended, and it takes no other one: {error}"
-            if (
-                self._process.wait(DYING_SECONDS) is None and why != self._said_of_looking
-            ):  # else its end was the reason
-                self._said_of_looking = why
-                self._log(why)
+            why = f"the connection to the hypervisor has ended, and it takes no other one: {words_of(error)}"
+            if self._process.wait(DYING_SECONDS) is None:  # else its end was the reason
+                self._log_once(why)
         finally:
             self.running.guard.release()
+
+    def _log_once(self, line: str) -> None:
+        """Log what is found again and again, as long as it is the same."""
+        if line != self._said_of_looking:
+            self._said_of_looking = line
+            self._log(line)
 
     def _look_at_guest(self) -> None:
         """Let a machine go on that the hypervisor stopped for an error of a disk, now that the disks are served.
@@ -608,22 +619,25 @@ class Supervisor:
                 "the kernel ended it (SIGBUS), as it does where the file below its RAM finds no room: is "
                 f"{self._process.ram_file.parent} full?"
             )
-        # Nobody has it any more, and on a full tmpfs its room is what this needs.
-        (self._directory / qemu_command.EMPTY_RAM).unlink(missing_ok=True)
         self._log(f"machine {self._name!r} ended with {status}{': ' + said if said else ''}")
         try:
+            self._store._opened.catalog.refuse_moved()
+            # Nobody has it any more, and on a full tmpfs its room is what this needs.
+            (self._directory / qemu_command.EMPTY_RAM).unlink(missing_ok=True)
             record.write_json(
                 self._directory / record.ENDED,
                 {"status": status, "is_forced": self._is_forced, "at": time.time(), "said": said},
             )
-        except OSError as error:
-            self._log(f"{self._directory / record.ENDED} could not be written, so it will be said to be off: {error}")
+        except (OSError, StateError) as error:
+            self._log(
+                f"{self._directory / record.ENDED} could not be written, so it will be said to be off: {words_of(error)}"
+            )
 
     def end(self) -> None:
         """Give all up: the hypervisor, if it still runs; the disks, which are flushed; the machine."""
         try:
             self._ends.close()
-            if hasattr(self, "_directory") and self._is_recorded:
+            if hasattr(self, "_directory") and self._is_recorded and not self._moved:
                 (self._directory / record.RECORD).unlink(missing_ok=True)
         finally:
             self._ended.set()
@@ -679,6 +693,15 @@ class Supervisor:
         except MonitorError as error:
             return f"unknown: {error}"
 
+    @property
+    def _moved(self) -> str:
+        """Say that the store is not where it was opened; nothing where it is."""
+        try:
+            self._store._opened.catalog.refuse_moved()
+        except (OSError, StateError) as error:
+            return words_of(error)
+        return ""
+
     def _state(self, said: str) -> str:
         if (
             said == _ENDED
@@ -701,7 +724,7 @@ class Supervisor:
             is_full = (self._event or {}).get("nospace")
             return f"a disk had an error{': no room is left in the store' if is_full else ''}; resume it when that is mended"
         if said == "running":
-            return ""
+            return self._moved
         if said == "shutdown":
             return "its guest has shut down, and QEMU stays (-no-shutdown); revert it, or stop it"
         if said == "suspended":
@@ -790,7 +813,7 @@ class Supervisor:
                     raise StateError("it waits in a pool, and its guest never ran")
                 self._ask_to_shut_down(lambda: None, STOP_SECONDS)
             except (OSError, OnionskinError) as error:
-                self._log(str(error))
+                self._log(words_of(error))
                 self._is_forced = True
                 self._process.quit(QUIT_SECONDS)
             self.wake()
@@ -815,14 +838,19 @@ class Supervisor:
         with self._turn(has_gone), self._held():
             goes_on = self.running.goes_on if self.running.is_broken else not self._process.is_paused
             self._note(is_reverting=True, is_standing=goes_on)
+            stays = False
             try:
                 restore.revert(self.running, name, stays=self.record.is_paused)
+            except BaseException:
+                # One that did not answer when it was to go on may be found stopped when it does.
+                stays = goes_on and not self.running.is_broken and self._may_stand()
+                raise
             finally:
                 now, told = self.running.recorded.to_json(), self.running.generation
                 is_broken, is_frozen = self.running.is_broken, self.running.is_frozen
                 self._note_what_is(
                     is_reverting=is_broken,
-                    is_standing=is_broken and self.running.goes_on,
+                    is_standing=stays or (is_broken and self.running.goes_on),
                     recorded=now,
                     told=told,
                     is_frozen=is_frozen,
@@ -878,12 +906,21 @@ class Supervisor:
 
 
 def _refuse_without_pidfd() -> None:
-    """Raise StateError where nobody can wait for the end of a process: the supervisor of a machine would end at once."""
+    """Raise StateError where nobody can wait for the end of a process: the supervisor of a machine would end at once.
+
+    So where none can be ended by what it was opened as: its number alone may be another one's by then.
+    """
+    call = "pidfd_open"
     try:
-        os.close(os.pidfd_open(os.getpid()))
+        descriptor = os.pidfd_open(os.getpid())
+        try:
+            call = "pidfd_send_signal"
+            signal.pidfd_send_signal(descriptor, 0)  # of no signal, which only looks whether it may
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise StateError(
-            f"a machine wants a call of the kernel that is refused here (pidfd_open: {error.strerror}); an older sandbox may "
+            f"a machine wants a call of the kernel that is refused here ({call}: {error.strerror}); an older sandbox may "
             "not know it"
         ) from None
 

@@ -28,6 +28,7 @@ from onionskin.catalog import (
     new_id,
 )
 from onionskin.catalog.rows import STAGED_PREFIX
+from onionskin.catalog.sqlite_errors import damaged
 from onionskin.catalog.tree import unnamed_around
 from onionskin.errors import OnionskinError, SnapshotExistsError, StateError
 from onionskin.operations import machines, reclaim, snapshot_names, staged_volumes
@@ -343,6 +344,8 @@ def cut_machine(store: OpenStore, name: str, opener: Opener, finder: Finder) -> 
         machine = machines.find(catalog, name)
         disks = catalog.disks_of_machine(machine.id)
         names = {row.id: row.name for row in machines.volumes_of(catalog, machine) if row.id != machine.ram}
+        if not {disk.volume for disk in disks} <= names.keys():
+            raise damaged(catalog.path, f"a disk of machine {name!r} is no volume, or the one that keeps its RAM")
     with open_heads(store, names.values(), opener, finder) as found:
         cut_disks: list[_CutDisk] = []
         cut = MachineCut(store, machine, cut_disks)

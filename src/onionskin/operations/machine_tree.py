@@ -147,7 +147,8 @@ def _parts(
         wanted = layers + ([] if row.ram is None else [row.ram])
         named = {one.layer: one for one in catalog.snapshots_of_layers(wanted)}
         volumes = {one.id: one.name for one in machines.volumes_of(catalog, machine)}
-        if len(named) < len(wanted) or not {one.volume for one in named.values()} <= volumes.keys():
+        has = sorted(one.volume for one in named.values())
+        if has != sorted(volumes if row.ram is not None else volumes.keys() - {machine.ram}):
             raise damaged(catalog.path, f"a part of snapshot {snapshot!r} of machine {name!r} is missing")
 
     def part(layer: bytes) -> Part:

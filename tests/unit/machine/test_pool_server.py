@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from onionskin.base.sockets import UnixListener
+from onionskin.control import frames
 from onionskin.errors import StateError
 from onionskin.machine import pool_server
 from onionskin.machine.pool import MachinePool, socket_path
@@ -38,12 +39,32 @@ def test_a_process_that_cannot_be_forked_costs_no_descriptor_and_is_tried_again_
     before = descriptors()
     for _ in range(3):
         pool._fill()
-    assert pool._failure == f"[Errno {errno.EAGAIN}] {os.strerror(errno.EAGAIN)}"
+    assert pool._failure == os.strerror(errno.EAGAIN)
     monkeypatch.setattr(pool, "_make", lambda count: {"one": "11" * 16})
     for _ in range(3):
         pool._fill()  # its rows are there, and no supervisor
     assert not pool._members
     assert descriptors() == before
+
+
+def test_who_waits_for_a_pool_is_told_of_a_full_disk_as_the_error_that_it_is(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = socket.socketpair()
+    pool._waiting = [there]
+
+    def refuse_rows(count: int) -> dict[str, str]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/vms/catalog.db")
+
+    monkeypatch.setattr(pool, "_make", refuse_rows)
+    pool._fill()
+    with here:
+        reply = frames.receive(here, bytes_max=frames.REPLY_BYTES_MAX)
+    error = frames.unpack_error((reply or {})["error"])
+    assert isinstance(error, OSError) and (error.errno, error.filename) == (errno.ENOSPC, "/vms/catalog.db")
+    assert pool._status()["failure"] == f"/vms/catalog.db: {os.strerror(errno.ENOSPC)}"
+    with pytest.raises(OSError, match="No space left"):
+        pool.run()  # whoever started it is told so, too
 
 
 def test_a_pool_goes_on_where_nobody_can_clean_up_after_a_machine_that_ended(

@@ -206,6 +206,21 @@ def test_a_file_that_somebody_wrote_to_is_made_again(files: RamFiles, source: So
         assert again.path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("what", ["a link", "being dropped"])
+def test_a_machine_that_stands_still_does_without_a_file_that_cannot_be_used_now(
+    files: RamFiles, source: Source, what: str
+) -> None:
+    with files.use(source) as found:
+        path = found.path
+    with path.open("rb") as held:
+        if what == "a link":
+            path.rename(path.with_name("elsewhere"))
+            path.symlink_to("elsewhere")
+        else:
+            fcntl.flock(held, fcntl.LOCK_EX)
+        assert files.use_if_there(source) is None
+
+
 def test_a_file_in_use_that_somebody_wrote_to_is_given_to_nobody_else(files: RamFiles, source: Source) -> None:
     with files.use(source) as found:
         alter(found.path)

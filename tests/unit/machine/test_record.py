@@ -14,6 +14,7 @@ from onionskin.machine.record import (
     ProcessId,
     Record,
     make_directory,
+    open_log,
     read_json,
     remove_directory,
 )
@@ -108,6 +109,19 @@ def stay():
 threading.Thread(target=stay).start()
 ctypes.CDLL(None).syscall({"x86_64": 60}.get(platform.machine(), 93), 0)  # exit, of this thread alone
 """
+
+
+@pytest.mark.parametrize("what", ["a FIFO", "a FIFO with a reader", "a link", "a directory"])
+def test_nothing_is_waited_for_or_written_to_that_is_no_log_in_its_place(tmp_path: Path, what: str) -> None:
+    log, other = tmp_path / "supervisor.log", tmp_path / "other"
+    other.write_text("precious")
+    {"a link": lambda: log.symlink_to(other), "a directory": log.mkdir}.get(what, lambda: os.mkfifo(log))()
+    reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK) if what.endswith("reader") else None
+    with pytest.raises(FileExistsError, match=r"supervisor\.log"):
+        open_log(log, os.O_TRUNC)
+    if reader is not None:
+        os.close(reader)
+    assert other.read_text() == "precious"
 
 
 def test_the_end_of_a_process_is_that_of_all_its_threads() -> None:

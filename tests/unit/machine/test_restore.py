@@ -16,6 +16,7 @@ from onionskin.errors import FormatError, SnapshotNotFoundError, StateError
 from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine import capture, restore
 from onionskin.machine import running as running_module
+from onionskin.machine.monitor import MonitorTimeout
 from onionskin.machine.ram import GuestRam
 from onionskin.machine.running import Running
 from onionskin.operations import machine_tree, machines
@@ -248,6 +249,20 @@ def test_a_machine_that_somebody_else_lets_go_on_in_a_revert_is_stopped_until_it
     assert process.is_paused and running.is_broken
     restore.revert(running, "a")
     assert not process.is_paused and not running.is_broken and is_at(running, process, "a", ram)
+
+
+def test_what_failed_is_said_also_where_the_machine_does_not_answer_when_it_is_to_go_on() -> None:
+    def refuse(command: str) -> None:
+        raise MonitorTimeout(f"did not answer {command!r}")
+
+    process = SimpleNamespace(
+        watch=lambda stands: None,
+        is_paused=False,
+        pause=lambda runs: refuse("stop"),
+        resume=lambda: refuse("cont"),
+    )
+    with pytest.raises(MonitorTimeout, match="'stop'"), running_module.stopped(process):  # type: ignore[arg-type]
+        pass
 
 
 def test_a_machine_whose_last_note_fails_stays_stopped_until_it_is_put_back(

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -237,6 +238,16 @@ def test_a_caller_is_refused_whose_thread_dies_before_it_begins_and_the_next_one
     server.close()
 
 
+def test_who_hears_nothing_any_more_is_told_that_it_may_be_done_all_the_same() -> None:
+    here, there = socket.socketpair()
+    with there:
+        there.sendall(frames.packed({"onionskin": "machine", "version": VERSION}))
+        with MachineControl(here, "lab") as control:
+            here.settimeout(0.01)
+            with pytest.raises(StateError, match="may do what 'snapshot' asked for then"):
+                control.call("snapshot", name="a", note="", mode=None, freeze=False)
+
+
 def test_what_a_caller_that_has_gone_asked_for_is_given_up(tmp_path: Path) -> None:
     is_asked, may_end = threading.Event(), threading.Event()
     ended: list[str] = []
@@ -353,6 +364,64 @@ def test_a_server_is_kept_that_could_not_be_looked_at_for_a_moment(
         supervisor._ends.close()
         os.close(reader)
     assert os.strerror(errno.EMFILE) in said[0]
+
+
+def test_a_machine_that_did_not_answer_behind_a_revert_that_failed_is_noted_as_one_that_is_to_go_on(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: dict[str, object] = {}
+    answers = iter([False, True])  # it runs; and is found stopped when it answers again
+
+    class Process:
+        is_paused = property(lambda self: next(answers))
+
+    def revert(*given: object, **named: object) -> None:
+        raise MonitorError("it did not answer when it was to go on")
+
+    supervisor = Supervisor(store, "lab", print)
+    try:
+        supervisor._process = Process()  # type: ignore[assignment]
+        supervisor.record = SimpleNamespace(is_paused=False)  # type: ignore[assignment]
+        supervisor.running = SimpleNamespace(  # type: ignore[assignment]
+            guard=threading.RLock(), is_broken=False, goes_on=True, is_frozen=False, generation="",
+            recorded=SimpleNamespace(to_json=str), ram_volume=SimpleNamespace(closed=False),
+        )  # fmt: skip
+        monkeypatch.setattr(supervisor, "_note", lambda **what: noted.update(what))
+        monkeypatch.setattr(supervisor_module.restore, "revert", revert)
+        with pytest.raises(MonitorError):
+            supervisor.revert(lambda: None, "ready")
+    finally:
+        supervisor._ends.close()
+    assert (noted["is_reverting"], noted["is_standing"]) == (False, True)
+
+
+def test_a_copy_that_was_put_where_the_store_was_is_left_alone(store: onionskin.Store, tmp_path: Path) -> None:
+    """It has a machine of the same id, which may run by itself, and disks of the same names."""
+    lab = store.create_machine("lab", disks=["web"], memory="1M")
+    said: list[str] = []
+    served: list[str] = []
+    supervisor = Supervisor(store, "lab", said.append)
+    supervisor._directory = record.make_directory(store.path, lab._id)
+    supervisor.record = Record(None, None, None, "{}", "{}", "g", "s", "/ram", True, None)
+    store.path.rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", store.path)
+    for name in (record.RECORD, qemu_command.EMPTY_RAM):
+        (supervisor._directory / name).write_text("of the copy")
+    with pytest.raises(StateError, match="not where it was opened"):
+        supervisor._note(is_paused=True)
+    supervisor._note_what_is(is_paused=False)  # that has happened already
+    supervisor._process = SimpleNamespace(_said=lambda: "")  # type: ignore[assignment]
+    supervisor.running = SimpleNamespace(is_broken=False)  # type: ignore[assignment]
+    supervisor._server = SimpleNamespace(  # type: ignore[assignment]
+        reap=lambda: None, process=None, uris=["web"], is_given_up=False, restart=lambda: served.append("web")
+    )
+    supervisor._look_at_server()
+    assert "not where it was opened" in supervisor._why("running")
+    supervisor._report(1)
+    supervisor.end()
+    assert served == []
+    left = {path.name: path.read_text() for path in supervisor._directory.iterdir()}
+    assert left == {record.RECORD: "of the copy", qemu_command.EMPTY_RAM: "of the copy"}
 
 
 def test_a_machine_that_a_full_tmpfs_ended_says_so_from_the_room_of_its_ram(

@@ -1,9 +1,11 @@
 """Snapshots of machines: reverting to one, dropping some, forks, and what the next start begins with."""
 
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,8 @@ import pytest
 from support.machines import make_machine, read_head, snapshot_live
 
 import onionskin
-from onionskin.errors import MachineExistsError, SnapshotNotFoundError, StateError
-from onionskin.operations import machines
+from onionskin.errors import FormatError, MachineExistsError, SnapshotNotFoundError, StateError
+from onionskin.operations import machine_tree, machines
 
 SECRET = b"a token that only RAM has, and nothing else"
 
@@ -73,6 +75,31 @@ def test_a_revert_puts_all_disks_back_and_the_next_start_goes_on_from_the_ram(st
     assert begins(store).ram is None
     snapshot_live(store, "lab", "d", {})
     assert {one.name: one.parent for one in store.machine_snapshots("lab")} == {"a": None, "b": "a", "c": "b", "d": "b"}
+
+
+def change_catalog(store: onionskin.Store, statement: str) -> None:
+    """Damage the catalog."""
+    with closing(sqlite3.connect(store.path / "catalog.db")) as catalog:
+        catalog.execute(statement)
+        catalog.commit()
+
+
+def test_no_machine_is_put_back_to_a_snapshot_that_has_not_all_of_its_disks(store: onionskin.Store) -> None:
+    """All of them would go on from one instant but the one of which nothing says where it was."""
+    three(store)
+    change_catalog(store, "DELETE FROM machine_snapshot_disks WHERE position = 1")
+    with pytest.raises(FormatError, match="a part of snapshot 'b' of machine 'lab' is missing"):
+        store._revert_machine("lab", "b")
+    with pytest.raises(FormatError, match="a part of snapshot 'b' of machine 'lab' is missing"):
+        machine_tree.RevertInPlace(store._opened, "lab", "b")
+    assert read_head(store, "web") == b"cccc"
+    assert [one for one in store.check() if one.severity == "error" and "snapshot" in str(one)]
+
+
+def test_a_machine_one_of_whose_disks_keeps_its_ram_is_said_to_be_damaged(store: onionskin.Store) -> None:
+    change_catalog(store, "UPDATE machines SET ram = (SELECT volume FROM machine_disks WHERE position = 0)")
+    with pytest.raises(FormatError, match="is no volume, or the one that keeps its RAM"):
+        store._snapshot_machine_off("lab", "cold")
 
 
 def test_a_revert_to_a_snapshot_without_ram_boots(store: onionskin.Store) -> None:
