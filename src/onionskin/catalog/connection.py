@@ -632,6 +632,23 @@ class Connection:
                 found.update(value for (value,) in self._connection.execute(text, part))
         return found
 
+    def pairs_found(
+        self, kind: type, columns: tuple[str, str], wanted: Iterable[tuple[Any, Any]]
+    ) -> set[tuple[Any, Any]]:
+        """Return which of these pairs two columns have, in whatever rows; the rows may be unsound. There is an index."""
+        of = list(wanted)
+        found: set[tuple[Any, Any]] = set()
+        first, second = columns
+        for at in range(0, len(of), _VALUES_MAX // 2):
+            part = of[at : at + _VALUES_MAX // 2]
+            text = (
+                f"WITH wanted(one, two) AS (VALUES {', '.join(['(?, ?)'] * len(part))}) SELECT one, two FROM wanted "
+                f"WHERE EXISTS (SELECT 1 FROM {TABLES[kind]} WHERE {first} = one AND {second} = two)"
+            )
+            with self._guard, self._errors():
+                found.update(self._connection.execute(text, [value for pair in part for value in pair]))
+        return found
+
     def delete_all(self, kind: type, column: str, wanted: Iterable[bytes]) -> None:
         """Remove the rows whose column has one of these values. Inside a transaction."""
         self._connection.executemany(f"DELETE FROM {TABLES[kind]} WHERE {column} = ?", [(value,) for value in wanted])
