@@ -29,7 +29,7 @@ from onionskin.kernels._volume import cut_heads
 from onionskin.nbd.server import Limits, Server
 from onionskin.operations import group_member, seal
 from onionskin.operations.seal import refuse_untrue, write_sealed
-from onionskin.operations.snapshots import _Naming
+from onionskin.operations.snapshots import _Naming, _write_names
 from onionskin.storage.chain import replace_spare
 from onionskin.storage.locks import ByteLocks
 from onionskin.storage.open_store import OpenStore
@@ -387,6 +387,7 @@ class Caller:
 
     def _entered(self) -> None:
         self.server.enter(self.heads, None)
+        self.server.entered()
 
     def _begun(self) -> None:
         self.server.ask_to_begin()
@@ -419,7 +420,9 @@ class Caller:
         def change() -> None:
             refuse_untrue(opened, self.heads)
             for head, rows in zip(self.heads, write_sealed(opened, [head.sealed for head in self.heads]), strict=True):
-                _Naming(opened, head, name, "", new_id()).write(*rows)
+                naming = _Naming(opened, head, name, "", new_id())
+                naming.number(*rows)
+                _write_names(opened, [naming])
 
         opened.change(change)
 
@@ -470,6 +473,7 @@ def test_a_caller_that_holds_nothing_more_again_and_again_is_stopped(store: onio
     caller.go_to("entered")
     with pytest.raises(onionskin.FormatError, match="no volume"):
         caller.server.enter([], None)
+        caller.server.entered()
     caller.close()
     goes_on(store, server, "web")
 
@@ -482,6 +486,7 @@ def test_a_caller_that_takes_too_long_to_hold_its_volumes_is_stopped(
     monkeypatch.setattr(groups, "GROUP_SECONDS", -1.0)
     with pytest.raises(onionskin.StateError, match="has not begun"):
         caller.server.enter(caller.heads, None)
+        caller.server.entered()
     caller.close()
     goes_on(store, server, "web")
 

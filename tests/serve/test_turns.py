@@ -140,3 +140,20 @@ def test_work_in_the_background_is_done_in_long_turns(tmp_path: Path, long: int,
     with onionskin.Store(tmp_path / "vms") as store:
         reclaim.work_in_background(store._opened)
     assert set(found) == {long}
+
+
+def test_a_server_that_has_all_volumes_of_a_group_need_not_wait_between_hold_and_cut() -> None:
+    here, there = socket.socketpair()
+
+    def follow() -> None:
+        said = b""
+        while said != b"holdcut":  # before it has answered anything
+            said += there.recv(7 - len(said))
+        there.sendall(b"helddone")
+
+    with here, there:
+        there.settimeout(10)
+        thread = threading.Thread(target=follow)
+        thread.start()
+        assert cut_heads([], [], [here.fileno()], (b"hold", b"held", b"cut", b"done", 10.0)) is None
+        thread.join()

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from errno import ELOOP, ENOENT, ENOTDIR
+from errno import EDQUOT, EFBIG, ELOOP, ENOENT, ENOSPC, ENOTDIR
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,12 @@ if TYPE_CHECKING:
 _VALUES_MAX = 500  # in one statement; SQLite allows 999 and more
 _BUSY_SECONDS = 60
 _FAULTS_SHOWN = 20
+# SQLite begins its log anew once it has 1,000 pages, each with 24 bytes; the last commit before may pass that.
+LOG_BYTES = 1200 * (4096 + 24)
+LOG_GROWS_BYTES = 128 << 10  # by which it is seen to grow: some commits
+_LOG_STEP_BYTES = 512 << 10
+_LOG_LEAVES_BYTES = 64 << 20  # of the disk; a smaller disk is left as it is
+_COMMITS_FEW = 3  # a process that commits so often will go on
 _FLOCK = struct.Struct("hhqqi4x")
 _SHARED_BYTES = 0x40000002, 510  # of SQLite's locks: who has a catalog open read-locks some, and the last one locks all
 
@@ -187,6 +193,9 @@ class Connection:
         self._inode: tuple[int, int] | None = None  # of the file that is open; None: nothing is opened yet
         self._inode_of_log: tuple[int, int] | None = None  # None: the catalog is only read
         self._is_log_lost = False  # whether a sync of earlier commits failed, and the log was not replaced since
+        self._log_bytes = 0  # of its file, as the last transaction found it
+        self._commits = 0
+        self._log_is_left = False  # whether no room can be made in it
         self._rests = 0  # how often the thread that forks holds the guard
         self._needs_room = False  # whether a full quota would end the process, if nobody asked for it before
         forking.register(self)
@@ -225,7 +234,11 @@ class Connection:
         """
         if _inode_at(self.path) != self._inode:
             raise moved_error(self.path.parent)
-        if self._inode_of_log is not None and _inode_at(f"{self.path}-wal") != self._inode_of_log:
+        if self._inode_of_log is None:
+            return
+        found = _stat_at(f"{self.path}-wal")
+        self._log_bytes = found.st_size if found else 0
+        if _inode_of(found) != self._inode_of_log:
             raise StateError(
                 f"{self.path}-wal was removed or replaced while the store was open, so what is committed from now on would "
                 "be lost; close the store and open it again"
@@ -345,6 +358,64 @@ class Connection:
         finally:
             os.close(descriptor)
 
+    # ---- room in the log ----
+
+    @property
+    def wants_room_in_log(self) -> bool:
+        """Whether `make_room_in_log` has something to do, for a process that commits again and again."""
+        grows = LOG_GROWS_BYTES <= self._log_bytes < LOG_BYTES
+        return grows and self._commits >= _COMMITS_FEW and not self._log_is_left and not self.read_only
+
+    def make_room_in_log(self) -> bool:
+        """Write zeros behind the log, if it grows. A step of it; returns whether there is another.
+
+        Where a commit makes the log grow, its sync has the file system commit its own journal too: on ext4 and XFS two
+        flushes of the disk instead of one. SQLite knows each frame by its sums, so zeros are the end of the log for it. Only
+        who may write commits writes to the log: so this holds SQLite's lock for that, and gives up where another has it.
+        The log may have a new length then, and nothing else.
+        """
+        if self.read_only or self._needs_room or self._log_is_left or self._inode_of_log is None:
+            return False
+        with self._guard, DeferredInterrupt(), self._errors():
+            self._connection.execute("PRAGMA busy_timeout = 0")  # who reads waits for the guard meanwhile
+            try:
+                self._connection.execute("BEGIN IMMEDIATE")
+                self.refuse_moved()
+                return LOG_GROWS_BYTES <= self._log_bytes < LOG_BYTES and self._lengthen_log()
+            finally:
+                self._roll_back()
+                self._connection.execute(f"PRAGMA busy_timeout = {_BUSY_SECONDS * 1000}")
+
+    def _lengthen_log(self) -> bool:
+        """Write a step of zeros behind the log, to which nobody else writes now."""
+        self._log_is_left = True  # where this ends in any other way than in the last line
+        descriptor = os.open(f"{self.path}-wal", os.O_WRONLY | os.O_DSYNC | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            found, disk = os.fstat(descriptor), os.fstatvfs(descriptor)
+            is_in_place = disk.f_files > 0  # btrfs counts no inodes, and overwrites nothing in place
+            if (
+                not is_in_place
+                or disk.f_bavail * disk.f_frsize < _LOG_LEAVES_BYTES
+                or _inode_of(found) != self._inode_of_log
+            ):
+                return False
+            wanted = min(_LOG_STEP_BYTES, LOG_BYTES - found.st_size)
+            if wanted > 0 and self._write_zeros(descriptor, wanted, found.st_size) < wanted:
+                return False
+        finally:
+            os.close(descriptor)
+        self._log_is_left = False
+        return wanted > 0
+
+    def _write_zeros(self, descriptor: int, count: int, offset: int) -> int:
+        """Write zeros to the log. They are durable at once, so that no commit waits for them."""
+        try:
+            return os.pwrite(descriptor, bytes(count), offset)
+        except OSError as error:
+            # What commits before left to a later sync may be lost with this one: see `sync_found`.
+            self._is_log_lost |= error.errno not in (ENOSPC, EDQUOT, EFBIG)
+            raise
+
     # ---- transactions ----
 
     @contextmanager
@@ -417,6 +488,7 @@ class Connection:
                 self._roll_back()  # an interrupt before COMMIT began, or no memory for it: nothing may read what is not so
                 raise
             else:
+                self._commits += 1
                 self._is_unknown = False
                 self._synced_version = seen if is_synced else None  # what it saw is visible, and may be lost
 
@@ -640,6 +712,23 @@ class Connection:
                 found.update(value for (value,) in self._connection.execute(text, part))
         return found
 
+    def pairs_found(
+        self, kind: type, columns: tuple[str, str], wanted: Iterable[tuple[Any, Any]]
+    ) -> set[tuple[Any, Any]]:
+        """Return which of these pairs two columns have, in whatever rows; the rows may be unsound. There is an index."""
+        of = list(wanted)
+        found: set[tuple[Any, Any]] = set()
+        first, second = columns
+        for at in range(0, len(of), _VALUES_MAX // 2):
+            part = of[at : at + _VALUES_MAX // 2]
+            text = (
+                f"WITH wanted(one, two) AS (VALUES {', '.join(['(?, ?)'] * len(part))}) SELECT one, two FROM wanted "
+                f"WHERE EXISTS (SELECT 1 FROM {TABLES[kind]} WHERE {first} = one AND {second} = two)"
+            )
+            with self._guard, self._errors():
+                found.update(self._connection.execute(text, [value for pair in part for value in pair]))
+        return found
+
     def delete_all(self, kind: type, column: str, wanted: Iterable[bytes]) -> None:
         """Remove the rows whose column has one of these values. Inside a transaction."""
         self._connection.executemany(f"DELETE FROM {TABLES[kind]} WHERE {column} = ?", [(value,) for value in wanted])
@@ -755,12 +844,19 @@ def _shown(id: object) -> str:
     return id.hex() if isinstance(id, bytes) else str(id)
 
 
-def _inode_at(path: "FilePath | str") -> "tuple[int, int] | None":
+def _stat_at(path: "FilePath | str") -> "os.stat_result | None":
     try:
-        found = os.stat(path)  # noqa: PTH116 - half the time of FilePath.stat
+        return os.stat(path)  # noqa: PTH116 - half the time of FilePath.stat
     except (FileNotFoundError, NotADirectoryError):  # another error says nothing of where the store is
         return None
-    return found.st_dev, found.st_ino
+
+
+def _inode_of(found: "os.stat_result | None") -> "tuple[int, int] | None":
+    return (found.st_dev, found.st_ino) if found else None
+
+
+def _inode_at(path: "FilePath | str") -> "tuple[int, int] | None":
+    return _inode_of(_stat_at(path))
 
 
 def _may_be_whole(error: sqlite3.Error) -> bool:

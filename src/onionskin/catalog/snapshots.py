@@ -26,6 +26,11 @@ class Snapshots(Connection):
         """Whether a volume has a snapshot of that name; its row may be unsound."""
         return is_text(name) and self.has(SnapshotRow, "volume = ? AND name = ?", volume, name)
 
+    def snapshot_names_found(self, wanted: Iterable[tuple[bytes, str]]) -> set[bytes]:
+        """Return the volumes of these (volume, name) that have a snapshot of that name; its row may be unsound."""
+        asked = [pair for pair in wanted if is_text(pair[1])]
+        return {volume for volume, _ in self.pairs_found(SnapshotRow, ("volume", "name"), asked)}
+
     def snapshots_of(self, volume: bytes) -> list[SnapshotRow]:
         """Return a volume's snapshots in the order of taking."""
         return self.rows(SnapshotRow, "volume = ? ORDER BY number, name", volume)

@@ -87,7 +87,26 @@ def nearest_snapshot(catalog: Catalog, volume: VolumeRow, layer: bytes | None) -
 
 def describe_snapshot(catalog: Catalog, volume: VolumeRow, row: SnapshotRow, layer: LayerRow) -> Snapshot:
     """Make the public description of one snapshot."""
-    parent = nearest_snapshot(catalog, volume, layer.parent)
+    return _described(row, layer, nearest_snapshot(catalog, volume, layer.parent))
+
+
+def describe_snapshots(catalog: Catalog, found: Sequence[tuple[VolumeRow, SnapshotRow, LayerRow]]) -> list[Snapshot]:
+    """Describe snapshots of several volumes, each with its volume and its layer.
+
+    Nearly each stands on a layer that has a name: these are asked for at once.
+    """
+    below = catalog.snapshots_of_layers({layer.parent for _, _, layer in found if layer.parent is not None})
+    parents = {(row.volume, row.layer): row for row in below}
+    described = []
+    for volume, row, layer in found:
+        parent = parents.get((volume.id, layer.parent)) if layer.parent is not None else None
+        if parent is None:
+            parent = nearest_snapshot(catalog, volume, layer.parent)
+        described.append(_described(row, layer, parent))
+    return described
+
+
+def _described(row: SnapshotRow, layer: LayerRow, parent: SnapshotRow | None) -> Snapshot:
     return Snapshot(
         row.name, row.guid.hex(), when(row.created_ns), parent.name if parent else None, row.note, layer.size_bytes
     )

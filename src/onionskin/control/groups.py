@@ -393,6 +393,7 @@ class GroupServer:
         self._candidates = candidates
         self._found: dict[str, ServedHead] = {}  # what it has
         self._heads: dict[str, ServedHead] = {}  # what it holds
+        self._is_entering = False  # whether it was asked to hold some, and has not said yet that it does
         self._lock_bytes: Mapping[bytes, tuple[int, int]] = {}
         self._deadline = time.monotonic() + GROUP_SECONDS
         self._process_here = os.getpid()
@@ -435,10 +436,17 @@ class GroupServer:
 
     def enter(self, heads: Sequence[RemoteHead], within: float | None) -> None:
         """Have it hold these volumes, for one operation. It knows itself for how long it waits for another one."""
+        self.entered()
         ids = [head.row.id.hex() for head in heads]
         self._say("enter", volumes=ids)
-        self._hear("entered")
+        self._is_entering = True
         self._heads |= {id: self._found[id] for id in ids}
+
+    def entered(self) -> None:
+        """Wait until it holds all that it was asked to hold."""
+        if self._is_entering:
+            self._hear("entered")
+            self._is_entering = False
 
     def ask_to_begin(self) -> None:
         """Have it make durable most of what was written."""
@@ -446,6 +454,7 @@ class GroupServer:
 
     def begun(self) -> None:
         """Wait for that. Then it listens to the words of the cut."""
+        self.entered()
         self._hear("begun")
 
     def cut_failed(self, number: int) -> StateError:

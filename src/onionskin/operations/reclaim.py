@@ -70,7 +70,10 @@ def work_soon(store: OpenStore) -> None:
 
 
 def work_in_background(store: OpenStore) -> None:
-    """Do all pending work that can be done, and prepare the next heads. Work that fails stays for the next opening."""
+    """Do all pending work that can be done, and prepare the next heads and the next commits.
+
+    Work that fails stays for the next opening.
+    """
     with LongTurns():  # nobody waits for this, so no writer is to
         with suppress(OSError, OnionskinError):
             if store.catalog.has_reclaims("zero"):
@@ -80,6 +83,9 @@ def work_in_background(store: OpenStore) -> None:
         for handle in store.open_handles():
             with suppress(OSError, OnionskinError):  # if this fails, the next head makes its files itself
                 handle.prepare_if_wanted()
+        with suppress(OSError, OnionskinError):  # if this fails, commits make the log longer
+            while not store.closed and store.catalog.make_room_in_log():
+                pass
 
 
 def do_work(store: OpenStore, *, policy: str | None = None) -> int:

@@ -331,7 +331,10 @@ class RemoteProcess(Protocol):
     """
 
     def enter(self, heads: "Sequence[RemoteHead]", within: float | None) -> None:
-        """Have it hold these volumes, for one operation."""
+        """Have it hold these volumes, for one operation: it does when `entered` or `begun` returns."""
+
+    def entered(self) -> None:
+        """Wait until it holds all that it was asked to hold."""
 
     @property
     def peer(self) -> int:
@@ -388,6 +391,9 @@ def begin_seals(
             for sealing in sealings:
                 stack.enter_context(sealing.volume.resolving(sealing.resolve, sealing.go_on))
             lock_bytes = _take_lock_bytes(remotes) if when_ready else None
+            if when_ready or sealings or len(processes) > 1:  # no seal begins before all volumes are held
+                for process in processes:
+                    process.entered()
             if when_ready:
                 when_ready()
             for process in processes:
@@ -495,22 +501,28 @@ def seal_together(
     parts: Sequence[Part],
     then: Check = lambda: None,
     *,
+    check: Check = lambda: None,
     when_ready: Check | None = None,
     when_cut: Check = lambda: None,
 ) -> list[LayerRow]:
     """Seal heads at one instant and in one transaction, and go on in new ones. Returns the sealed layers.
 
-    In an operation of each volume. `then` is called in the transaction, when all rows are written, and `when_cut` before
+    In an operation of each volume. `check` is called where each part's is, once for all. `then` is called in the
+    transaction, when all rows are written, and `when_cut` before
     it, when what is written from then on is in none of the sealed layers. `when_ready` is as for `begin_seals`.
     """
-    for part in parts:
-        part.check()
+
+    def check_all() -> None:
+        for part in parts:
+            part.check()
+        check()
+
+    check_all()
     remotes = [part.head for part in parts if not isinstance(part.head, OpenHead)]
     processes = processes_of(remotes)
 
     def write_rows() -> list[LayerRow]:
-        for part in parts:
-            part.check()
+        check_all()
         if remotes:
             refuse_untrue(store, remotes)
         ours = iter(describe_all(store, sealings))

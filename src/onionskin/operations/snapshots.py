@@ -18,6 +18,7 @@ from onionskin.catalog.tree import (
     Snapshot,
     descendants,
     describe_snapshot,
+    describe_snapshots,
     find_snapshot,
     nearest_snapshot,
     remove_unreachable_layers,
@@ -27,7 +28,7 @@ from onionskin.catalog.tree import (
 from onionskin.errors import StateError
 from onionskin.operations import holds, ownership, reclaim, snapshot_names
 from onionskin.operations.flush import flush
-from onionskin.operations.seal import Part, RemoteHead, seal_together
+from onionskin.operations.seal import Part, RemoteHead, RemoteProcess, seal_together
 from onionskin.storage.open_head import OpenDisk, OpenHead
 from onionskin.storage.open_store import OpenStore
 
@@ -43,18 +44,27 @@ def take_together(
     store: OpenStore, disks: Sequence[tuple[OpenHead | RemoteHead, str | None, bytes]], note: str
 ) -> list[Snapshot]:
     """Name disks of one store as they are at one instant: each with its name, or the time, and its GUID. All or none."""
+    taken: list[Snapshot] = []
     with in_operations([head for head, _, _ in disks]):
         namings = [_Naming(store, head, name, note, guid) for head, name, guid in disks]
-        seal_together(store, [Part(naming.head, naming.check, naming.write) for naming in namings])
-    return [naming.taken for naming in namings]
+        parts = [Part(naming.head, naming.head.refuse_half_merged, naming.number) for naming in namings]
+        seal_together(
+            store,
+            parts,
+            lambda: taken.extend(_write_names(store, namings)),
+            check=lambda: _refuse_taken(store, namings),
+        )
+    return taken[-len(namings) :]  # the transaction may have run twice
 
 
 @held
 def in_operations(heads: Sequence[OpenHead | RemoteHead]) -> Iterator[None]:
     """Hold volumes for an operation on all of them.
 
-    By their ids: whoever else holds several takes them in this order, so no two wait for each other. An interrupt waits where
-    there are several, since a stack of contexts that is interrupted as it is left would leave none of them.
+    By their ids: whoever else holds several takes them in this order, so no two wait for each other. The last of other
+    processes need not hold its volumes yet in the block: it does before their seals begin (`seal.RemoteProcess.entered`). An
+    interrupt waits where there are several, since a stack of contexts that is interrupted as it is left would leave none of
+    them.
     """
     if len(heads) == 1 and isinstance(heads[0], OpenHead):
         with heads[0].operation(during_merge=True):
@@ -63,13 +73,19 @@ def in_operations(heads: Sequence[OpenHead | RemoteHead]) -> Iterator[None]:
     within = None if all(isinstance(head, OpenHead) for head in heads) else OPERATION_SECONDS
     ordered = sorted(heads, key=lambda head: head.row.id)
     with DeferredInterrupt(), ExitStack() as stack:
+        last: RemoteProcess | None = None
         for _, run in groupby(ordered, key=lambda head: id(head if isinstance(head, OpenHead) else head.process)):
-            _enter(stack, list(run), within)
+            if last is not None:
+                last.entered()
+            last = _enter(stack, list(run), within)
         yield
 
 
-def _enter(stack: ExitStack, run: Sequence[OpenHead | RemoteHead], within: float | None) -> None:
-    """Hold one volume that is open here, or those of another process that follow each other: in one message."""
+def _enter(stack: ExitStack, run: Sequence[OpenHead | RemoteHead], within: float | None) -> RemoteProcess | None:
+    """Hold one volume that is open here, or those of another process that follow each other: in one message.
+
+    Returns the process that was asked and has not answered yet.
+    """
     remotes: list[RemoteHead] = []
     for head in run:
         if isinstance(head, OpenHead):
@@ -78,37 +94,45 @@ def _enter(stack: ExitStack, run: Sequence[OpenHead | RemoteHead], within: float
             remotes.append(head)
     if remotes:
         remotes[0].process.enter(remotes, within)
+        return remotes[0].process
+    return None
 
 
 class _Naming:
-    """The name that a snapshot gives: whether it is free, and its row."""
+    """The name that a snapshot gives, and its row."""
 
-    taken: Snapshot
+    row: SnapshotRow
+    sealed: LayerRow
 
     def __init__(self, store: OpenStore, head: OpenHead | RemoteHead, name: str | None, note: str, guid: bytes) -> None:
         self.head = head
+        self.name = name
         self._store = store
-        self._name = name
         self._note = note
         self._guid = guid
 
-    def check(self) -> None:
-        """Raise where the name is taken, or the volume can have no snapshot now."""
-        head = self.head
-        head.refuse_half_merged()
-        if self._name is not None:
-            snapshot_names.refuse_taken(self._store.catalog, head.row.id, head.name, self._name)
-
-    def write(self, sealed: LayerRow, head: LayerRow) -> None:
-        """Write the row. Inside the transaction, which may run twice."""
-        row, catalog = self.head.row, self._store.catalog
+    def number(self, sealed: LayerRow, head: LayerRow) -> None:
+        """Make the row. Inside the transaction, which may run twice."""
+        volume = self.head.row.id
         # The head's lock byte is a number that no snapshot has yet. One of its own would lie between the bytes of
         # the chain, which are locked in stretches: for the kernel each stretch costs the more the more there are.
         number = head.map_lock_byte
-        called = self._name or snapshot_names.name_of_time(catalog, row.id, head.created_ns)
-        snapshot = SnapshotRow(row.id, called, sealed.id, self._guid, head.created_ns, self._note, number)
-        self.taken = describe_snapshot(catalog, row, snapshot, sealed)
-        catalog.insert(snapshot)
+        called = self.name or snapshot_names.name_of_time(self._store.catalog, volume, head.created_ns)
+        self.sealed = sealed
+        self.row = SnapshotRow(volume, called, sealed.id, self._guid, head.created_ns, self._note, number)
+
+
+def _refuse_taken(store: OpenStore, namings: Sequence[_Naming]) -> None:
+    """Raise SnapshotExistsError where one of the names is taken. For all in one question, as in `_write_names`."""
+    snapshot_names.refuse_taken_names(
+        store.catalog, {naming.head.row.id: (naming.head.name, naming.name) for naming in namings if naming.name}
+    )
+
+
+def _write_names(store: OpenStore, namings: Sequence[_Naming]) -> list[Snapshot]:
+    """Write the rows, and describe them. Inside the transaction."""
+    store.catalog.insert_all(naming.row for naming in namings)
+    return describe_snapshots(store.catalog, [(naming.head.row, naming.row, naming.sealed) for naming in namings])
 
 
 def parent_of(volume: OpenDisk) -> Snapshot | None:

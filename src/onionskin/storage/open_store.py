@@ -267,7 +267,10 @@ class OpenStore:
             with self.catalog.transaction():
                 return change()
 
-        return self.reserve.retry(once)
+        result = self.reserve.retry(once)
+        if self.catalog.wants_room_in_log:
+            self.wake()
+        return result
 
     def path_of_head(self, layer: bytes) -> "DataPath | None":
         """Return the data path of the volume that is open for writing in this store with this head, if there is one."""

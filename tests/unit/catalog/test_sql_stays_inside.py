@@ -14,7 +14,7 @@ PACKAGE = Path(onionskin.__file__).parent
 
 # What takes an SQL condition, or a column, of a table.
 GENERIC = (
-    *("rows", "sound_rows", "rows_in", "row", "values", "values_in", "values_found"),
+    *("rows", "sound_rows", "rows_in", "row", "values", "values_in", "values_found", "pairs_found"),
     *("has", "count", "delete", "delete_all"),
 )
 CONDITION = re.compile(
