@@ -50,13 +50,17 @@ def test_a_socket_that_was_made_beforehand_serves_no_other_path(tmp_path: Path) 
 
 def test_a_start_whose_process_for_the_disks_was_killed_says_so() -> None:
     text = """
-import os, signal
+import os, select, signal
 from onionskin.errors import StateError
 from onionskin.machine import fork
-made, real = [], os.fork
-os.fork = lambda: made.append(real()) or made[-1]
+seen, told = os.pipe()
+become = fork._become_server
+fork._become_server = lambda asked: os.write(told, str(os.getpid()).encode()) and become(asked)
 spawn = fork._spawner(os.pipe()[1])
-os.kill(made[0], signal.SIGKILL)
+waiting = int(os.read(seen, 20))
+ended = os.pidfd_open(waiting)
+os.kill(waiting, signal.SIGKILL)
+select.select([ended], [], [])
 try:
     spawn(["serve"], 2)
 except StateError as error:

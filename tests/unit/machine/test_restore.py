@@ -149,7 +149,7 @@ def test_a_machine_that_was_started_from_a_snapshot_drops_what_it_wrote_or_has_i
     machine = running.machine
     running.close()
     running.ram_volume.close()
-    with restore.prepare(store, machine, "a", RECORDED) as prepared:
+    with restore.Prepared(store, restore.find_fit(store, machine, "a", RECORDED)) as prepared:
         again = StandIn(tmp_path / "second", prepared.ram_file.path)
         again.load_state(prepared.state.path)
         restarted = attach(store, again, tmp_path / "second", mapped=prepared.saved.layer)
@@ -201,7 +201,7 @@ def test_a_snapshot_that_cannot_run_here_is_refused_before_anything_is_touched(
         restore.revert(running, "none")
     assert process.whole() == before and not process.is_paused and not running.is_broken
     with pytest.raises(StateError, match="CPU model"):
-        restore.prepare(running.store, running.machine, "a", running.recorded)
+        restore.find_fit(running.store, running.machine, "a", running.recorded)
 
 
 def test_a_machine_that_runs_with_a_disk_of_another_size_is_not_put_back_in_place(
