@@ -1,5 +1,6 @@
 """Going back to a snapshot of a machine, and starting from one, with a stand-in for the hypervisor."""
 
+import threading
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -244,6 +245,30 @@ def test_a_machine_that_somebody_else_lets_go_on_in_a_revert_is_stopped_until_it
     assert process.is_paused and running.is_broken
     restore.revert(running, "a")
     assert not process.is_paused and not running.is_broken and is_at(running, process, "a", ram)
+
+
+def test_the_ram_volume_is_made_ready_while_the_devices_are_loaded_and_put_back_behind_that(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ram = snapshot(running, process, "a", {1: 1})
+    snapshot(running, process, "b", {1: 2})
+    opened = running.ram_volume._opened.to_write()
+    before = opened.head
+    is_ready, load, wait = threading.Event(), process.load_state, restore._VolumesGoingBack._wait
+
+    def load_when_ready(path: Path) -> None:
+        assert is_ready.wait(30)
+        assert opened.head == opened.store.catalog.head_of(opened.row) == before
+        load(path)
+
+    def ready(volumes: restore._VolumesGoingBack) -> None:
+        is_ready.set()
+        wait(volumes)
+
+    monkeypatch.setattr(restore._VolumesGoingBack, "_wait", ready)
+    process.load_state = load_when_ready  # type: ignore[method-assign]
+    restore.revert(running, "a")
+    assert opened.head != before and is_at(running, process, "a", ram)
 
 
 def test_a_machine_whose_last_note_fails_stays_stopped_until_it_is_put_back(
