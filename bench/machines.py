@@ -300,7 +300,10 @@ def measure_snapshots(
 
 
 def measure_reverts(times: Times, lab: "onionskin.Machine", root: Path, given: argparse.Namespace) -> dict[str, float]:
-    """Revert and loadvm in turns, each to a snapshot that was taken some seconds before."""
+    """Revert and loadvm in turns, each to a snapshot that was taken some seconds before.
+
+    A loadvm maps the RAM of its snapshot in the qcow2 file again, so the next savevm has all of that copied as it writes.
+    """
     console = console_of(lab)
     console.wait_ticks(30)
     found = dict(zip(("booted: PSS MiB", "booted: of which guest RAM"), pss_mib(pid_of(lab)), strict=True))
@@ -315,7 +318,8 @@ def measure_reverts(times: Times, lab: "onionskin.Machine", root: Path, given: a
         for number in range(given.rounds):
             lab.resume()
             time.sleep(given.seconds / 2)
-            lab.snapshot(f"r{number}")
+            row = "snapshot behind a revert, durable" if number else "snapshot before any revert"
+            times.take(row, lambda: lab.snapshot(f"r{number}"))  # noqa: B023
             time.sleep(given.seconds)
             since, begun = console.last_tick(), time.monotonic()
             times.take("revert, call", lambda: lab.revert(f"r{number}"))  # noqa: B023
@@ -323,7 +327,8 @@ def measure_reverts(times: Times, lab: "onionskin.Machine", root: Path, given: a
             lab.pause()
             peer.monitor.execute("cont")
             time.sleep(given.seconds / 2)
-            peer.say(f"savevm r{number}")
+            row = "savevm behind a loadvm" if number else "savevm before any loadvm"
+            times.take(row, lambda: peer.say(f"savevm r{number}"))  # noqa: B023
             time.sleep(given.seconds)
             since, begun = peer.console.last_tick(), time.monotonic()
             times.take("loadvm, call", lambda: peer.say(f"loadvm r{number}"))  # noqa: B023
@@ -458,6 +463,7 @@ def ratios(times: Times, found: dict[str, float], forks: int) -> None:
         ("first savevm", "first snapshot, durable"),
         ("first savevm", "pause of the first"),
         ("second savevm", "second snapshot, durable"),
+        ("savevm behind a loadvm", "snapshot behind a revert, durable"),
         ("loadvm to first output", "revert to first output"),
     ]
     for count in (1, forks):

@@ -937,8 +937,22 @@ def supervise(
 
     SIGTERM, SIGINT and SIGHUP have the guest shut down. With `pool`, the machine waits in a pool at first: see `Supervisor`.
     """
+    with _short_turns_of_threads():
+        return _supervise(Supervisor(store, name, log, pool=pool), paused, only_from, ready)
+
+
+@contextmanager
+def _short_turns_of_threads() -> Iterator[None]:
+    """Have threads of this process take turns soon. It may be another program's, which has a machine in the foreground."""
+    before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)
-    supervisor = Supervisor(store, name, log, pool=pool)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+def _supervise(supervisor: Supervisor, paused: bool, only_from: str | None, ready: Callable[[], None]) -> int:
     supervisor.begin(paused=paused, only_from=only_from)
     before = {}
     try:
