@@ -381,21 +381,26 @@ def measure_ram_part(times: Times, store: "onionskin.Store", given: argparse.Nam
 
 
 def measure_forks(times: Times, lab: "onionskin.Machine", root: Path, given: argparse.Namespace) -> dict[str, float]:
-    """Fork one machine, then several at once, with a pool and without one, beside fresh QEMUs with -loadvm."""
+    """Fork one machine, then several at once, with a pool and without one, beside fresh QEMUs with -loadvm.
+
+    One of another snapshot each time: how much a guest runs until it speaks depends on where a snapshot met it. The RAM file
+    is there by then, as the pool has it made.
+    """
     lab.stop(force=True)
     found: dict[str, float] = {}
-    for count in (*(1 for _ in range(given.rounds)), given.forks, given.forks):
-        load_peers(times, count, root, given)
-        found |= fork(times, lab, count, f"fork of {count} to last first output")
-        with lab.pool("first", warm=count):
-            found |= fork(times, lab, count, f"fork of {count} from a pool to the same")
+    names = [f"r{number}" for number in range(given.rounds)]
+    for name, count in (*((name, 1) for name in names), ("first", given.forks), ("first", given.forks)):
+        load_peers(times, count, root, given, name)
+        with lab.pool(name, warm=count):
+            found |= fork(times, lab, name, count, f"fork of {count} from a pool to the same")
+        found |= fork(times, lab, name, count, f"fork of {count} to last first output")
     return found | memory_of_forks(lab, given.forks)
 
 
-def fork(times: Times, lab: "onionskin.Machine", count: int, row: str) -> dict[str, float]:
+def fork(times: Times, lab: "onionskin.Machine", name: str, count: int, row: str) -> dict[str, float]:
     """Fork, and wait for the first output of each."""
     begun = time.monotonic()
-    forks = lab.fork("first", count=count)
+    forks = lab.fork(name, count=count)
     times.add(f"{row}, call", time.monotonic() - begun)
     consoles = [console_of(one) for one in forks]
     for console in consoles:
@@ -434,7 +439,7 @@ def memory_of_forks(lab: "onionskin.Machine", count: int) -> dict[str, float]:
     }
 
 
-def load_peers(times: Times, count: int, root: Path, given: argparse.Namespace) -> None:
+def load_peers(times: Times, count: int, root: Path, given: argparse.Namespace, name: str) -> None:
     """Start so many QEMUs with -loadvm at once, each with files of its own, and wait for the first output of each."""
     roots = [root] if count == 1 else [root / f"peer{number}" for number in range(count)]
     for one in roots:
@@ -444,7 +449,7 @@ def load_peers(times: Times, count: int, root: Path, given: argparse.Namespace) 
                 shutil.copy(root / f"{disk}.qcow2", one)
 
     def start(root: Path) -> Peer:
-        peer = Peer(root, given, given.ticks[1], load="first")
+        peer = Peer(root, given, given.ticks[1], load=name)
         peer.monitor.execute("cont")
         peer.console.wait_ticks(since=0)
         return peer
@@ -483,7 +488,7 @@ def main() -> int:
         parser.add_argument(f"--{option}", required=default is None, default=default)
     parser.add_argument("--qemu", default="qemu-system-x86_64")
     parser.add_argument("--memory", type=int, default=512, help="MiB")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=3.0, help="that the guest runs before each snapshot")
     parser.add_argument("--fresh", type=int, default=5, help="machines for the first snapshot, each booted for it")
     parser.add_argument("--ticks", nargs=2, default=["20", "2"], help="ms, for snapshots, and for first outputs")
