@@ -9,6 +9,7 @@ greatest.
 
 import argparse
 import json
+import os
 import re
 import shlex
 import shutil
@@ -18,8 +19,9 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ from onionskin.machine.supervisor import Supervisor
 
 SECONDS_MAX = 120.0
 DISKS = {"d1": "64M", "d2": "8M"}
+TICK_WORD = "{tick}"  # of the guest's command line: the milliseconds of its tick
+PARTS = ("first", "snapshots", "reverts", "forks", "ram")
 TICK = re.compile(rb"tick (\d+) [^\n]*\n")
 
 
@@ -128,7 +132,7 @@ class Times:
 class Peer:
     """The same guest in a QEMU of its own, on qcow2 files."""
 
-    def __init__(self, root: Path, given: argparse.Namespace, *, load: str | None = None) -> None:
+    def __init__(self, root: Path, given: argparse.Namespace, tick: str, *, load: str | None = None) -> None:
         directory = Path(tempfile.mkdtemp(dir=root))
         drives = []
         for disk, size in DISKS.items():
@@ -141,7 +145,7 @@ class Peer:
                 *shlex.split(given.qemu),
                 *("-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg", "-cpu", "max", "-S"),
                 *("-machine", f"{given.machine_type},usb=off", "-m", str(given.memory), "-kernel", given.kernel),
-                *("-initrd", given.initrd, "-append", given.append, *drives),
+                *("-initrd", given.initrd, "-append", given.append.replace(TICK_WORD, tick), *drives),
                 *("-chardev", f"socket,id=console,path={directory}/console,server=on,wait=off"),
                 *("-serial", "chardev:console", "-qmp", f"unix:{directory}/qmp,server=on,wait=off"),
                 *(["-loadvm", load] if load else []),
@@ -184,6 +188,39 @@ def pss_mib(pid: int) -> tuple[float, float]:
     return whole / 1024, guests / 1024
 
 
+def create_lab(store: "onionskin.Store", name: str, given: argparse.Namespace, tick: str) -> "onionskin.Machine":
+    """Make the machine with its disks."""
+    for disk, size in DISKS.items():
+        store.create(disk, size=size).close()
+    program, *arguments = shlex.split(given.qemu)
+    return store.create_machine(
+        name,
+        disks=list(DISKS),
+        memory=f"{given.memory}M",
+        program=program,
+        qemu_args=arguments,
+        machine_type=given.machine_type,
+        kernel=given.kernel,
+        initrd=given.initrd,
+        append=given.append.replace(TICK_WORD, tick),
+        agent=False,
+    )
+
+
+@contextmanager
+def ran(root: Path, given: argparse.Namespace, tick: str) -> "Iterator[tuple[onionskin.Store, onionskin.Machine]]":
+    """Run a machine in a store of its own, and end all that runs there behind the block."""
+    root.mkdir()
+    with onionskin.Store(root / "vms") as store:
+        lab = create_lab(store, "lab", given, tick)
+        try:
+            lab.start()
+            yield store, lab
+        finally:
+            for info in store.machines():
+                store.open_machine(info.name).stop(force=True)
+
+
 def pid_of(machine: "onionskin.Machine") -> int:
     """Return QEMU's process."""
     record = Record.read(machine._directory)
@@ -196,21 +233,45 @@ def console_of(machine: "onionskin.Machine") -> Console:
     return Console(machine._directory / "console")
 
 
-def measure_turns(
+def measure_first(times: Times, root: Path, given: argparse.Namespace) -> None:
+    """Take the first snapshot of machines that were just booted, each in a store of its own, beside savevm to own files.
+
+    What others wrote to the disk is synced before, so that neither waits for it.
+    """
+    for number in range(given.fresh):
+        place = root / f"fresh{number}"
+        place.mkdir()
+        with onionskin.Store(place / "vms") as store:
+            lab = create_lab(store, "lab", given, given.ticks[0])
+            lab.start()
+            console_of(lab).wait_ticks(30)
+            os.sync()
+            first = times.take("first snapshot, durable", lambda: lab.snapshot("first"))  # noqa: B023
+            times.add("pause of the first", first.pause_seconds)
+            lab.stop(force=True)
+        peer = Peer(place, given, given.ticks[0])
+        try:
+            peer.monitor.execute("cont")
+            peer.console.wait_ticks(30)
+            os.sync()
+            times.take("first savevm", lambda: peer.say("savevm first"))  # noqa: B023
+        finally:
+            peer.end()
+        shutil.rmtree(place)
+
+
+def measure_snapshots(
     times: Times, store: "onionskin.Store", lab: "onionskin.Machine", root: Path, given: argparse.Namespace
 ) -> dict[str, float]:
-    """Take turns: snapshots beside savevm, reverts beside loadvm."""
-    console = console_of(lab)
-    console.wait_ticks(30)
-    found = dict(zip(("booted: PSS MiB", "booted: of which guest RAM"), pss_mib(pid_of(lab)), strict=True))
-    first = times.take("first snapshot, durable", lambda: lab.snapshot("first"))
-    times.add("its pause", first.pause_seconds)
+    """Take second snapshots and savevm in turns, and then snapshots alone, for the pause."""
+    console_of(lab).wait_ticks(30)
+    lab.snapshot("first")
     lab.pause()
-    peer = Peer(root, given)
+    peer = Peer(root, given, given.ticks[0])
     try:
         peer.monitor.execute("cont")
         peer.console.wait_ticks(30)
-        times.take("first savevm", lambda: peer.say("savevm first"))
+        peer.say("savevm first")
         peer.monitor.execute("stop")
         stored = []
         for number in range(given.rounds):
@@ -219,24 +280,60 @@ def measure_turns(
             taken = times.take("second snapshot, durable", lambda: lab.snapshot(f"s{number}"))  # noqa: B023
             times.add("pause of the second", taken.pause_seconds)
             stored.append(taken.bytes_stored / 2**20)
-            time.sleep(given.seconds / 2)
-            since, begun = console.last_tick(), time.monotonic()
-            times.take("revert, call", lambda: lab.revert(f"s{number}"))  # noqa: B023
-            times.add("revert to first output", console.time_back(since) - begun)
             lab.pause()
             peer.monitor.execute("cont")
             time.sleep(given.seconds)
             times.take("second savevm", lambda: peer.say(f"savevm s{number}"))  # noqa: B023
+            peer.monitor.execute("stop")
+    finally:
+        peer.end()
+    changed = changed_mib(store, ["first", *(f"s{number}" for number in range(given.rounds))], given.memory)
+    found = {"second snapshots: stored MiB, median": statistics.median(stored)}
+    found["second snapshots: stored / changed RAM, median"] = statistics.median(
+        one / other for one, other in zip(stored, changed, strict=True)
+    )
+    lab.resume()
+    for _ in range(given.pauses):
+        time.sleep(0.3)
+        times.add("pause of a live snapshot", lab.snapshot().pause_seconds)
+    return found
+
+
+def measure_reverts(times: Times, lab: "onionskin.Machine", root: Path, given: argparse.Namespace) -> dict[str, float]:
+    """Revert and loadvm in turns, each to a snapshot that was taken some seconds before.
+
+    A loadvm maps the RAM of its snapshot in the qcow2 file again, so the next savevm has all of that copied as it writes.
+    """
+    console = console_of(lab)
+    console.wait_ticks(30)
+    found = dict(zip(("booted: PSS MiB", "booted: of which guest RAM"), pss_mib(pid_of(lab)), strict=True))
+    lab.snapshot("first")  # of which forks are made
+    lab.pause()
+    peer = Peer(root, given, given.ticks[1])
+    try:
+        peer.monitor.execute("cont")
+        peer.console.wait_ticks(30)
+        peer.say("savevm first")
+        peer.monitor.execute("stop")
+        for number in range(given.rounds):
+            lab.resume()
             time.sleep(given.seconds / 2)
+            row = "snapshot behind a revert, durable" if number else "snapshot before any revert"
+            times.take(row, lambda: lab.snapshot(f"r{number}"))  # noqa: B023
+            time.sleep(given.seconds)
+            since, begun = console.last_tick(), time.monotonic()
+            times.take("revert, call", lambda: lab.revert(f"r{number}"))  # noqa: B023
+            times.add("revert to first output", console.time_back(since) - begun)
+            lab.pause()
+            peer.monitor.execute("cont")
+            time.sleep(given.seconds / 2)
+            row = "savevm behind a loadvm" if number else "savevm before any loadvm"
+            times.take(row, lambda: peer.say(f"savevm r{number}"))  # noqa: B023
+            time.sleep(given.seconds)
             since, begun = peer.console.last_tick(), time.monotonic()
-            times.take("loadvm, call", lambda: peer.say(f"loadvm s{number}"))  # noqa: B023
+            times.take("loadvm, call", lambda: peer.say(f"loadvm r{number}"))  # noqa: B023
             times.add("loadvm to first output", peer.console.time_back(since) - begun)
             peer.monitor.execute("stop")
-        changed = changed_mib(store, ["first", *(f"s{number}" for number in range(given.rounds))], given.memory)
-        found["second snapshots: stored MiB, median"] = statistics.median(stored)
-        found["second snapshots: stored / changed RAM, median"] = statistics.median(
-            one / other for one, other in zip(stored, changed, strict=True)
-        )
     finally:
         peer.end()
     return found
@@ -284,21 +381,27 @@ def measure_ram_part(times: Times, store: "onionskin.Store", given: argparse.Nam
 
 
 def measure_forks(times: Times, lab: "onionskin.Machine", root: Path, given: argparse.Namespace) -> dict[str, float]:
-    """Fork one machine, then several at once, with a pool and without one, beside fresh QEMUs with -loadvm."""
+    """Fork one machine, then several at once, with a pool and without one, beside fresh QEMUs with -loadvm.
+
+    One of another snapshot each time: how much a guest runs until it speaks depends on where a snapshot met it. The RAM file
+    is there by then: the first fork of a snapshot, which has it made, is not timed.
+    """
     lab.stop(force=True)
-    found = {}
-    for count in (*(1 for _ in range(given.rounds)), given.forks, given.forks):
-        load_peers(times, count, root, given)
-        found |= fork(times, lab, count, f"fork of {count} to last first output")
-        with lab.pool("first", warm=count):
-            found |= fork(times, lab, count, f"fork of {count} from a pool to the same")
+    found: dict[str, float] = {}
+    names = [f"r{number}" for number in range(given.rounds)]
+    for name, count in (*((name, 1) for name in names), ("first", given.forks), ("first", given.forks)):
+        fork(Times(), lab, name, 1, "not timed")
+        load_peers(times, count, root, given, name)
+        found |= fork(times, lab, name, count, f"fork of {count} to last first output")
+        with lab.pool(name, warm=count):
+            found |= fork(times, lab, name, count, f"fork of {count} from a pool to the same")
     return found | memory_of_forks(lab, given.forks)
 
 
-def fork(times: Times, lab: "onionskin.Machine", count: int, row: str) -> dict[str, float]:
+def fork(times: Times, lab: "onionskin.Machine", name: str, count: int, row: str) -> dict[str, float]:
     """Fork, and wait for the first output of each."""
     begun = time.monotonic()
-    forks = lab.fork("first", count=count)
+    forks = lab.fork(name, count=count)
     times.add(f"{row}, call", time.monotonic() - begun)
     consoles = [console_of(one) for one in forks]
     for console in consoles:
@@ -337,7 +440,7 @@ def memory_of_forks(lab: "onionskin.Machine", count: int) -> dict[str, float]:
     }
 
 
-def load_peers(times: Times, count: int, root: Path, given: argparse.Namespace) -> None:
+def load_peers(times: Times, count: int, root: Path, given: argparse.Namespace, name: str) -> None:
     """Start so many QEMUs with -loadvm at once, each with files of its own, and wait for the first output of each."""
     roots = [root] if count == 1 else [root / f"peer{number}" for number in range(count)]
     for one in roots:
@@ -347,7 +450,7 @@ def load_peers(times: Times, count: int, root: Path, given: argparse.Namespace) 
                 shutil.copy(root / f"{disk}.qcow2", one)
 
     def start(root: Path) -> Peer:
-        peer = Peer(root, given, load="first")
+        peer = Peer(root, given, given.ticks[1], load=name)
         peer.monitor.execute("cont")
         peer.console.wait_ticks(since=0)
         return peer
@@ -360,6 +463,25 @@ def load_peers(times: Times, count: int, root: Path, given: argparse.Namespace) 
         peer.end()
 
 
+def ratios(times: Times, found: dict[str, float], forks: int) -> None:
+    """Print how many times as long QEMU takes for what is said first, or how much more memory that has."""
+    pairs = [
+        ("first savevm", "first snapshot, durable"),
+        ("first savevm", "pause of the first"),
+        ("second savevm", "second snapshot, durable"),
+        ("savevm behind a loadvm", "snapshot behind a revert, durable"),
+        ("loadvm to first output", "revert to first output"),
+    ]
+    for count in (1, forks):
+        rows = (f"fork of {count} to last first output", f"fork of {count} from a pool to the same")
+        pairs += [(f"{count} fresh -loadvm to last first output", row) for row in rows]
+    for peer, row in pairs:
+        if row in times.rows:
+            print(f"{peer} / {row}: {times.median(peer) / times.median(row):.2f}")
+    if (together := found.get(f"{forks} forks, each at its first output: PSS MiB")) is not None:
+        print(f"memory of {forks} forks / booted: {together / found['booted: PSS MiB']:.2f}")
+
+
 def main() -> int:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -367,55 +489,35 @@ def main() -> int:
         parser.add_argument(f"--{option}", required=default is None, default=default)
     parser.add_argument("--qemu", default="qemu-system-x86_64")
     parser.add_argument("--memory", type=int, default=512, help="MiB")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=3.0, help="that the guest runs before each snapshot")
+    parser.add_argument("--fresh", type=int, default=5, help="machines for the first snapshot, each booted for it")
+    parser.add_argument("--ticks", nargs=2, default=["20", "2"], help="ms, for snapshots, and for first outputs")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--forks", type=int, default=8)
     parser.add_argument("--pauses", type=int, default=50, help="further snapshots, for the pause")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    program, *arguments = shlex.split(given.qemu)
-    times, found = Times(), {}
-    with tempfile.TemporaryDirectory() as directory, onionskin.Store(Path(directory) / "vms") as store:
-        for disk, size in DISKS.items():
-            store.create(disk, size=size).close()
-        lab = store.create_machine(
-            "lab",
-            disks=list(DISKS),
-            memory=f"{given.memory}M",
-            program=program,
-            qemu_args=arguments,
-            machine_type=given.machine_type,
-            kernel=given.kernel,
-            initrd=given.initrd,
-            append=given.append,
-            agent=False,
-        )
-        try:
-            lab.start()
-            found |= measure_turns(times, store, lab, Path(directory), given)
-            lab.resume()
-            for _ in range(given.pauses):
-                time.sleep(0.3)
-                times.add("pause of a live snapshot", lab.snapshot().pause_seconds)
-            found |= measure_forks(times, lab, Path(directory), given)
-            measure_ram_part(times, store, given)
-        finally:
-            for info in store.machines():
-                store.open_machine(info.name).stop(force=True)
+    times, found = Times(), dict[str, float]()
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        if "first" in given.parts:
+            measure_first(times, root, given)
+        if "snapshots" in given.parts:
+            with ran(root / "snapshots", given, given.ticks[0]) as (store, lab):
+                found |= measure_snapshots(times, store, lab, root / "snapshots", given)
+        if {"reverts", "forks", "ram"} & set(given.parts):
+            with ran(root / "reverts", given, given.ticks[1]) as (store, lab):
+                found |= measure_reverts(times, lab, root / "reverts", given)
+                if "forks" in given.parts:
+                    found |= measure_forks(times, lab, root / "reverts", given)
+                if "ram" in given.parts:
+                    measure_ram_part(times, store, given)
     if given.json:
         print(json.dumps({"ms": times.rows, "other": found}))
     else:
         print("\n".join([*times.lines(), *(f"{what:50} {value:8.1f}" for what, value in found.items())]))
-        print(f"first savevm / snapshot: {times.median('first savevm') / times.median('first snapshot, durable'):.1f}")
-        print(f"first savevm / pause: {times.median('first savevm') / times.median('its pause'):.1f}")
-        print(f"savevm / snapshot: {times.median('second savevm') / times.median('second snapshot, durable'):.1f}")
-        together = found[f"{given.forks} forks, each at its first output: PSS MiB"]
-        print(f"memory of {given.forks} forks / booted: {together / found['booted: PSS MiB']:.2f}")
-        print(f"loadvm / revert: {times.median('loadvm to first output') / times.median('revert to first output'):.1f}")
-        for count in (1, given.forks):
-            peers = times.median(f"{count} fresh -loadvm to last first output")
-            for row in (f"fork of {count} to last first output", f"fork of {count} from a pool to the same"):
-                print(f"{count} -loadvm / {row}: {peers / times.median(row):.1f}")
+        ratios(times, found, given.forks)
     return 0
 
 

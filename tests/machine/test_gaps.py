@@ -36,6 +36,7 @@ OF_A_START = (
     *("QemuHypervisor.check", "RamFiles.use", "fork", "be_supervisor", "Prepared.__init__", "DiskServer.begin"),
     *(
         "QemuHypervisor.launch",
+        "DiskServer.wait_listening",
         "DiskServer.wait_ready",
         "QemuProcess._connect",
         "QemuProcess.note_writes",
@@ -53,7 +54,7 @@ OF_A_REVERT = (
     *("Record.write", "Running.refuse_other_devices", "QemuProcess._add_node", "QemuProcess.pause"),
     *("GuestRam.note_written", "RevertInPlace.put_disks_back", "GuestRam.drop", "QemuProcess._run_on_state", "_settle"),
     *("renew_generation", "Stop.refuse_went_on", "RevertInPlace.put_ram_back", "QemuProcess.resume"),
-    "QemuProcess._remove_node",
+    *("QemuProcess._remove_node", "_VolumesGoingBack.finish"),
 )
 OF_A_PAUSE = ("QemuProcess.pause", "Record.write")
 OF_A_RESUME = ("QemuProcess.resume", "Record.write")

@@ -68,7 +68,9 @@ class LabMachine:
         socket = self.directory / "nbd"
         socket.unlink(missing_ok=True)
         begins = machines.beginning(opened, self.name)
-        prepared = restore.prepare(self.store, row, None, recorded) if begins.ram else None
+        prepared = (
+            restore.Prepared(self.store, restore.find_fit(self.store, row, None, recorded)) if begins.ram else None
+        )
         volume = self.store._open_ram(row)
         self._server = Serve(
             *(f"{self.store.path}/{disk}" for disk in names),

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onionskin.base.lazy import logger
@@ -94,9 +95,9 @@ def _taken(
             _rounds(running, go_on)  # before anybody is told of a cut, and waits for it: this may take minutes
         go_on()
         cutting = cut_machine(store._opened, running.name, running.open_disk, store._find_served)
-        with StateFile() as state, cutting as cut:
+        with StateFile() as state, _NodeOfState(running, state.path) as node, cutting as cut:
             cut.check(name)
-            taken = _taken_with(running, cut, state, name, note, mode, freeze, go_on)
+            taken = _taken_with(running, cut, state, node, name, note, mode, freeze, go_on)
     except BaseException:
         running.guest_ram.collect_again()
         raise
@@ -122,6 +123,7 @@ def _taken_with(
     running: Running,
     cut: MachineCut,
     state: StateFile,
+    node: "_NodeOfState",
     name: str | None,
     note: str,
     mode: str,
@@ -130,14 +132,15 @@ def _taken_with(
 ) -> MachineSnapshot:
     ram, volume = running.guest_ram, running.ram_volume
     with _Cutting(cut) as cutting:
-        pause_seconds, frozen = _captured(running, cutting, state, mode, freeze, go_on)
+        pause_seconds, frozen = _captured(running, cutting, node, mode, freeze, go_on)
+        node.let_go()  # while RAM is written
         running.refuse_altered_ram("nothing was taken")
-        running.refuse_other_devices("nothing was taken")  # one that came and went again meanwhile is in no state
         go_on()
         bytes_stored = ram.save(volume)  # while what was cut of the disks becomes durable
         state_bytes, state_stored, crc32 = state.save(volume, ram.length)
         go_on()
         cutting.result()
+    node.result()
     row = cut.commit(
         name,
         note,
@@ -159,25 +162,22 @@ def _names_of_disks(running: Running, row: "MachineSnapshotRow") -> tuple[str, .
 
 
 def _captured(
-    running: Running, cutting: "_Cutting", state: StateFile, mode: str, freeze: bool, go_on: Callable[[], None]
+    running: Running, cutting: "_Cutting", node: "_NodeOfState", mode: str, freeze: bool, go_on: Callable[[], None]
 ) -> tuple[float, list[str]]:
     """Cut the disks, collect RAM, and save the state of the devices, all as they are at one instant."""
     process, ram = running.process, running.guest_ram
-    process.prepare_state(state.path)
-    try:
-        with _frozen(running, freeze) as frozen:
-            cutting.begin()
-            go_on()
-            if mode == "live" and isinstance(ram, GuestRam):
-                ram.stream(running.ram_volume)  # what was written meanwhile
-            with stopped(process) as stop:
-                cutting.cut()
-                ram.collect()
-                process.save_state()
-                cutting.wait_until_cut()
-                stop.refuse_disturbed("a snapshot, of which nothing was taken")
-    finally:
-        _finish_state(running)
+    node.wait_until_prepared()
+    with _frozen(running, freeze) as frozen:
+        cutting.begin()
+        go_on()
+        if mode == "live" and isinstance(ram, GuestRam):
+            ram.stream(running.ram_volume)  # what was written meanwhile
+        with stopped(process) as stop:
+            cutting.cut()
+            ram.collect()
+            process.save_state()
+            cutting.wait_until_cut()
+            stop.refuse_disturbed("a snapshot, of which nothing was taken")
     return stop.seconds, frozen
 
 
@@ -256,6 +256,52 @@ class _Cutting:
         self._sealing.result()
 
 
+class _NodeOfState:
+    """What the hypervisor has of the file of the state, in a thread of its own: it waits for answers, as the others do.
+
+    It is prepared while the disks are found, and let go of while RAM is written. A context manager, whose end waits for it.
+    """
+
+    def __init__(self, running: Running, path: Path) -> None:
+        self._running = running
+        self._thread = ThreadPoolExecutor(1, "onionskin state")
+        self._prepared = self._thread.submit(running.process.prepare_state, path)
+        self._gone: Future[None] | None = None
+
+    def __enter__(self) -> "_NodeOfState":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._gone is None:
+            self._thread.submit(_finish_state, self._running)
+        self._thread.shutdown()
+
+    def wait_until_prepared(self) -> None:
+        """Return when the state can be saved, or raise what kept it from that."""
+        self._prepared.result()
+
+    def let_go(self) -> None:
+        """Begin to let go of it, and to look whether the machine has the devices that are in the state."""
+        self._gone = self._thread.submit(self._end)
+
+    def _end(self) -> None:
+        _finish_state(self._running)
+        self._running.refuse_other_devices("nothing was taken")  # one that came and went again meanwhile is in no state
+
+    def result(self) -> None:
+        """Wait until it is gone, or raise that the machine has other devices."""
+        assert self._gone is not None
+        self._gone.result()
+
+
+def _finish_state(running: Running) -> None:
+    """Have the hypervisor let go of the file of the state. It has none of the snapshot's bytes to lose."""
+    try:
+        running.process.finish_state()
+    except (OSError, OnionskinError) as error:
+        _log.warning("machine %r: the file for the state of its devices was not given up: %s", running.name, error)
+
+
 @contextmanager
 def _frozen(running: Running, freeze: bool) -> Iterator[list[str]]:
     if not freeze:
@@ -266,14 +312,6 @@ def _frozen(running: Running, freeze: bool) -> Iterator[list[str]]:
         yield frozen
     finally:
         running.process.thaw()
-
-
-def _finish_state(running: Running) -> None:
-    """Have the hypervisor let go of the file of the state. It has none of the snapshot's bytes to lose."""
-    try:
-        running.process.finish_state()
-    except (OSError, OnionskinError) as error:
-        _log.warning("machine %r: the file for the state of its devices was not given up: %s", running.name, error)
 
 
 def _make_file_soon(running: Running) -> None:

@@ -4,6 +4,7 @@ What must hold: it is whole, or an error, before anything is touched for it. QEM
 over disks that were put back by then, or loads it without a word.
 """
 
+import struct
 import zlib
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,13 @@ from onionskin.errors import FormatError
 from onionskin.operations import reclaim
 from onionskin.storage.open_head import OpenView
 from onionskin.volume import Volume
+
+_CLUSTER_BYTES = 16384  # as fast as QEMU's 65536, and half a MiB less
+_DISK_BYTES = 1 << 20  # of the guest's data: QEMU wants some
+# Magic, version, backing file (offset, length), bits of a cluster, size, encryption, L1 table (entries, offset), table of
+# reference counts (offset, clusters), snapshots (count, offset), features (three sets), bits of a count, length; and then the
+# kind of compression, none of which is used.
+_HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQIIQ")
 
 if TYPE_CHECKING:
     from onionskin.catalog import VolumeRow
@@ -29,6 +37,25 @@ def open_layer(store: "Store", volume: "VolumeRow", layer: bytes) -> Volume:
         raise
     opened.register(view)
     return Volume(view, store)
+
+
+def empty_file() -> bytes:
+    """Return an empty qcow2 file, in which a hypervisor stores a state beside the guest's data, of which there is none.
+
+    It has a header without extensions, a table of reference counts, a block of them for the four clusters that there are,
+    and a table of no L2 tables. QEMU itself makes the same by a job, which took 5 to 10 ms of a machine's first snapshot.
+    """
+    bits = _CLUSTER_BYTES.bit_length() - 1
+    table, block, level1 = (number * _CLUSTER_BYTES for number in (1, 2, 3))
+    parts = {
+        0: _HEADER.pack(
+            b"QFI\xfb", 3, 0, 0, bits, _DISK_BYTES, 0, 1, level1, table, 1, 0, 0, 0, 0, 0, 4, _HEADER.size, 0
+        ),
+        table: struct.pack(">Q", block),
+        block: struct.pack(">4H", 1, 1, 1, 1),
+        level1: struct.pack(">Q", 0),
+    }
+    return b"".join(part.ljust(_CLUSTER_BYTES, b"\0") for part in parts.values())
 
 
 def crc32_of(state: "bytes | memoryview") -> str:

@@ -76,6 +76,7 @@ class DiskServer:
         self.restarts = 0
         self.is_given_up = False
         self._output: IO[bytes] | None = None
+        self._is_listening = False
         self._deadline = 0.0
 
     @property
@@ -100,12 +101,12 @@ class DiskServer:
         self.wait_ready()
 
     def begin(self) -> None:
-        """Start it, and return when it listens: who connects waits until it is ready (`wait_ready`).
+        """Start it. Who calls `wait_listening` then can connect, and `wait_ready` that the disks are there.
 
         Raises
         ------
         StateError
-            It did not come up; its log says why.
+            It could not be started.
         """
         if not self._volumes:
             return
@@ -121,7 +122,19 @@ class DiskServer:
             os.close(log)
         self.process = ProcessId.of(pid)
         self._output, self._deadline = output, time.monotonic() + READY_SECONDS
-        self._wait_for("listening")
+        self._is_listening = False
+
+    def wait_listening(self) -> None:
+        """Return when what was begun listens: who connects waits until it is ready. Further calls do nothing.
+
+        Raises
+        ------
+        StateError
+            It did not come up; its log says why.
+        """
+        if self._output is not None and not self._is_listening:
+            self._wait_for("listening")
+            self._is_listening = True
 
     def wait_ready(self) -> None:
         """Return when what was begun is ready. Further calls do nothing.
@@ -131,6 +144,7 @@ class DiskServer:
         StateError
             It did not come up; its log says why.
         """
+        self.wait_listening()
         if self._output is not None:
             self._wait_for("ready")
             self._close_output()

@@ -31,6 +31,7 @@ from onionskin.base.sockets import UnixListener
 from onionskin.control import frames
 from onionskin.errors import OnionskinError, StateError
 from onionskin.machine import daemon, disk_server
+from onionskin.machine.hypervisor import Configuration
 from onionskin.machine.record import SUPERVISOR_LOG, make_directory, open_log
 from onionskin.operations import load_all, machines
 
@@ -68,15 +69,17 @@ def start_all(store: "Store", names: Sequence[str], *, paused: bool = False) -> 
 def _start_some(store: "Store", names: Sequence[str], paused: bool) -> list[Exception]:
     """Start machines at once. Return what kept those from running that do not run."""
     with ExitStack() as stack:
-        readers, writers, wanted = [], [], []
+        readers, writers, wanted, programs = [], [], [], set[str]()
         for name in names:
             reader, writer = os.pipe2(os.O_CLOEXEC)
             readers.append(stack.enter_context(os.fdopen(reader, "rb", buffering=0)))
             writers.append(writer)
-            directory = make_directory(store._opened.layout.root, machines.find(store._opened.catalog, name).id)
+            row = machines.find(store._opened.catalog, name)
+            programs.add(Configuration.from_json(row.configuration).program)
+            directory = make_directory(store._opened.layout.root, row.id)
             wanted.append([name, str(directory / SUPERVISOR_LOG)])
         try:
-            _start_process(store, wanted, writers, paused)
+            _start_process(store, wanted, sorted(programs), writers, paused)
         finally:
             for writer in writers:
                 os.close(writer)
@@ -86,8 +89,16 @@ def _start_some(store: "Store", names: Sequence[str], paused: bool) -> list[Exce
         return [error for error in answers if error is not None]
 
 
-def _start_process(store: "Store", wanted: list[list[str]], writers: list[int], paused: bool) -> None:
-    what = {"store": str(store.path.absolute()), "machines": wanted, "paused": paused, "trust": store._trust}
+def _start_process(
+    store: "Store", wanted: list[list[str]], programs: list[str], writers: list[int], paused: bool
+) -> None:
+    what = {
+        "store": str(store.path.absolute()),
+        "machines": wanted,
+        "programs": programs,
+        "paused": paused,
+        "trust": store._trust,
+    }
     with _guard:
         if not _ask(_forking_process(), what, writers):
             _ask(_forking_process(), what, writers)
@@ -201,7 +212,9 @@ def _reap(*_: object) -> None:
 
 def _start_machines(what: dict[str, Any], writers: list[int], asked: socket.socket) -> None:
     """Fork the supervisors of machines."""
-    held = _prepare(what["store"], what["machines"][0][0], what["trust"])
+    held = None
+    if len(what["machines"]) > 1 or not _knows(what["programs"]):
+        held = _prepare(what["store"], what["machines"][0][0], what["trust"])
     if threading.active_count() == 1:  # else each is said to have died, which is better than one that hangs
         for (name, log), writer in zip(what["machines"], writers, strict=True):
             try:
@@ -222,11 +235,26 @@ def _start_machines(what: dict[str, Any], writers: list[int], asked: socket.sock
         held.close()
 
 
+_is_loaded = False  # whether this process has all that supervisors need
+
+
+def _knows(programs: Sequence[str]) -> bool:
+    """Whether all is loaded here, and what the hypervisors are is known: a single supervisor sees to the rest by itself."""
+    if not _is_loaded:
+        return False
+    from onionskin.machine.qemu import know
+
+    with suppress(OSError, OnionskinError):  # the supervisor finds it too, and says so
+        for program in programs:
+            know(program)
+    return True
+
+
 def _prepare(store: str, name: str, trust: bool) -> "RamFile | None":
-    """Make the RAM file. What fails here, fails in the supervisors too, and they say so."""
+    """Load what supervisors need, and make the RAM file. What fails here, fails in them too, and they say so."""
+    global _is_loaded
     try:
         from onionskin.machine import restore, supervisor  # noqa: F401 - loaded here for all
-        from onionskin.machine.hypervisor import Configuration
         from onionskin.machine.qemu import QemuHypervisor
         from onionskin.machine.ram_files import RamFiles
         from onionskin.machine.running import source_of
@@ -240,7 +268,9 @@ def _prepare(store: str, name: str, trust: bool) -> "RamFile | None":
                 return None
             saved = restore.find_saved(opened, row, None)
             source = source_of(opened, saved.volume, saved.layer, saved.ram_bytes)
-            return RamFiles(opened._opened).use(source)
+            held = RamFiles(opened._opened).use(source)
+            _is_loaded = True
+            return held
     except (OSError, OnionskinError):
         return None
 
@@ -270,15 +300,18 @@ def _supervise(
 
 
 def _spawner(writer: int) -> Callable[[list[str], int], tuple[int, IO[bytes]]]:
-    """Fork a process that becomes a server of disks when it is told to, and return what tells it. It can be called once."""
+    """Fork a process that becomes a server of disks when it is told to, and return what tells it. It can be called once.
+
+    It is nobody's child, so that nobody has to wait for its end: who forked it ends at once.
+    """
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    waiting = os.fork()
-    if waiting == 0:
+    between = os.fork()
+    if between == 0:
         status = 1
         try:
             here.close()
             os.close(writer)  # whoever waits for its end waits for the supervisor alone
-            status = _become_server(there)
+            status = 0 if os.fork() else _become_server(there)
         finally:
             os._exit(status)
     there.close()
@@ -293,7 +326,7 @@ def _spawner(writer: int) -> Callable[[list[str], int], tuple[int, IO[bytes]]]:
                 answer = here.recv(64)
         finally:
             os.close(into)
-            os.waitpid(waiting, 0)
+            os.waitpid(between, 0)
         if not answer:
             os.close(output)
             raise StateError(
@@ -305,18 +338,17 @@ def _spawner(writer: int) -> Callable[[list[str], int], tuple[int, IO[bytes]]]:
 
 
 def _become_server(asked: socket.socket) -> int:
-    """Wait for what to serve, and serve it in a process that nobody has to wait for. Return an exit status."""
+    """Wait for what to serve, and serve it. Return an exit status."""
     what, given, _, _ = socket.recv_fds(asked, 1 << 20, 2)
     if not what:
         return 0  # the supervisor ended without it
     into, log = given
-    # Before it is there: by its log it is found when the supervisor is killed now.
+    # Before anything else: by its log it is found when the supervisor is killed now.
     for descriptor, standard in ((os.open(os.devnull, os.O_RDONLY), 0), (into, 1), (log, 2)):
         os.dup2(descriptor, standard)
-    if pid := os.fork():
-        asked.send(str(pid).encode())
-        return 0
     os.setsid()
+    with suppress(ConnectionError):
+        asked.send(str(os.getpid()).encode())
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     try:
         sys.argv = ["onionskin", *_listening(json.loads(what))]

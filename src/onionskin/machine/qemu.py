@@ -31,6 +31,7 @@ from onionskin.errors import StateError
 from onionskin.kernels._ram import PageTracker
 from onionskin.machine import qemu_command
 from onionskin.machine.agent import GuestAgent
+from onionskin.machine.device_state import empty_file
 from onionskin.machine.hypervisor import Configuration, Identity, Recorded
 from onionskin.machine.monitor import JOB_PREFIX, Monitor, MonitorError, MonitorTimeout, Standstill
 from onionskin.machine.orphans import copy_of_ram
@@ -58,7 +59,6 @@ _GUEST_ENDED, _NEEDS_RESET = ("shutdown", "internal-error", "guest-panicked"), (
 _SLEEPS = "suspended"
 _DEVICES = ("/machine/peripheral", "/machine/peripheral-anon")  # those with an id, and those without
 STATE_TAG = "s"
-STATE_CLUSTER_BYTES = 16384  # as fast as QEMU's 65536, and half a MiB less
 _STATE_NODE, _FILE_NODE = "state-", "file-of-state-"
 # In the environment: what is written to RAM is found by comparing, as where the kernel or a sandbox forbids to note it.
 NO_TRACKING = "ONIONSKIN_NO_TRACKING"
@@ -228,7 +228,6 @@ class QemuProcess:
         self._tracker: PageTracker | None = None
         self._nodes = 0
         self._prepared: tuple[str, Path] | None = None
-        self._empty_state = b""
         self._status: int | None = None
         self._is_closed = False
         self._ending = threading.Lock()
@@ -421,11 +420,9 @@ class QemuProcess:
 
     def plugged(self) -> list[str]:
         """Return the devices that it has now: those of its command line, and what was added or taken since."""
-        found = []
-        for path in _DEVICES:
-            children = self.monitor.execute("qom-list", {"path": path})
-            found += [f"{one['name']} ({kind})" for one in children if (kind := _kind_of_child(one["type"]))]
-        return sorted(found)
+        lists = self.monitor.execute_all([("qom-list", {"path": path}) for path in _DEVICES])
+        found = [(one["name"], _kind_of_child(one["type"])) for children in lists for one in children]
+        return sorted(f"{name} ({kind})" for name, kind in found if kind)
 
     def disk_bytes(self) -> list[int]:
         """Return how large its disks are for the guest, in their order: as they were when it was started."""
@@ -470,8 +467,11 @@ class QemuProcess:
             node = self._add_node(path, *before, is_new=False)
 
         def load() -> None:
-            self._reset_where_it_must_be()
-            with self._explained(), self._console_read():
+            status, chardevs = self.monitor.execute_all([("query-status", None), ("query-chardev", None)])
+            if status["status"] in _NEEDS_RESET:
+                self._reset()
+                chardevs = self.monitor.execute("query-chardev")
+            with self._explained(), self._console_read(chardevs):
                 self._run_on_state("snapshot-load", node)
 
         try:
@@ -479,10 +479,8 @@ class QemuProcess:
         finally:
             self._remove_node(node)
 
-    def _reset_where_it_must_be(self) -> None:
+    def _reset(self) -> None:
         """Reset a machine that QEMU would not let go on: not behind the load of a state either."""
-        if self.status not in _NEEDS_RESET:
-            return
         self.monitor.execute("system_reset")
         deadline = time.monotonic() + RESET_SECONDS
         while self.status in _NEEDS_RESET:
@@ -494,13 +492,13 @@ class QemuProcess:
             time.sleep(0.01)
 
     @contextmanager
-    def _console_read(self) -> Iterator[None]:
+    def _console_read(self, chardevs: list[dict[str, Any]]) -> Iterator[None]:
         """Have the console connected for the time of the block.
 
         A serial port whose last byte nobody has taken yet waits for whoever is connected. Where nobody is when its state is
         loaded, QEMU lets it wait for ever, and the guest with it.
         """
-        consoles = [one for one in self.monitor.execute("query-chardev") if one["label"] == qemu_command.CONSOLE]
+        consoles = [one for one in chardevs if one["label"] == qemu_command.CONSOLE]
         if not any(one["filename"].startswith("disconnected:") for one in consoles):
             yield  # another one would wait behind that
             return
@@ -542,8 +540,8 @@ class QemuProcess:
     def _add_node(self, path: Path, *before: Command, is_new: bool) -> str:
         self._nodes += 1
         node, file = f"{_STATE_NODE}{self._nodes}", f"{_FILE_NODE}{self._nodes}"
-        if is_new and self._empty_state:  # QEMU looks at the length when it opens it
-            path.write_bytes(self._empty_state)
+        if is_new:  # QEMU looks at the length when it opens it
+            path.write_bytes(empty_file())
         cache = {"direct": False, "no-flush": True}  # whoever keeps the state syncs it
         commands: list[Command] = [
             *before,
@@ -551,21 +549,11 @@ class QemuProcess:
             ("blockdev-add", {"driver": "qcow2", "node-name": node, "file": file, "cache": cache}),
         ]
         try:
-            if is_new and not self._empty_state:
-                self.monitor.execute_all(commands[:-1])
-                self._format(path, file)
-                del commands[:-1]
             self.monitor.execute_all(commands)
         except BaseException:
             self._remove_node(node)  # QEMU adds it also where it refused what was asked before it
             raise
         return node
-
-    def _format(self, path: Path, file: str) -> None:
-        """Have QEMU make an empty qcow2 file. What it wrote is written again the next times, without asking it."""
-        options = {"driver": "qcow2", "file": file, "size": 1 << 20, "cluster-size": STATE_CLUSTER_BYTES}
-        self.monitor.run_job("blockdev-create", {"options": options})
-        self._empty_state = path.read_bytes()
 
     def _remove_node(self, node: str) -> None:
         names = [{"node-name": name} for name in (node, node.replace(_STATE_NODE, _FILE_NODE))]
@@ -820,6 +808,18 @@ def _swapped_bytes(pid: int) -> int:
         if line.startswith("VmSwap:"):
             return int(line.split()[1]) << 10
     return 0
+
+
+def know(program: str) -> None:
+    """Ask a QEMU what it is, if it was not asked yet: processes that are forked from this one know it then.
+
+    Raises
+    ------
+    StateError
+        It is not installed, or does not say it.
+    """
+    found = _find(program)
+    _probe(found, os.stat(found).st_mtime_ns)  # noqa: PTH116 - a text
 
 
 def _find(program: str) -> str:

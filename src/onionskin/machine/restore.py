@@ -5,6 +5,7 @@ snapshot has it before the state of the devices is loaded, since both must agree
 the machine, which copies its ROMs over RAM. A machine that is between two states stays stopped (`is_broken`).
 """
 
+import threading
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -118,8 +119,9 @@ class Prepared:
         The state of the devices.
     """
 
-    def __init__(self, store: "Store", saved: Saved, files: RamFiles) -> None:
+    def __init__(self, store: "Store", saved: Saved) -> None:
         self._store = store
+        files = RamFiles(store._opened)
         self.saved: Saved = saved
         self._ends = ExitStack()
         try:
@@ -142,8 +144,8 @@ class Prepared:
         self._ends.close()
 
 
-def prepare(store: "Store", machine: "MachineRow", snapshot: str | None, now: Recorded) -> Prepared:
-    """Prepare the start of a machine as a snapshot has it; with None, as it was forked or reverted.
+def find_fit(store: "Store", machine: "MachineRow", snapshot: str | None, now: Recorded) -> Saved:
+    """Find what a machine starts from, as `find_saved` does, if it can run here.
 
     Parameters
     ----------
@@ -151,7 +153,7 @@ def prepare(store: "Store", machine: "MachineRow", snapshot: str | None, now: Re
     machine : MachineRow
     snapshot : str or None
     now : Recorded
-        What would run here (`Hypervisor.check`). It is compared first.
+        What would run here (`Hypervisor.check`).
 
     Raises
     ------
@@ -162,7 +164,7 @@ def prepare(store: "Store", machine: "MachineRow", snapshot: str | None, now: Re
     """
     saved = find_saved(store, machine, snapshot)
     compare(saved.recorded, now)
-    return Prepared(store, saved, RamFiles(store._opened))
+    return saved
 
 
 def _state_of(view: Volume, saved: Saved) -> StateFile:
@@ -250,21 +252,67 @@ def revert(running: Running, snapshot: str, *, stays: bool = False) -> None:
             running.refuse_without_room(elsewhere, "nothing was changed")
             mark(running.guest_ram._unsaved, elsewhere)
             running.is_broken = True
-            with _unsaved_unless_done(running):
-                with ThreadPoolExecutor(1, "onionskin revert") as thread:
-                    disks = thread.submit(
-                        going_back.put_disks_back, running.store._put_back_together, running.store._put_back
-                    )
-                    _put_back(running, saved, view)
-                    load_state()  # this reads no disk
-                    _settle(running, view)
-                    renew_generation(running)
-                    disks.result()
+            with _unsaved_unless_done(running), _VolumesGoingBack(running, going_back) as volumes:
+                _put_back(running, saved, view)
+                load_state()  # this reads no disk
+                _settle(running, view)
+                renew_generation(running)
+                volumes.wait_until_ready()
                 stop.refuse_went_on(f"a revert to {snapshot!r}")
-                going_back.put_ram_back(running.ram_volume._opened.to_write())  # the guest may write from here on
+                volumes.finish()  # the guest may write from here on
             running.recorded = replace(running.recorded, guest_kernel=saved.recorded.guest_kernel)
             running.is_frozen = saved.recorded.is_frozen
             running.is_broken = False
+
+
+class _NotPutBack(Exception):
+    """The machine is between two states, so its RAM volume stays where it is."""
+
+
+class _VolumesGoingBack:
+    """The volumes of a machine are put back, in a thread of their own: the disks at once, and the RAM volume by `finish`.
+
+    All of that is done before which need not wait for the machine. A context manager, whose end waits for the thread. Where
+    `finish` was not called until then, the RAM volume stays as it is.
+    """
+
+    def __init__(self, running: Running, going_back: machine_tree.RevertInPlace) -> None:
+        self._running, self._going_back = running, going_back
+        self._is_ready, self._is_told = threading.Event(), threading.Event()
+        self._goes_on = False
+        self._thread = ThreadPoolExecutor(1, "onionskin revert")
+        self._work = self._thread.submit(self._put_back)
+        self._work.add_done_callback(lambda _: self._is_ready.set())  # also where it failed
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_told.set()
+        self._thread.shutdown()
+
+    def _put_back(self) -> None:
+        store = self._running.store
+        self._going_back.put_disks_back(store._put_back_together, store._put_back)
+        self._going_back.put_ram_back(self._running.ram_volume._opened.to_write(), self._wait)
+
+    def _wait(self) -> None:
+        self._is_ready.set()
+        self._is_told.wait()
+        if not self._goes_on:
+            raise _NotPutBack
+
+    def wait_until_ready(self) -> None:
+        """Return when the disks are back, or raise what kept them, or the RAM volume, from that."""
+        self._is_ready.wait()
+        if self._work.done():
+            self._work.result()
+
+    def finish(self) -> None:
+        """Put the RAM volume back: the machine is."""
+        self._goes_on = True
+        self._is_told.set()
+        self._work.result()
 
 
 def _refuse_resized(running: Running, snapshot: str) -> None:

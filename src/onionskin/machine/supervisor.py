@@ -17,6 +17,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -58,6 +59,9 @@ POLL_SECONDS = 5.0
 RESTART_SECONDS = 0.5
 DYING_SECONDS = 10.0  # from a closed connection of a hypervisor to its end
 GO_ON_TRIES, GO_ON_SECONDS = 3, 60.0  # so often a machine whose disk had an error goes on by itself
+# After so long another thread of this process has its turn, instead of 5 ms: while one computes, the others wait for answers
+# of the hypervisor and of the server of the disks, and the guest stands still for that.
+SWITCH_SECONDS = 0.0005
 _ENDED = "ended"
 
 
@@ -168,13 +172,15 @@ class Supervisor:
         now = hypervisor.check(configuration, len(self._server.uris))
         identity = Identity(mac_seed=machine.hex())
         with ExitStack() as stack:
-            prepared = None
+            saved = prepared = None
             if begins.ram is not None:
                 machines.refuse_written(store._opened, row)
-                prepared = stack.enter_context(restore.prepare(store, row, None, now))
-                was = prepared.saved.recorded
-                now = replace(now, guest_kernel=was.guest_kernel)  # that is in its RAM
-            self._server.begin()
+                saved = restore.find_fit(store, row, None, now)
+                now = replace(now, guest_kernel=saved.recorded.guest_kernel)  # that is in its RAM
+            self._server.begin()  # it comes up meanwhile
+            if saved is not None:
+                prepared = stack.enter_context(restore.Prepared(store, saved))
+            self._server.wait_listening()
             differ: list[NDArray[Any]] = []
 
             def beside_its_start() -> None:
@@ -202,7 +208,7 @@ class Supervisor:
             )
             if prepared is not None:
                 restore.settle(self.running, prepared.saved)
-                self.running.is_frozen = was.is_frozen
+                self.running.is_frozen = prepared.saved.recorded.is_frozen
             self._begin_record(self._record_of(configuration, now, identity, mapped, paused))
             if self._pool is None:
                 # From here on the guest may write: RAM that it began from is older than its disks.
@@ -968,7 +974,22 @@ def supervise(
 
     SIGTERM, SIGINT and SIGHUP have the guest shut down. With `pool`, the machine waits in a pool at first: see `Supervisor`.
     """
-    supervisor = Supervisor(store, name, log, pool=pool)
+    with _short_turns_of_threads():
+        return _supervise(Supervisor(store, name, log, pool=pool), paused, only_from, ready)
+
+
+@contextmanager
+def _short_turns_of_threads() -> Iterator[None]:
+    """Have threads of this process take turns soon. It may be another program's, which has a machine in the foreground."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+def _supervise(supervisor: Supervisor, paused: bool, only_from: str | None, ready: Callable[[], None]) -> int:
     supervisor.begin(paused=paused, only_from=only_from)
     before = {}
     try:

@@ -210,8 +210,12 @@ class RevertInPlace:
         machines.note_reverting(self._store, machine.id, row.id)
         _put_back_each(self._disks, machine, self._snapshot, put_back)
 
-    def put_ram_back(self, ram: OpenHead) -> None:
-        """Put the RAM volume back. The disks are, and the guest may write from here on."""
+    def put_ram_back(self, ram: OpenHead, when_ready: Callable[[], None] = lambda: None) -> None:
+        """Put the RAM volume back. The disks are, and the guest may write from here on.
+
+        `when_ready` is called when all is done that can be done before the guest may write. Where it raises, the RAM volume
+        stays as it is.
+        """
         part, catalog = self._ram, self._store.catalog
         assert part is not None
 
@@ -219,7 +223,8 @@ class RevertInPlace:
             machines.refuse_other_revert(catalog, self._machine.id, self._row.id)
             machines.write_running(catalog, self._machine.id)
 
-        revert_together([Target(ram, part.snapshot, part.guid)], for_machine=self._machine.id, then=note)
+        target = Target(ram, part.snapshot, part.guid)
+        revert_together([target], for_machine=self._machine.id, then=note, when_ready=when_ready)
 
 
 def _at_once(calls: Sequence[Callable[[], None]]) -> None:

@@ -93,10 +93,13 @@ def restart_on(volume: OpenHead, layer_id: bytes, also: Callable[[], None]) -> N
     restart_together([(volume, layer_id)], also)
 
 
-def restart_together(heads: Sequence[tuple[OpenHead, bytes]], also: Callable[[], None]) -> None:
+def restart_together(
+    heads: Sequence[tuple[OpenHead, bytes]], also: Callable[[], None], when_ready: Callable[[], None] = lambda: None
+) -> None:
     """Replace heads by empty children of layers, all in one transaction; `also` runs in it, before layers are freed.
 
-    In an operation of each volume.
+    In an operation of each volume. `when_ready` is called when all is done that can be done before that transaction. Where it
+    raises, nothing has changed.
     """
     restarts = [_Restart(volume) for volume, _ in heads]
     try:
@@ -106,6 +109,7 @@ def restart_together(heads: Sequence[tuple[OpenHead, bytes]], also: Callable[[],
             with side_by_side(len(heads)) as beside:
                 prepare = [partial(one.prepare_on, layer) for one, (_, layer) in zip(restarts, heads, strict=True)]
                 beside.run(prepare)
+        when_ready()
         _change(restarts, also)
     except BaseException:
         for one in restarts:

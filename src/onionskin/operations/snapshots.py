@@ -191,9 +191,16 @@ class Target(NamedTuple):
 
 
 def revert_together(
-    targets: Sequence[Target], *, for_machine: bytes | None = None, then: Callable[[], None] = lambda: None
+    targets: Sequence[Target],
+    *,
+    for_machine: bytes | None = None,
+    then: Callable[[], None] = lambda: None,
+    when_ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Put volumes of one store back, all in one transaction, in which `then` is called. As for `revert`."""
+    """Put volumes of one store back, all in one transaction, in which `then` is called. As for `revert`.
+
+    `when_ready` is called before that transaction, as `restart_together` does.
+    """
     from onionskin.operations.hidden_blocks import free_hidden
     from onionskin.operations.restart import restart_together
 
@@ -215,7 +222,8 @@ def revert_together(
                 _refuse_renamed(target.volume, target.name, layer)
             then()
 
-        restart_together([(target.volume, layer) for target, layer in zip(targets, layers, strict=True)], check)
+        heads = [(target.volume, layer) for target, layer in zip(targets, layers, strict=True)]
+        restart_together(heads, check, when_ready)
         for target, unnamed in zip(targets, around, strict=True):
             free_hidden(target.volume, unnamed)
 

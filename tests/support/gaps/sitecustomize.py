@@ -20,7 +20,8 @@ STEPS = {
     "onionskin.machine.daemon": ("be_supervisor", "start"),
     "onionskin.machine.control": ("ControlServer.__init__", "ControlServer.close", "MachineControl.ask"),
     "onionskin.machine.disk_server": (
-        *("DiskServer.begin", "DiskServer.wait_ready", "DiskServer.rename", "DiskServer.restart", "DiskServer.end"),
+        *("DiskServer.begin", "DiskServer.wait_listening", "DiskServer.wait_ready", "DiskServer.rename"),
+        *("DiskServer.restart", "DiskServer.end"),
     ),
     "onionskin.machine.qemu": (
         *("QemuHypervisor.check", "QemuHypervisor.launch", "QemuProcess.note_writes", "QemuProcess.load_state"),
@@ -35,7 +36,9 @@ STEPS = {
     ),
     "onionskin.machine.ram_files": ("RamFiles._make", "RamFiles.use", "RamFiles.make_soon"),
     "onionskin.machine.record": ("Record.write",),
-    "onionskin.machine.restore": ("Prepared.__init__", "settle", "_settle", "renew_generation"),
+    "onionskin.machine.restore": (
+        *("Prepared.__init__", "settle", "_settle", "renew_generation", "_VolumesGoingBack.finish"),
+    ),
     "onionskin.machine.supervisor": ("Supervisor.adopt", "Supervisor._take_over"),
     "onionskin.machine.running": (
         *("StateFile.save", "Stop.refuse_disturbed", "Stop.refuse_went_on", "Running.attach", "Running.close"),

@@ -1,6 +1,7 @@
 """Snapshots of a machine that runs, with a stand-in for the hypervisor."""
 
 import random
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from onionskin.machine.restore import find_saved
 from onionskin.machine.running import Running, StateFile, open_layer
 from onionskin.operations import seal
 from onionskin.operations.machine_snapshots import MachineCut
+from onionskin.volume import Volume
 
 
 def ram_of(running: Running, snapshot: str) -> bytes:
@@ -215,6 +217,26 @@ def test_a_state_that_cannot_be_given_up_does_not_spoil_the_snapshot(running: Ru
     process.fails_at = "finish_state"
     capture.snapshot(running, "a")
     assert snapshots_of(running) == ["a"]
+
+
+def test_the_hypervisor_lets_go_of_the_state_while_ram_is_written(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_saving, finish, save = threading.Event(), process.finish_state, GuestRam.save
+
+    def finish_when_saving() -> None:
+        assert is_saving.wait(30)
+        finish()
+
+    def saving(ram: GuestRam, volume: Volume) -> int:
+        is_saving.set()
+        return save(ram, volume)
+
+    process.write(3, 3)
+    monkeypatch.setattr(GuestRam, "save", saving)
+    process.finish_state = finish_when_saving  # type: ignore[method-assign]
+    capture.snapshot(running, "a")
+    assert not process.is_paused
 
 
 def test_a_paused_machine_stays_paused(running: Running, process: StandIn) -> None:

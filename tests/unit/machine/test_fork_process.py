@@ -1,8 +1,11 @@
 """What the process that forks machines has ready for those that it forks."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -50,13 +53,17 @@ def test_a_socket_that_was_made_beforehand_serves_no_other_path(tmp_path: Path) 
 
 def test_a_start_whose_process_for_the_disks_was_killed_says_so() -> None:
     text = """
-import os, signal
+import os, select, signal
 from onionskin.errors import StateError
 from onionskin.machine import fork
-made, real = [], os.fork
-os.fork = lambda: made.append(real()) or made[-1]
+seen, told = os.pipe()
+become = fork._become_server
+fork._become_server = lambda asked: os.write(told, str(os.getpid()).encode()) and become(asked)
 spawn = fork._spawner(os.pipe()[1])
-os.kill(made[0], signal.SIGKILL)
+waiting = int(os.read(seen, 20))
+ended = os.pidfd_open(waiting)
+os.kill(waiting, signal.SIGKILL)
+select.select([ended], [], [])
 try:
     spawn(["serve"], 2)
 except StateError as error:
@@ -64,3 +71,26 @@ except StateError as error:
 """
     said = subprocess.run([sys.executable, "-c", text], check=True, capture_output=True, text=True).stdout
     assert said == "the process that was to serve the disks of the machine was killed; start the machine again\n"
+
+
+@pytest.mark.parametrize(("is_loaded", "count", "is_opened"), [(False, 1, True), (True, 1, False), (True, 2, True)])
+def test_a_process_that_has_loaded_all_leaves_the_store_to_the_supervisor_of_a_single_machine(
+    monkeypatch: pytest.MonkeyPatch, is_loaded: bool, count: int, is_opened: bool
+) -> None:
+    opened: list[object] = []
+
+    def refuse() -> int:
+        raise OSError(11, "no process is left")
+
+    monkeypatch.setattr(fork, "_is_loaded", is_loaded)
+    monkeypatch.setattr(fork, "_prepare", lambda *what: opened.append(what))
+    monkeypatch.setattr(os, "fork", refuse)
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
+    pipes = [os.pipe() for _ in range(count)]
+    what = {"store": "store", "machines": [["lab", "log"]] * count, "programs": [], "trust": False, "paused": False}
+    with socket.socket() as asked:
+        fork._start_machines(what, [writer for _, writer in pipes], asked)
+    for reader, _ in pipes:
+        with os.fdopen(reader) as answer:
+            assert "no process is left" in answer.read()
+    assert bool(opened) == is_opened

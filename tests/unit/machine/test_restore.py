@@ -1,6 +1,7 @@
 """Going back to a snapshot of a machine, and starting from one, with a stand-in for the hypervisor."""
 
 import subprocess
+import threading
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -154,7 +155,7 @@ def test_a_machine_that_was_started_from_a_snapshot_drops_what_it_wrote_or_has_i
     machine = running.machine
     running.close()
     running.ram_volume.close()
-    with restore.prepare(store, machine, "a", RECORDED) as prepared:
+    with restore.Prepared(store, restore.find_fit(store, machine, "a", RECORDED)) as prepared:
         again = StandIn(tmp_path / "second", prepared.ram_file.path)
         again.load_state(prepared.state.path)
         restarted = attach(store, again, tmp_path / "second", mapped=prepared.saved.layer)
@@ -206,7 +207,7 @@ def test_a_snapshot_that_cannot_run_here_is_refused_before_anything_is_touched(
         restore.revert(running, "none")
     assert process.whole() == before and not process.is_paused and not running.is_broken
     with pytest.raises(StateError, match="CPU model"):
-        restore.prepare(running.store, running.machine, "a", running.recorded)
+        restore.find_fit(running.store, running.machine, "a", running.recorded)
 
 
 def test_a_machine_that_runs_with_a_disk_of_another_size_is_not_put_back_in_place(
@@ -263,6 +264,28 @@ def test_what_failed_is_said_also_where_the_machine_does_not_answer_when_it_is_t
     )
     with pytest.raises(MonitorTimeout, match="'stop'"), running_module.stopped(process):  # type: ignore[arg-type]
         pass
+def test_the_ram_volume_is_made_ready_while_the_devices_are_loaded_and_put_back_behind_that(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ram = snapshot(running, process, "a", {1: 1})
+    snapshot(running, process, "b", {1: 2})
+    opened = running.ram_volume._opened.to_write()
+    before = opened.head
+    is_ready, load, wait = threading.Event(), process.load_state, restore._VolumesGoingBack._wait
+
+    def load_when_ready(path: Path) -> None:
+        assert is_ready.wait(30)
+        assert opened.head == opened.store.catalog.head_of(opened.row) == before
+        load(path)
+
+    def ready(volumes: restore._VolumesGoingBack) -> None:
+        is_ready.set()
+        wait(volumes)
+
+    monkeypatch.setattr(restore._VolumesGoingBack, "_wait", ready)
+    process.load_state = load_when_ready  # type: ignore[method-assign]
+    restore.revert(running, "a")
+    assert opened.head != before and is_at(running, process, "a", ram)
 
 
 def test_a_machine_whose_last_note_fails_stays_stopped_until_it_is_put_back(

@@ -521,3 +521,19 @@ def test_what_two_threads_note_of_a_machine_at_once_is_all_noted(
         supervisor._ends.close()
     for one in (supervisor.record, written[-1]):
         assert (one.is_frozen, one.is_paused) == (True, True)
+
+
+def test_a_program_that_runs_a_machine_in_the_foreground_has_its_threads_as_before(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, during = sys.getswitchinterval(), []
+
+    def begin(supervisor: Supervisor, **_: object) -> None:
+        during.append(sys.getswitchinterval())
+        raise StateError("it cannot run here")
+
+    machine = store.create_machine("lab", disks=["web"], memory="4M", qemu_args=["-nodefaults"])
+    monkeypatch.setattr(Supervisor, "begin", begin)
+    with pytest.raises(StateError):
+        supervisor_module.supervise(store, machine.name, log=print, ready=lambda: None)
+    assert (during, sys.getswitchinterval()) == ([pytest.approx(supervisor_module.SWITCH_SECONDS)], before)
