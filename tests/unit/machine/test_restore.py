@@ -264,6 +264,8 @@ def test_what_failed_is_said_also_where_the_machine_does_not_answer_when_it_is_t
     )
     with pytest.raises(MonitorTimeout, match="'stop'"), running_module.stopped(process):  # type: ignore[arg-type]
         pass
+
+
 def test_the_ram_volume_is_made_ready_while_the_devices_are_loaded_and_put_back_behind_that(
     running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
