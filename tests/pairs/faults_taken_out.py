@@ -60,8 +60,8 @@ FAULTS = [
             ),
             Edit(
                 "src/onionskin/operations/reclaim.py",
-                "        with store.catalog.transaction():\n            for path in orphans(store):",
-                "        if held:\n            for path in orphans(store):",
+                "        with store.catalog.transaction():\n            for path in [] if",
+                "        if held:\n            for path in [] if",
             ),
             Edit(
                 "src/onionskin/operations/reclaim.py",
@@ -292,9 +292,14 @@ FAULTS = [
         (
             Edit(
                 "src/onionskin/operations/snapshots.py",
-                "        seal_together(store, [Part(naming.head, naming.check, naming.write) for naming in namings])\n",
-                "        for naming in namings:\n"
-                "            seal_together(store, [Part(naming.head, naming.check, naming.write)])\n",
+                "        seal_together(\n"
+                "            store,\n"
+                "            parts,\n"
+                "            lambda: taken.extend(_write_names(store, namings)),\n"
+                "            check=lambda: _refuse_taken(store, namings),\n"
+                "        )\n",
+                "        for part, naming in zip(parts, namings, strict=True):\n"
+                "            seal_together(store, [part], lambda one=naming: taken.extend(_write_names(store, [one])))\n",
             ),
         ),
         _pairs("snapshot group", "tree", "related", "stores", "release"),

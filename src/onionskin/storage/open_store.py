@@ -187,6 +187,8 @@ class OpenStore:
         left for the new catalog's, and mix the two.
         """
         layout = self.layout
+        if not layout.root.is_dir():
+            return
         log = layout.catalog.with_name(f"{CATALOG}-wal")
         names = ((layout.segments, ".seg"), (layout.layers, ".map"))
         found = [log] if bytes_in(log) else [at for at, suffix in names if next(allocated_files(at, suffix), None)]

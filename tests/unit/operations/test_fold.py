@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.examples import examples
 
 import onionskin
+from onionskin.base import dtypes
 from onionskin.catalog import LayerRow, SegmentRow, WorkRow
 from onionskin.operations import fold, fold_policy, reclaim
 from onionskin.operations.fold_policy import grown_parts
@@ -139,7 +141,7 @@ def assert_nothing_is_left(store: onionskin.Store) -> None:
         for segment in store._opened.catalog.rows(SegmentRow, "layer = ?", layer.id):
             live = {
                 int(slot)
-                for row in layer_map.live_slots(segment.id)
+                for row in np.frombuffer(layer_map.live_slots(segment.id), dtypes.SLOTS)
                 for slot in range(row["slot"], row["slot"] + row["count"])
             }
             data = store._opened.layout.segment_file(segment.id).read_bytes()[BLOCK:]
