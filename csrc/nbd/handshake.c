@@ -56,16 +56,17 @@ static enum onion_nbd_next acknowledge(struct onion_nbd_out *out, uint32_t optio
 /* ---- exports ---- */
 
 /* Returns the export of that name with a reference, or NULL. Then `status` says whether there is none (0), or that it
- * cannot be told (negative). Between the answer and the look, the export may have got another name, as that was given to
- * another volume: so it is asked for again. */
+ * cannot be told (anything else). Between the answer and the look, the export may have got another name, as that was
+ * given to another volume: so it is asked for again. */
 static struct onion_nbd_export *find_or_ask(struct onion_nbd_server *server, const struct onion_nbd_string *name,
                                             int *status) {
     struct onion_nbd_export *export = onion_nbd_find(server, name->bytes, name->length);
     const struct onion_nbd_hooks *hooks = &server->options.hooks;
-    *status = 0;
+    *status = export != NULL;
     if (export && hooks->still_export && !hooks->still_export(hooks->context, name->bytes, name->length)) {
         onion_nbd_unref(server, export);
         export = NULL;
+        *status = 0;
     }
     for (int left = ASK_TRIES; !export && left && hooks->find_export; left--) {
         if ((*status = onion_nbd_ask(server, name)) <= 0)
@@ -76,14 +77,17 @@ static struct onion_nbd_export *find_or_ask(struct onion_nbd_server *server, con
 }
 
 /* Says why a client does not get an export or a context: a program that is told that there is none may make one in its
- * place, or go on without. */
+ * place, or go on without. `status` is 0 where there is none. Positive: it was there a moment ago, and was taken away
+ * before this client had it. */
 static enum onion_nbd_next refuse_missing(const struct onion_nbd_server *server, uint32_t option, int status,
                                           const char *none, struct onion_nbd_out *out) {
     if (status == -ESHUTDOWN || __atomic_load_n(&server->stopping, __ATOMIC_RELAXED))
         return refuse(out, option, ONION_NBD_REP_ERR_SHUTDOWN, "the server is stopping");
-    if (status < 0)
+    if (status)
         return refuse(out, option, ONION_NBD_REP_ERR_POLICY,
-                      "it cannot be opened now; the log of the server says why; ask again when that is mended");
+                      status < 0
+                          ? "it cannot be opened now; the log of the server says why; ask again when that is mended"
+                          : "it was just being closed; ask again");
     return refuse(out, option, ONION_NBD_REP_ERR_UNKNOWN, none);
 }
 
@@ -412,7 +416,8 @@ static enum onion_nbd_next meta_context(struct onion_nbd_session *session, const
     while (status >= 0 && onion_nbd_meta_next(&query, &string))
         select_context(session, &string, out, &status);
     if (status < 0) {
-        session->context_count = 0; /* an error selects none */
+        session->context_count = 0; /* an error selects none ... */
+        out->length = 0;            /* ... and some clients would take those that it told of all the same */
         return refuse_missing(session->server, option->option, status, "", out);
     }
     return acknowledge(out, option->option);

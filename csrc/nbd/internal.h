@@ -294,7 +294,8 @@ void onion_nbd_write_batch(struct onion_volume *volume, const struct onion_nbd_r
 
 /* ---- worker.c ---- */
 
-/* Gives a request to the helper, which frees the payload. Waits while too much is queued. 0 or -errno. */
+/* Gives a request to the helper, or runs it where there is no thread for one; the payload is freed then. Waits while too
+ * much is queued. 0, or -errno where nothing more can be sent. */
 int onion_nbd_queue(struct onion_nbd_connection *connection, const struct onion_nbd_request *request,
                     unsigned char *payload);
 /* Runs a TRIM or WRITE_ZEROES in the calling thread, and returns the error value for the client. */

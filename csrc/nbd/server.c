@@ -307,6 +307,8 @@ static int flush_exports(struct onion_nbd_server *server) {
 }
 
 int onion_nbd_stop(struct onion_nbd_server *server, uint64_t grace_ms) {
+    if (server->process != getpid())
+        return 0; /* in the child of a fork: the threads, the locks that they hold and the clients are its parent's */
     pthread_mutex_lock(&server->lock);
     server->stopping = 1;
     onion_nbd_end_kept_threads(server);

@@ -180,14 +180,31 @@ static int start(struct onion_nbd_connection *connection) {
     return status;
 }
 
+/* Runs a request that the helper would run, since the system gives no thread for it. Later ones wait. */
+static int run_here(struct onion_nbd_connection *connection, const struct onion_nbd_request *request,
+                    unsigned char *payload) {
+    struct onion_nbd_job job = {.request = *request, .payload = payload, .received_ns = connection->received_ns};
+    int status = onion_nbd_send_replies(connection);
+    onion_nbd_connection_leave(connection);
+    if (status == 0) {
+        run_jobs(connection, &job, 1);
+        answer_jobs(connection, &job, 1);
+    }
+    free(job.reply);
+    free(payload);
+    return status;
+}
+
 int onion_nbd_queue(struct onion_nbd_connection *connection, const struct onion_nbd_request *request,
                     unsigned char *payload) {
     struct onion_nbd_helper *helper = &connection->helper;
     uint64_t more = payload ? request->length : 0;
     connection->waiting[request->type]--; /* the helper counts its latency */
-    int status = start(connection);
+    if (start(connection) < 0)
+        return run_here(connection, request, payload);
+    int status = 0;
     pthread_mutex_lock(&helper->lock);
-    if (status == 0 && is_full(connection, more)) {
+    if (is_full(connection, more)) {
         pthread_mutex_unlock(&helper->lock);
         status = onion_nbd_send_replies(connection);
         onion_nbd_connection_leave(connection);

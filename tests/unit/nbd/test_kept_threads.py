@@ -110,14 +110,24 @@ def test_the_child_of_a_fork_stops_a_server_whose_threads_are_its_parents(web: V
     with _server(web) as (server, asked):
         _come_and_go(server)
         assert within(300, lambda: _is_asleep(asked[-1]))
-        child = os.fork()
-        if child == 0:
-            signal.alarm(30)
-            try:
-                server.stop(grace_seconds=0)
-                os._exit(0)
-            finally:
-                os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        _stop_in_a_child(server)
         _come_and_go(server)
     assert len(set(asked)) == 1
+
+
+def test_the_child_of_a_fork_that_stops_a_server_leaves_its_parents_clients_alone(web: Volume) -> None:
+    with _server(web) as (server, _), NbdClient(_connected(server), "web") as client:
+        _stop_in_a_child(server)
+        assert client.read(0, 1) == b"\0"
+
+
+def _stop_in_a_child(server: NbdServer) -> None:
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        try:
+            server.stop(grace_seconds=0)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
