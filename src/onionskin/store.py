@@ -20,7 +20,7 @@ from onionskin.base.held import enter, held, held_together
 from onionskin.base.keyed_locks import KeyedLocks
 from onionskin.base.lazy import logger
 from onionskin.base.limits import HEADER_BYTES, VOLUME_BYTES_MAX, WIPE_POLICIES
-from onionskin.base.naming import check_name, several
+from onionskin.base.naming import check_name, plain_name, several
 from onionskin.base.paths import FilePath
 from onionskin.base.sizes import parse_size
 from onionskin.catalog import (
@@ -198,7 +198,7 @@ class Store:
         return not self._opened.closed
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self._opened.catalog.has_volume(str(name))
+        return isinstance(name, str) and self._opened.catalog.has_volume(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._opened.catalog.volume_names())
@@ -746,7 +746,7 @@ class Store:
         from onionskin.operations import forks
 
         if new_name is None:
-            name, at, behind = str(name).partition("@")
+            name, at, behind = plain_name(name).partition("@")
             if not at:
                 raise TypeError("a clone needs a snapshot and a new name: clone('web@clean', 'new')")
             snapshot, new_name = behind, snapshot

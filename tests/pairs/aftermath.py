@@ -51,7 +51,11 @@ LIVE_REASON = (
     "is poisoned by a failed sync; close it and open it again|is open for writing in process|is in use|"
     "is open for reading in another handle"
 )
-NO_BASE = "^ChainError: volume '.*' has no base to relocate$"
+# What the model sees for itself: no base, and a stream that is not for the disk that has the name, as after half an exchange.
+NEEDED = (
+    "^ChainError: volume '.*' has no base to relocate$|"
+    "^ChainError: volume '.*' stands on .*, where the stream to 's3' does not start;"
+)
 PAGE_BYTES = 4096
 ZERO_PAGE = bytes(PAGE_BYTES)
 STATES_IN_A_TURN = 6
@@ -293,7 +297,7 @@ def _judge_error(who: str, event: Event, text: str, wrong: list[str], *, is_live
     """A refusal needs a reason: one that the model sees (`needed`), or one of those that it does not."""
     if event.result in ("not found", "exists", "bounds"):
         return event
-    if re.search(NO_BASE, text):
+    if re.search(NEEDED, text):
         return replace(event, result="needed")
     if event.result != "busy" or not text.startswith("StateError"):
         wrong.append(who)

@@ -215,6 +215,18 @@ def test_a_refusal_behind_an_interruption_needs_a_reason(kind: str, text: str, i
     assert (found.found and not found.late and not wrong) is is_right
 
 
+@pytest.mark.parametrize("starts_elsewhere", [True, False])
+def test_a_stream_may_be_refused_only_where_the_disk_of_that_name_is_another_one(starts_elsewhere: bool) -> None:
+    start = (8, 8, 8, 8) if starts_elsewhere else DISK
+    plan, wrong = plan_of(BY_NAME["apply"], 1, "v", opens=False), list[str]()
+    text = "ChainError: volume 'v' stands on snapshot 's2', where the stream to 's3' does not start; revert"
+    world = SimpleNamespace(streams={"v": (b"", start, DISK)})
+    events, _ = events_of(world, plan, [("raised", "busy", text)], faulty=0, begun=1, wrong=wrong)
+    before = replace(BEFORE, handles={plan.place.handle: "v"})
+    found = model.explain(before, [events], Found({"v": DISK}, {}, {}), faulty=False, torn=set())
+    assert (found.found and not wrong) is starts_elsewhere
+
+
 @pytest.mark.soak
 def test_verbs_in_what_interrupted_verbs_left() -> None:
     done = pairs("--aftermath", "--seconds", "20")

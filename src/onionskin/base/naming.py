@@ -17,7 +17,7 @@ def check_name(kind: str, name: str) -> str:
     """Return `name` if a volume or snapshot (`kind`, for the message) may have it; else raise ValueError."""
     if not isinstance(name, str):
         raise TypeError(f"the name of a {kind} is a string, not {name!r}")
-    name = str(name)  # of a subclass too, such as NumPy's
+    name = plain_name(name)
     fault = _fault(name)
     if fault:
         raise ValueError(f"{name!r} cannot be the name of a {kind}: {fault}")
@@ -28,7 +28,7 @@ def check_note(note: str) -> str:
     """Return a note that a snapshot may have; else raise TypeError or ValueError."""
     if not isinstance(note, str):
         raise TypeError(f"a note is a string, not {note!r}")
-    note = str(note)
+    note = str.__str__(note)
     if "\0" in note or _has_surrogate(note):
         raise ValueError("a note cannot have a zero byte, or text that UTF-8 cannot hold; take it out")
     if len(note.encode()) > NOTE_BYTES_MAX:
@@ -52,13 +52,14 @@ def several(what: str, names: "str | Sequence[str]") -> list[str]:
 
 
 def plain_name(name: str) -> str:
-    """Return a name that is asked for as a str, also of a subclass such as NumPy's; TypeError if it is no string.
+    """Return a name as a str, also of a subclass such as NumPy's; TypeError if it is no string.
 
-    A number or bytes would be written as text otherwise, and could be the name of something else.
+    A number or bytes would be written as text otherwise, and could be the name of something else. What a member of an enum
+    of strings holds is its name, and not how it prints (`Disk.WEB`): SQLite, JSON and `==` take it so, too.
     """
     if not isinstance(name, str):
         raise TypeError(f"a name is a string, not {name!r}")
-    return str(name)
+    return str.__str__(name)
 
 
 def refuse_no_mapping(labels: Mapping[str, str | None]) -> None:

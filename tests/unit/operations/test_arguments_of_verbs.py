@@ -1,5 +1,6 @@
 """Whatever a verb is given, it works or raises before a row is written: the store opens afterwards."""
 
+import enum
 import fractions
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,27 @@ def test_a_message_names_some_of_many_clones(tmp_path: Path) -> None:
             store.clone("v", "s", f"clone-{number:02}")
         with pytest.raises(onionskin.StateError, match="clone-09 and 3 more; delete"):
             volume.discard("s", recursive=True)
+
+
+class Disk(str, enum.Enum):  # noqa: UP042  # a StrEnum prints as its text
+    """Names as a program may have them: they print as Disk.WEB."""
+
+    WEB = "web"
+    CLEAN = "clean"
+    COPY = "web@clean"
+
+
+def test_a_member_of_an_enum_of_strings_names_what_its_text_names(tmp_path: Path) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        with store.create(Disk.WEB, size="1M") as volume:
+            assert volume.snapshot(Disk.CLEAN, Disk.COPY).note == "web@clean"
+        assert store.snapshot_group({Disk.WEB: "group"})["web"].name == "group"
+        store.open("web", snapshot=Disk.CLEAN).close()
+        store.clone(Disk.COPY, "new")
+        assert (Disk.WEB in store, list(store)) == (True, ["new", "web"])
+        store.delete("new")
+        store.delete(Disk.WEB, recursive=True)
+        assert list(store) == []
 
 
 def test_a_name_that_utf_8_cannot_hold_is_said_to_be_that(tmp_path: Path) -> None:
