@@ -22,6 +22,7 @@ from onionskin.base.sizes import format_size
 from onionskin.errors import OnionskinError, StateError
 from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine.hypervisor import Configuration, Recorded, compare
+from onionskin.machine.preload import RefusedError
 from onionskin.machine.ram import PIECE_PAGES, GuestRam, blocks_of, mark, runs_of
 from onionskin.machine.ram_files import RamFile, RamFiles, Source
 from onionskin.machine.running import Running, StateFile, Stop, diff_of_layers, open_layer, source_of, stopped
@@ -383,6 +384,8 @@ def _put_back(running: Running, saved: Saved, view: Volume) -> None:
     """Make RAM as a snapshot has it: by what costs least of what can be done."""
     ram, preload = running.guest_ram, running.process.ram()
     pages = ram.unsaved_runs
+    if preload is not None:
+        preload.wait_for_unanswered()  # what drops memory
     if not isinstance(ram, GuestRam):
         ram.put_back(pages, view)
     elif preload is not None and running.mapped == saved.layer and _is_dropped(running, ram, pages, preload):
@@ -395,10 +398,13 @@ def _put_back(running: Running, saved: Saved, view: Volume) -> None:
 
 
 def _is_dropped(running: Running, ram: GuestRam, pages: NDArray[Any], preload: "Preload") -> bool:
-    """Drop runs of RAM, or return False where the kernel does not: of a process whose memory is locked, or in a sandbox."""
+    """Drop runs of RAM, or return False where the kernel does not: of a process whose memory is locked, or in a sandbox.
+
+    Where no answer comes, they may be dropped later, and with them what was written over them.
+    """
     try:
         ram.drop(pages, preload)
-    except OSError as error:
+    except RefusedError as error:
         _log.warning("machine %r: %s; what it wrote to its memory is written over instead", running.name, error)
         return False
     return True

@@ -18,6 +18,7 @@ from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine import capture, restore
 from onionskin.machine import running as running_module
 from onionskin.machine.monitor import MonitorTimeout
+from onionskin.machine.preload import RefusedError
 from onionskin.machine.ram import GuestRam
 from onionskin.machine.running import Running
 from onionskin.operations import machine_tree, machines
@@ -139,7 +140,7 @@ def test_a_machine_goes_back_from_the_ram_file_of_a_snapshot_once_that_is_made(
 
 
 def refuse_to_forget(pages: object) -> None:
-    raise OSError(22, "the memory is locked")
+    raise RefusedError(22, "the memory is locked")
 
 
 @pytest.mark.parametrize("is_dropped", [True, False])
@@ -250,6 +251,15 @@ def test_a_machine_that_somebody_else_lets_go_on_in_a_revert_is_stopped_until_it
     assert process.is_paused and running.is_broken
     restore.revert(running, "a")
     assert not process.is_paused and not running.is_broken and is_at(running, process, "a", ram)
+
+
+def test_memory_that_may_be_dropped_later_is_not_written_over(running: Running) -> None:
+    def drop(pages: object, preload: object) -> None:
+        raise TimeoutError("timed out")
+
+    ram, pages = SimpleNamespace(drop=drop), running.guest_ram.unsaved_runs
+    with pytest.raises(TimeoutError):  # else what the guest writes from then on would be dropped too
+        restore._is_dropped(running, ram, pages, SimpleNamespace())  # type: ignore[arg-type]
 
 
 def test_what_failed_is_said_also_where_the_machine_does_not_answer_when_it_is_to_go_on() -> None:
