@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 START_SECONDS = 60.0
 _ENDING_SECONDS = 5.0
 STOP_SECONDS = 10.0
+STOP_SECONDS_MAX = (
+    60.0  # where the disks are served: QEMU flushes them first, which takes as long as a sync of a busy disk
+)
 STATE_SECONDS = 60.0
 PROBE_SECONDS = 30.0
 CONSOLE_SECONDS = 10.0
@@ -222,6 +225,7 @@ class QemuProcess:
         self.directory = directory
         self.ram_file = ram_file
         self.guest_ram: GuestRam | None = None
+        self.are_disks_served: Callable[[], bool] = lambda: False  # that it has the answers of them which it waits for
         self._child = child
         self._is_tracked = is_tracked
         self._preload: Preload | None = None
@@ -377,7 +381,9 @@ class QemuProcess:
         if not runs and self.is_paused:
             return False
         try:
-            self.monitor.execute("stop", seconds=STOP_SECONDS)
+            self.monitor.execute(
+                "stop", seconds=STOP_SECONDS, seconds_max=STOP_SECONDS_MAX, is_at_it=self.are_disks_served
+            )
         except MonitorTimeout:
             self.monitor.request("cont")
             raise

@@ -153,6 +153,7 @@ class Supervisor:
                 self._start(row.id, volume, paused, only_from, keep_served)
         self._ends.callback(self.running.close)
         self.running.has_server = bool(self._server.uris)
+        self._process.are_disks_served = self._are_disks_served
         self._listen()
 
     def _start(
@@ -580,6 +581,10 @@ class Supervisor:
                 self._log_once(why)
         finally:
             self.running.guard.release()
+
+    def _are_disks_served(self) -> bool:
+        """Whether the hypervisor may wait for its disks: who serves them is at it, or is started again where it died."""
+        return self._server.is_at_it and not self._fault and not self._stopping and not self._moved
 
     def _log_once(self, line: str) -> None:
         """Log what is found again and again, as long as it is the same."""
