@@ -70,7 +70,7 @@ def processes(
     """
     found: dict[Path, list[ProcessId]] = {directory: [] for directory in directories}
     kinds = [(name, log) for name, log in zip(SOCKETS, LOGS, strict=True) if only in (None, log)]
-    logs = {}
+    logs: dict[str, tuple[Path, str]] = {}
     for one in found:
         for _, log in kinds:
             if not is_new or (one / log).exists():
