@@ -252,7 +252,6 @@ def revert(running: Running, snapshot: str, *, stays: bool = False) -> None:
                 running.guest_ram.collect()
             running.refuse_without_room(elsewhere, "nothing was changed")
             mark(running.guest_ram._unsaved, elsewhere)
-            running.is_broken = True
             with _unsaved_unless_done(running), _VolumesGoingBack(running, going_back) as volumes:
                 _put_back(running, saved, view)
                 load_state()  # this reads no disk
@@ -273,8 +272,8 @@ class _NotPutBack(Exception):
 class _VolumesGoingBack:
     """The volumes of a machine are put back, in a thread of their own: the disks at once, and the RAM volume by `finish`.
 
-    All of that is done before which need not wait for the machine. A context manager, whose end waits for the thread. Where
-    `finish` was not called until then, the RAM volume stays as it is.
+    All of that is done before which need not wait for the machine, which is between two states now. A context manager,
+    whose end waits for the thread. Where `finish` was not called until then, the RAM volume stays as it is.
     """
 
     def __init__(self, running: Running, going_back: machine_tree.RevertInPlace) -> None:
@@ -282,7 +281,14 @@ class _VolumesGoingBack:
         self._is_ready, self._is_told = threading.Event(), threading.Event()
         self._goes_on = False
         self._thread = ThreadPoolExecutor(1, "onionskin revert")
-        self._work = self._thread.submit(self._put_back)
+        was_broken, running.is_broken = running.is_broken, True
+        try:
+            self._work = self._thread.submit(self._put_back)
+        except RuntimeError as error:  # no thread can be started now
+            running.is_broken = was_broken
+            raise StateError(
+                f"machine {running.name!r} cannot be put back now: {error}; nothing was changed; try again"
+            ) from None
         self._work.add_done_callback(lambda _: self._is_ready.set())  # also where it failed
 
     def __enter__(self) -> Self:

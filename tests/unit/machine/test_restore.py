@@ -300,6 +300,24 @@ def test_the_ram_volume_is_made_ready_while_the_devices_are_loaded_and_put_back_
     assert opened.head != before and is_at(running, process, "a", ram)
 
 
+def test_a_machine_goes_on_as_it_was_where_no_thread_can_be_started_for_a_revert(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    snapshot(running, process, "a", {1: 1})
+    process.write(1, 2)
+    before = process.whole()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(StateError, match=r"can't start new thread; nothing was changed"):
+            restore.revert(running, "a")
+    assert process.whole() == before and not process.is_paused and not running.is_broken
+    restore.revert(running, "a")
+    assert process.read(1) == 1
+
+
 def test_a_machine_whose_last_note_fails_stays_stopped_until_it_is_put_back(
     running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
