@@ -536,9 +536,11 @@ class QemuProcess:
                     f"QEMU of machine {self.name!r} does not end a job that a process before this one began"
                 )
             time.sleep(0.01)
-        for one in self.monitor.execute("query-named-block-nodes"):
-            if one["node-name"].startswith(_STATE_NODE):
-                self._remove_node(one["node-name"])
+        nodes = [one["node-name"] for one in self.monitor.execute("query-named-block-nodes")]
+        # It may have been killed between the two of a file, which have the same number.
+        left = {one.replace(_FILE_NODE, _STATE_NODE) for one in nodes if one.startswith((_STATE_NODE, _FILE_NODE))}
+        for node in sorted(left):
+            self._remove_node(node)
 
     def _run_on_state(self, command: str, node: str) -> None:
         self.monitor.run_job(command, {"tag": STATE_TAG, "vmstate": node, "devices": [node]}, seconds=STATE_SECONDS)
