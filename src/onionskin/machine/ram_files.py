@@ -380,8 +380,9 @@ def _draft_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.new")
 
 
-def _use(path: Path, seconds: float = STOPPED_SECONDS) -> RamFile | None:
-    """Use a file, or return None if there is none."""
+def _use(path: Path, seconds: float | None = None) -> RamFile | None:
+    """Use a file, or return None if there is none. Who drops it is waited for so long, by default STOPPED_SECONDS."""
+    limit = STOPPED_SECONDS if seconds is None else seconds
     while True:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -392,7 +393,7 @@ def _use(path: Path, seconds: float = STOPPED_SECONDS) -> RamFile | None:
                 raise
             raise StateError(f"{path} is no file; remove it: the RAM file of that name is made again") from None
         try:
-            if not within(seconds, lambda: _lock(descriptor, fcntl.LOCK_SH) or not _is_at(descriptor, path)):  # noqa: B023
+            if not within(limit, lambda: _lock(descriptor, fcntl.LOCK_SH) or not _is_at(descriptor, path)):  # noqa: B023
                 raise StateError(
                     f"{path} is being dropped by another process, which does not go on; try again when it does"
                 )
