@@ -119,12 +119,15 @@ static void release_here(const struct onion_cut *at, uint32_t held) {
         onion_volume_seal_release(at->volumes[i]);
 }
 
-/* Where one peer has all volumes, nobody else is to be held before it cuts. It has both words at once, so its writers do
- * not wait until this thread gets a processor in between. */
+/* Where one peer has all volumes, nobody else is to be held before it cuts. It has both words at once, so its writers wait
+ * for nobody, however late this thread gets a processor. */
 static int tell_the_only_one(const struct onion_cut *at, uint32_t *failed) {
-    int status = tell_all(at, &at->words.hold, failed);
-    if (status == 0)
-        status = tell_all(at, &at->words.cut, failed);
+    const struct onion_cut_word *hold = &at->words.hold, *cut = &at->words.cut;
+    unsigned char both[2 * ONION_CUT_WORD_BYTES_MAX];
+    memcpy(both, hold->bytes, hold->length);
+    memcpy(both + hold->length, cut->bytes, cut->length);
+    struct onion_cut_word word = {.bytes = both, .length = hold->length + cut->length};
+    int status = tell_all(at, &word, failed);
     return status < 0 ? status : hear_all(at, &at->words.held, failed);
 }
 

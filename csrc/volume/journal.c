@@ -264,10 +264,10 @@ int onion_journal_set_path(struct onion_volume *volume, const char *path) {
     return 0;
 }
 
-/* Allocates blocks for a range of the file. If the file system cannot, zeros are written instead. */
+/* Allocates blocks for a range of the file. If the file system cannot, or a sandbox forbids it, zeros are written instead. */
 static int allocate(int fd, off_t offset, size_t length) {
     int status = onion_allocate(fd, (uint64_t)offset, length);
-    if (status != -EOPNOTSUPP)
+    if (status != -EOPNOTSUPP && status != -ENOSYS && status != -EPERM)
         return status;
     char *zeros = calloc(1, length);
     status = zeros ? onion_pwrite_all(fd, zeros, length, (uint64_t)offset) : -ENOMEM;

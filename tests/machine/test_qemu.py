@@ -162,6 +162,16 @@ def test_a_state_before_whose_file_something_is_refused_leaves_no_file_behind(la
     assert not [name for name in nodes if "state-" in name]
 
 
+def test_a_file_of_which_a_killed_supervisor_left_half_is_in_nobodys_way(launch: Launch, tmp_path: Path) -> None:
+    process = launch()
+    (tmp_path / "half").touch()
+    half = {"driver": "file", "node-name": "file-of-state-1", "filename": str(tmp_path / "half")}
+    process.monitor.execute("blockdev-add", half)
+    process.drop_leftovers()
+    process.prepare_state(tmp_path / "state")
+    process.finish_state()
+
+
 def test_each_machine_has_the_generation_that_it_was_given(launch: Launch) -> None:
     identity = Identity()
     process = launch(identity=identity)

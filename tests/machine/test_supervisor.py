@@ -669,6 +669,18 @@ def test_all_killed_leaves_a_machine_that_starts_again(lab: Machine) -> None:
         screen.wait_ticks()
 
 
+def test_a_machine_whose_supervisor_was_killed_and_whose_directory_was_removed_starts_again(lab: Machine) -> None:
+    lab.start()
+    record = found(lab)
+    os.kill(record.supervisor.pid, signal.SIGKILL)
+    until(lambda: not record.supervisor.is_alive)
+    shutil.rmtree(lab._directory)
+    lab.start()  # nobody could reach those that ran
+    assert not record.hypervisor.is_alive and not record.server.is_alive
+    with console(lab) as screen:
+        screen.wait_ticks()
+
+
 @pytest.mark.parametrize("gone", ["its socket", "its directory"])
 def test_a_machine_whose_socket_is_gone_is_said_to_run_with_what_ends_it(
     lab: Machine, monkeypatch: pytest.MonkeyPatch, gone: str

@@ -398,10 +398,10 @@ class Caller:
         assert self.connection.recv(100) == answer
 
     def _held(self) -> None:
-        self._word(self.server.words[0], self.server.words[1])
+        self._word(self.server.words(is_alone=False)[0], self.server.words(is_alone=False)[1])
 
     def _done(self) -> None:
-        self._word(self.server.words[2], self.server.words[3])
+        self._word(self.server.words(is_alone=False)[2], self.server.words(is_alone=False)[3])
 
     def draw(self) -> dict[bytes, tuple[int, int]]:
         """Draw the lock bytes of the next heads."""
@@ -680,7 +680,7 @@ def test_writers_that_wait_go_on_soon_and_the_volume_is_not_cut_then(
     caller = Caller(store, "web")
     caller.go_to("held")
     stamp(volume_of(server, "web"), 1)  # waits until the server has waited long enough
-    caller.connection.sendall(caller.server.words[2])
+    caller.connection.sendall(caller.server.words(is_alone=False)[2])
     with pytest.raises(onionskin.StateError, match="not cut in time"):
         caller.server._hear("done")
     caller.close()
@@ -1050,6 +1050,16 @@ def test_a_server_that_stops_at_a_step_fails_the_group_and_the_others_go_on(
         assert log.snapshots == []
         log.snapshot("t")
     goes_on(store, server, "web")
+
+
+def test_a_server_that_has_all_volumes_of_a_group_keeps_nobody_waiting_and_is_waited_for(
+    store: onionskin.Store, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "HOLD_SECONDS", 0)  # of a busy host: neither end gets a processor in time
+    server = here("web", "db")
+    stamp(volume_of(server, "web"), 1)
+    store.snapshot_group({"web": "s", "db": "s"})
+    assert [one.name for one in store.snapshots("web")] == ["s"]
 
 
 class Trickling(Phony):

@@ -14,9 +14,10 @@ asks for the verb `group` with the volumes that it looks for. Then both ends spe
 `enter` may come more than once, since volumes are held in the order of their ids, whoever has them. Instead of `sync` or
 `end` the caller may say `give up`: then the volumes go on with their old heads.
 
-What must hold: writers wait from `hold` to `cut` only, and for HOLD_SECONDS at most; the words of both are fixed texts,
-which C sends and reads, so that no interpreter is waited for. Whatever the other end does (it says nothing, something else,
-too much, too slowly, or is gone), either end is done with it in a bounded time. What the server does then is in
+What must hold: writers wait from `hold` to `cut` only, and for HOLD_SECONDS at most; where one server has all volumes, it
+hears both at once, so its writers wait for nobody, and it may answer as late as any sign of life. The words of both are fixed
+texts, which C sends and reads, so that no interpreter is waited for. Whatever the other end does (it says nothing, something
+else, too much, too slowly, or is gone), either end is done with it in a bounded time. What the server does then is in
 `MemberSealing`.
 """
 
@@ -396,6 +397,7 @@ class GroupServer:
         self._is_entering = False  # whether it was asked to hold some, and has not said yet that it does
         self._lock_bytes: Mapping[bytes, tuple[int, int]] = {}
         self._deadline = time.monotonic() + GROUP_SECONDS
+        self._hold_seconds = HOLD_SECONDS
         self._process_here = os.getpid()
         self._live._connection.settimeout(SILENCE_SECONDS)
         self._live._request(frames.request("group", {"volumes": list(candidates)}))
@@ -422,10 +424,10 @@ class GroupServer:
         """The descriptor of the socket by which it is told to cut."""
         return self._live._connection.fileno()
 
-    @property
-    def words(self) -> tuple[bytes, bytes, bytes, bytes, float]:
-        """What is said at the cut."""
-        return _words()
+    def words(self, *, is_alone: bool) -> tuple[bytes, bytes, bytes, bytes, float]:
+        """What is said at the cut. A process that has all volumes has all words at once, and keeps no other's writers."""
+        self._hold_seconds = SILENCE_SECONDS if is_alone else HOLD_SECONDS
+        return (*_words()[:-1], self._hold_seconds)
 
     def close(self) -> None:
         """Leave the group. A server that was not told the end asks the catalog for it."""
@@ -462,7 +464,7 @@ class GroupServer:
         if number == ETIME:
             return StateError(
                 f"process {self._live._pid}, which serves volume {self._live.name!r}, did not cut it within "
-                f"{HOLD_SECONDS * 1000:.0f} ms; no snapshot was taken, and all go on; try again"
+                f"{self._hold_seconds * 1000:.0f} ms; no snapshot was taken, and all go on; try again"
             )
         self._hear("done")
         return StateError(f"the server of volume {self._live.name!r} said something else than that it was cut")

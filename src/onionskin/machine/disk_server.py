@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import quote
 
+from onionskin.control.client import is_stopped
 from onionskin.errors import StateError
 from onionskin.machine.record import DISKS, SERVER_LOG, ProcessId, open_log
 
@@ -84,6 +85,12 @@ class DiskServer:
         """Where the disks are, in their order."""
         socket = quote(str(self._directory / DISKS))
         return [f"nbd+unix:///{quote(volume, safe='')}?socket={socket}" for volume in self.labels or self._volumes]
+
+    @property
+    def is_at_it(self) -> bool:
+        """Whether it serves the disks, or will again: it was not stopped by a signal, and not given up."""
+        process = self.process
+        return bool(self._volumes) and not self.is_given_up and not (process is not None and is_stopped(process.pid))
 
     def rename(self, volumes: Sequence[str]) -> None:
         """Take note of what the volumes are called now. Clients have them by their labels."""

@@ -8,7 +8,9 @@ import asyncio
 import itertools
 import os
 import threading
+import time
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +30,7 @@ except ImportError as error:
 
 SECONDS = 30.0
 CLOSE_SECONDS = 2.0
+LOOK_SECONDS = 0.5  # after so long it is looked again whether what answers late is at it
 JOB_PREFIX = "onionskin-"
 _NO_EVENT = "none"  # as QEMU calls no event of its own
 _log = logger(__name__)
@@ -150,17 +153,28 @@ class Monitor:
         self._thread.join()
         self._loop.close()
 
-    def execute(self, command: str, arguments: dict[str, Any] | None = None, *, seconds: float = SECONDS) -> Any:
+    def execute(
+        self,
+        command: str,
+        arguments: dict[str, Any] | None = None,
+        *,
+        seconds: float = SECONDS,
+        seconds_max: float = 0.0,
+        is_at_it: Callable[[], bool] = lambda: False,
+    ) -> Any:
         """Run a command, and return what it returns.
+
+        Behind `seconds` it is waited on, up to `seconds_max`, as long as `is_at_it` and QEMU was not stopped by a signal.
 
         Raises
         ------
         MonitorTimeout
-            QEMU did not answer within `seconds`. It may still carry the command out.
+            QEMU did not answer in time. It may still carry the command out.
         MonitorError
             QEMU refused it, or has ended.
         """
-        return self._await(self._client.execute(command, arguments), command, seconds)
+        work = self._client.execute(command, arguments)
+        return self._await(work, command, seconds, max(seconds, seconds_max), is_at_it)
 
     def execute_all(
         self, commands: Sequence[tuple[str, dict[str, Any] | None]], *, seconds: float = SECONDS
@@ -246,17 +260,33 @@ class Monitor:
 
         asyncio.run_coroutine_threadsafe(tell(), self._loop)
 
-    def _await(self, work: Coroutine[Any, Any, Any], what: str, seconds: float, *, at_end: bool = False) -> Any:
+    def _await(
+        self,
+        work: Coroutine[Any, Any, Any],
+        what: str,
+        seconds: float,
+        seconds_max: float = 0.0,
+        is_at_it: Callable[[], bool] = lambda: False,
+        *,
+        at_end: bool = False,
+    ) -> Any:
         if self._is_closed and not at_end:
             work.close()
             raise MonitorError(f"QEMU of machine {self._name!r}: {what!r}: the connection was closed")
-        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, seconds), self._loop)
+        begun, limit = time.monotonic(), max(seconds, seconds_max)
+        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, limit), self._loop)
         try:
-            return future.result(seconds + CLOSE_SECONDS)  # the loop may end before it sees this
+            wait(
+                [future], seconds if limit > seconds else limit + CLOSE_SECONDS
+            )  # the loop may end before it sees this
+            while not future.done() and time.monotonic() < begun + limit and not is_stopped(self.pid) and is_at_it():
+                wait([future], LOOK_SECONDS)
+            return future.result(0)
         except TimeoutError:
             future.cancel()
+            waited = max(seconds, round(time.monotonic() - begun - CLOSE_SECONDS))
             raise MonitorTimeout(
-                f"QEMU of machine {self._name!r} did not answer {what!r} within {seconds:g} s; {self._why_silent()}"
+                f"QEMU of machine {self._name!r} did not answer {what!r} within {waited:g} s; {self._why_silent()}"
             ) from None
         except ExecuteError as error:
             raise self._refused(what, error) from None

@@ -2,7 +2,8 @@
 
 A process is recorded when it is ready, so one that was started a moment before the supervisor was killed is found by the log
 in the machine's directory to which it writes its errors, which it has from its first instruction on, and by the socket there
-on which it listens. It has never run the guest.
+on which it listens. It has never run the guest. Nor can anybody reach one whose directory was removed by hand: it is found by
+the log that it has open still.
 
 What must hold: only who has the machine (its RAM volume, open for writing) ends anything here, since the processes of a
 machine that somebody starts just now are not recorded either.
@@ -26,6 +27,7 @@ END_SECONDS = 10.0
 _CONNECT_SECONDS = 1.0
 _CREDENTIALS = struct.Struct("3i")
 _SHARED_MEMORY = Path("/dev/shm")
+_DELETED = " (deleted)"  # as the kernel says of a file: the directory of a machine may have been removed by hand
 
 
 def copy_of_ram(directory: Path, pid: int) -> Path:
@@ -38,12 +40,12 @@ def are_there(directory: Path) -> bool:
     return any(True for _ in _copies(directory)) or bool(processes([directory])[directory])
 
 
-def end(directory: Path) -> None:
+def end(directory: Path, *, is_new: bool = False) -> None:
     """End the processes that were started in the directory of a machine, and drop copies of its RAM.
 
-    The caller has the machine, and has started nothing yet.
+    The caller has the machine, and has started nothing yet. One that `is_new` never ran: no directory of it was removed.
     """
-    for process in processes([directory])[directory]:
+    for process in processes([directory], is_new=is_new)[directory]:
         process.end(END_SECONDS)
     for path in _copies(directory):
         with suppress(OSError):  # another user's
@@ -59,14 +61,21 @@ def end_servers(directory: Path) -> None:
         process.end(END_SECONDS)
 
 
-def processes(directories: Iterable[Path], only: str | None = None) -> dict[Path, list[ProcessId]]:
+def processes(
+    directories: Iterable[Path], only: str | None = None, *, is_new: bool = False
+) -> dict[Path, list[ProcessId]]:
     """Return the hypervisors and the servers of disks that were started in directories of machines, in that order.
 
-    With `only`, those that write to a log of that name.
+    With `only`, those that write to a log of that name. All processes are looked at, but for machines that are new.
     """
     found: dict[Path, list[ProcessId]] = {directory: [] for directory in directories}
     kinds = [(name, log) for name, log in zip(SOCKETS, LOGS, strict=True) if only in (None, log)]
-    logs = {os.path.realpath(one / log): (one, log) for one in found for _, log in kinds if (one / log).exists()}
+    logs: dict[str, tuple[Path, str]] = {}
+    for one in found:
+        for _, log in kinds:
+            if not is_new or (one / log).exists():
+                path = os.path.realpath(one / log)
+                logs |= {path: (one, log), path + _DELETED: (one, log)}
     writers = list(_writers(logs))
     for name, log in kinds:
         for directory, those in found.items():
@@ -83,7 +92,8 @@ def _writers(logs: Iterable[str]) -> Iterator[tuple[str, ProcessId]]:
         return
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or is another user's
-            if (path := str(Path(f"/proc/{pid}/fd/2").readlink())) in logs and (one := ProcessId.of(int(pid))).is_alive:
+            path = os.readlink(f"/proc/{pid}/fd/2")  # noqa: PTH115 - a Path of each takes three times as long
+            if path in logs and (one := ProcessId.of(int(pid))).is_alive:
                 yield path, one
 
 

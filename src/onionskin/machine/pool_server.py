@@ -131,6 +131,7 @@ class Pool:
         self._waiting: list[socket.socket] = []  # who wants to know when all are ready
         self._stopping: list[socket.socket] = []  # who wants to know when it has ended
         self._is_ending = False
+        self._home: tuple[int, int] | None = None  # the store's catalog; a copy in its place has another one
         self._due = 0.0
         self._failure = ""
         self._error: OSError | OnionskinError | None = None  # which that is
@@ -159,6 +160,14 @@ class Pool:
         from onionskin.store import Store
 
         with Store(self._what["store"], create=False, trust=self._what["trust"]) as store:
+            found = os.stat(store._opened.catalog.path)  # noqa: PTH116 - a text
+            here = (found.st_dev, found.st_ino)
+            self._home = self._home or here
+            if here != self._home:
+                raise StateError(
+                    f"another store is at {self._what['store']} than that of the pool, which was moved: move it back, or end "
+                    "the pool"
+                )
             return work(store)
 
     def _prepare(self, store: "Store") -> "RamFile":

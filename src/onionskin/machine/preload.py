@@ -20,7 +20,7 @@ _MAGIC = 0x316D6172
 _WHERE, _ARM, _FORGET = 1, 2, 3
 _REQUEST = struct.Struct("=IIQ")
 _REPLY = struct.Struct("=IiQQII")
-SECONDS = 10.0  # that an answer may take; arming 512 MiB took 0.08 s
+SECONDS = 60.0  # that an answer may take on a busy host; arming 512 MiB took 0.08 s
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,10 @@ def library() -> Path:
     )
 
 
+class RefusedError(OSError):
+    """The library answered that it did not do what it was asked for, and will not."""
+
+
 class Preload:
     """The connection to the library in one process. A context manager."""
 
@@ -86,6 +90,11 @@ class Preload:
         """Say where RAM is mapped."""
         return self._ask(_WHERE, "cannot say where its memory is")
 
+    def wait_for_unanswered(self) -> None:
+        """Return when nothing is under way that was asked for, and whose answer did not come in time."""
+        if self._socket.fileno() < 0:
+            self.where()  # it is heard behind that
+
     def arm(self) -> MappedRam:
         """Have all writes to RAM noted from now on, and what was noted forgotten."""
         return self._ask(_ARM, "cannot note what is written to its memory (Linux 6.7 and permission for userfaultfd)")
@@ -99,6 +108,13 @@ class Preload:
         ----------
         runs : ndarray of dtypes.PAGE_RUN
             Byte offsets in RAM.
+
+        Raises
+        ------
+        RefusedError
+            The kernel does not drop them.
+        OSError, StateError
+            No answer came: they may still be dropped later, with what is written to them until then.
         """
         packed = runs.copy()
         packed["end"] -= packed["start"]
@@ -115,7 +131,7 @@ class Preload:
         if status:
             import os
 
-            raise OSError(-status, f"the hypervisor {refused}: {os.strerror(-status)}")
+            raise RefusedError(-status, f"the hypervisor {refused}: {os.strerror(-status)}")
         return MappedRam(start, length, bool(is_private), bool(is_armed))
 
     def _exchange(self, verb: int, count: int, runs: bytes) -> tuple[int, ...]:

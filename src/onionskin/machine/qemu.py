@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 START_SECONDS = 60.0
 _ENDING_SECONDS = 5.0
 STOP_SECONDS = 10.0
+STOP_SECONDS_MAX = (
+    60.0  # where the disks are served: QEMU flushes them first, which takes as long as a sync of a busy disk
+)
 STATE_SECONDS = 60.0
 PROBE_SECONDS = 30.0
 CONSOLE_SECONDS = 10.0
@@ -222,6 +225,7 @@ class QemuProcess:
         self.directory = directory
         self.ram_file = ram_file
         self.guest_ram: GuestRam | None = None
+        self.are_disks_served: Callable[[], bool] = lambda: False  # that it has the answers of them which it waits for
         self._child = child
         self._is_tracked = is_tracked
         self._preload: Preload | None = None
@@ -377,7 +381,9 @@ class QemuProcess:
         if not runs and self.is_paused:
             return False
         try:
-            self.monitor.execute("stop", seconds=STOP_SECONDS)
+            self.monitor.execute(
+                "stop", seconds=STOP_SECONDS, seconds_max=STOP_SECONDS_MAX, is_at_it=self.are_disks_served
+            )
         except MonitorTimeout:
             self.monitor.request("cont")
             raise
@@ -530,9 +536,11 @@ class QemuProcess:
                     f"QEMU of machine {self.name!r} does not end a job that a process before this one began"
                 )
             time.sleep(0.01)
-        for one in self.monitor.execute("query-named-block-nodes"):
-            if one["node-name"].startswith(_STATE_NODE):
-                self._remove_node(one["node-name"])
+        nodes = [one["node-name"] for one in self.monitor.execute("query-named-block-nodes")]
+        # It may have been killed between the two of a file, which have the same number.
+        left = {one.replace(_FILE_NODE, _STATE_NODE) for one in nodes if one.startswith((_STATE_NODE, _FILE_NODE))}
+        for node in sorted(left):
+            self._remove_node(node)
 
     def _run_on_state(self, command: str, node: str) -> None:
         self.monitor.run_job(command, {"tag": STATE_TAG, "vmstate": node, "devices": [node]}, seconds=STATE_SECONDS)

@@ -249,9 +249,8 @@ class RamFiles:
     def _drafted(self, path: Path) -> Iterator[int | None]:
         """Make the draft of a file, and hold it alone; None: somebody else made it, who was waited for."""
         draft = _draft_of(path)
-        descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        descriptor = _locked_draft(draft)
         try:
-            _wait_for_maker(descriptor, draft)
             if not _is_at(descriptor, draft):
                 yield None
                 return
@@ -267,8 +266,13 @@ class RamFiles:
             os.close(descriptor)
 
     def _empty(self, descriptor: int, is_wiped: bool) -> None:
-        found = data_ranges(descriptor, 0, os.fstat(descriptor).st_size) if is_wiped else ()
-        if ranges := [(start, end - start) for start, end in found]:
+        found = os.fstat(descriptor)
+        if found.st_nlink > 1:  # by its other name it is somebody's, who may want it as it is
+            if is_wiped:
+                self._store.note_unwipeable(found.st_blocks * 512)
+            return
+        data = data_ranges(descriptor, 0, found.st_size) if is_wiped else ()
+        if ranges := [(start, end - start) for start, end in data]:
             self._store.note_unwipeable(wipe(descriptor, ranges, zero=True, punch=False).bytes_unwipeable)
         os.ftruncate(descriptor, 0)
 
@@ -354,12 +358,31 @@ def _wait_for_maker(descriptor: int, draft: Path) -> None:
         before = written
 
 
+def _locked_draft(draft: Path) -> int:
+    """Open a draft, made now if it is missing, and hold it alone; where it is at its name no more, somebody else made it.
+
+    A file that has another name too is somebody's, and not written to: it loses this name alone.
+    """
+    while True:
+        descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            _wait_for_maker(descriptor, draft)
+            if os.fstat(descriptor).st_nlink < 2 or not _is_at(descriptor, draft):
+                return descriptor
+            draft.unlink()
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
 def _draft_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.new")
 
 
-def _use(path: Path, seconds: float = STOPPED_SECONDS) -> RamFile | None:
-    """Use a file, or return None if there is none."""
+def _use(path: Path, seconds: float | None = None) -> RamFile | None:
+    """Use a file, or return None if there is none. Who drops it is waited for so long, by default STOPPED_SECONDS."""
+    limit = STOPPED_SECONDS if seconds is None else seconds
     while True:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -370,7 +393,7 @@ def _use(path: Path, seconds: float = STOPPED_SECONDS) -> RamFile | None:
                 raise
             raise StateError(f"{path} is no file; remove it: the RAM file of that name is made again") from None
         try:
-            if not within(seconds, lambda: _lock(descriptor, fcntl.LOCK_SH) or not _is_at(descriptor, path)):  # noqa: B023
+            if not within(limit, lambda: _lock(descriptor, fcntl.LOCK_SH) or not _is_at(descriptor, path)):  # noqa: B023
                 raise StateError(
                     f"{path} is being dropped by another process, which does not go on; try again when it does"
                 )

@@ -22,6 +22,7 @@ from onionskin.base.sizes import format_size
 from onionskin.errors import OnionskinError, StateError
 from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine.hypervisor import Configuration, Recorded, compare
+from onionskin.machine.preload import RefusedError
 from onionskin.machine.ram import PIECE_PAGES, GuestRam, blocks_of, mark, runs_of
 from onionskin.machine.ram_files import RamFile, RamFiles, Source
 from onionskin.machine.running import Running, StateFile, Stop, diff_of_layers, open_layer, source_of, stopped
@@ -251,7 +252,6 @@ def revert(running: Running, snapshot: str, *, stays: bool = False) -> None:
                 running.guest_ram.collect()
             running.refuse_without_room(elsewhere, "nothing was changed")
             mark(running.guest_ram._unsaved, elsewhere)
-            running.is_broken = True
             with _unsaved_unless_done(running), _VolumesGoingBack(running, going_back) as volumes:
                 _put_back(running, saved, view)
                 load_state()  # this reads no disk
@@ -272,8 +272,8 @@ class _NotPutBack(Exception):
 class _VolumesGoingBack:
     """The volumes of a machine are put back, in a thread of their own: the disks at once, and the RAM volume by `finish`.
 
-    All of that is done before which need not wait for the machine. A context manager, whose end waits for the thread. Where
-    `finish` was not called until then, the RAM volume stays as it is.
+    All of that is done before which need not wait for the machine, which is between two states now. A context manager,
+    whose end waits for the thread. Where `finish` was not called until then, the RAM volume stays as it is.
     """
 
     def __init__(self, running: Running, going_back: machine_tree.RevertInPlace) -> None:
@@ -281,7 +281,14 @@ class _VolumesGoingBack:
         self._is_ready, self._is_told = threading.Event(), threading.Event()
         self._goes_on = False
         self._thread = ThreadPoolExecutor(1, "onionskin revert")
-        self._work = self._thread.submit(self._put_back)
+        was_broken, running.is_broken = running.is_broken, True
+        try:
+            self._work = self._thread.submit(self._put_back)
+        except RuntimeError as error:  # no thread can be started now
+            running.is_broken = was_broken
+            raise StateError(
+                f"machine {running.name!r} cannot be put back now: {error}; nothing was changed; try again"
+            ) from None
         self._work.add_done_callback(lambda _: self._is_ready.set())  # also where it failed
 
     def __enter__(self) -> Self:
@@ -383,6 +390,8 @@ def _put_back(running: Running, saved: Saved, view: Volume) -> None:
     """Make RAM as a snapshot has it: by what costs least of what can be done."""
     ram, preload = running.guest_ram, running.process.ram()
     pages = ram.unsaved_runs
+    if preload is not None:
+        preload.wait_for_unanswered()  # what drops memory
     if not isinstance(ram, GuestRam):
         ram.put_back(pages, view)
     elif preload is not None and running.mapped == saved.layer and _is_dropped(running, ram, pages, preload):
@@ -395,10 +404,13 @@ def _put_back(running: Running, saved: Saved, view: Volume) -> None:
 
 
 def _is_dropped(running: Running, ram: GuestRam, pages: NDArray[Any], preload: "Preload") -> bool:
-    """Drop runs of RAM, or return False where the kernel does not: of a process whose memory is locked, or in a sandbox."""
+    """Drop runs of RAM, or return False where the kernel does not: of a process whose memory is locked, or in a sandbox.
+
+    Where no answer comes, they may be dropped later, and with them what was written over them.
+    """
     try:
         ram.drop(pages, preload)
-    except OSError as error:
+    except RefusedError as error:
         _log.warning("machine %r: %s; what it wrote to its memory is written over instead", running.name, error)
         return False
     return True

@@ -148,11 +148,12 @@ class Supervisor:
             if found is not None and is_there:
                 self._take_over(found, volume, keep_served)
             else:
-                orphans.end(self._directory)
+                orphans.end(self._directory, is_new=row.stands_on is None and row.resumes == machines.RESUMES)
                 self._ends.callback(self._server.end)
                 self._start(row.id, volume, paused, only_from, keep_served)
         self._ends.callback(self.running.close)
         self.running.has_server = bool(self._server.uris)
+        self._process.are_disks_served = self._are_disks_served
         self._listen()
 
     def _start(
@@ -581,6 +582,10 @@ class Supervisor:
         finally:
             self.running.guard.release()
 
+    def _are_disks_served(self) -> bool:
+        """Whether the hypervisor may wait for its disks: who serves them is at it, or is started again where it died."""
+        return self._server.is_at_it and not self._fault and not self._stopping and not self._moved
+
     def _log_once(self, line: str) -> None:
         """Log what is found again and again, as long as it is the same."""
         if line != self._said_of_looking:
@@ -842,14 +847,14 @@ class Supervisor:
     def revert(self, has_gone: Callable[[], None], name: str) -> None:
         """Put the machine back to a snapshot, in place: see `restore.revert`."""
         with self._turn(has_gone), self._held():
-            goes_on = self.running.goes_on if self.running.is_broken else not self._process.is_paused
+            goes_on = self.running.goes_on if self.running.is_broken else self._would_go_on()
             self._note(is_reverting=True, is_standing=goes_on)
             stays = False
             try:
                 restore.revert(self.running, name, stays=self.record.is_paused)
             except BaseException:
                 # One that did not answer when it was to go on may be found stopped when it does.
-                stays = goes_on and not self.running.is_broken and self._may_stand()
+                stays = goes_on and not self.running.is_broken and self._may_stand(for_us_alone=True)
                 raise
             finally:
                 now, told = self.running.recorded.to_json(), self.running.generation
@@ -904,9 +909,13 @@ class Supervisor:
             is_standing = before.is_standing or stays
             self._note_what_is(is_frozen=self.running.is_frozen, is_standing=is_standing)
 
-    def _may_stand(self) -> bool:
+    def _would_go_on(self) -> bool:
+        """Whether the machine goes on behind a revert: one whose guest has ended, in a process that stays, does too."""
+        return not self._process.is_paused or (not self.record.is_paused and self._process.guest_has_ended)
+
+    def _may_stand(self, *, for_us_alone: bool = False) -> bool:
         try:
-            return self._process.is_paused
+            return self._process.is_paused and not (for_us_alone and self._process.guest_has_ended)
         except MonitorError:  # it answers nothing, and may be found stopped when it does
             return True
 

@@ -340,9 +340,8 @@ class RemoteProcess(Protocol):
     def peer(self) -> int:
         """The descriptor of the socket by which it is told to cut."""
 
-    @property
-    def words(self) -> tuple[bytes, bytes, bytes, bytes, float]:
-        """What is said at the cut, as `kernels.cut_heads` takes it."""
+    def words(self, *, is_alone: bool) -> tuple[bytes, bytes, bytes, bytes, float]:
+        """What is said at the cut, as `kernels.cut_heads` takes it. `is_alone`: no writers wait but those of this process."""
 
     def ask_to_begin(self) -> None:
         """Have it make durable most of what was written."""
@@ -439,7 +438,12 @@ def _cut(sealings: Sequence[Sealing], processes: Sequence[RemoteProcess]) -> Non
     paths, names = _paths(sealings), [volume.row.name for volume in volumes]
     if not processes:
         cut_heads(paths, names)
-    elif failed := cut_heads(paths, names, [process.peer for process in processes], processes[0].words):
+    elif failed := cut_heads(
+        paths,
+        names,
+        [process.peer for process in processes],
+        processes[0].words(is_alone=not volumes and len(processes) == 1),
+    ):
         at, number = failed
         raise processes[at].cut_failed(number)
 

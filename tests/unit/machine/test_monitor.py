@@ -59,6 +59,7 @@ class Qemu:
             self.heard.append(command)
             self._news.notify_all()
         if command == "silent":
+            self._silent = request
             return
         reply: dict[str, Any] = {"return": {}}
         if command == "refused":
@@ -70,6 +71,10 @@ class Qemu:
         if command == "query-jobs":
             reply = {"return": [{"id": self._job, "status": "concluded", "type": "x", "error": "it failed"}]}
         self.say(reply | ({"id": request["id"]} if "id" in request else {}))
+
+    def answer_late(self) -> None:
+        """Answer what it was silent to."""
+        self.say({"return": {}, "id": self._silent["id"]})
 
     def wait_for(self, command: str) -> None:
         """Return once it has heard a command."""
@@ -116,6 +121,26 @@ def test_a_command_that_is_not_answered_ends_with_an_error_in_time(qemu: Qemu, p
             monitor.execute("silent", seconds=0.1)
         monitor.execute("next")  # and the connection goes on
     assert qemu.heard == ["qmp_capabilities", "silent", "next"]
+
+
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_a_command_is_waited_for_as_long_as_who_it_waits_for_is_at_it(qemu: Qemu, path: Path, ends_well: bool) -> None:
+    looks = []
+
+    def is_at_it() -> bool:
+        looks.append(len(looks))
+        if len(looks) == 2 and ends_well:
+            qemu.answer_late()
+        return len(looks) < 2 or ends_well
+
+    with Monitor(path, "lab") as monitor:
+        if ends_well:
+            assert monitor.execute("silent", seconds=0.01, seconds_max=600, is_at_it=is_at_it) == {}
+        else:
+            with pytest.raises(MonitorTimeout, match="did not answer 'silent'"):
+                monitor.execute("silent", seconds=0.01, seconds_max=600, is_at_it=is_at_it)
+            assert len(looks) == 2
+        monitor.execute("next")
 
 
 @pytest.mark.parametrize(

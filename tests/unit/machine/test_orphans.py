@@ -53,6 +53,18 @@ def test_what_was_started_and_listens_nowhere_yet_is_found_by_its_log_and_ended(
     assert not orphans.are_there(tmp_path)
 
 
+def test_what_runs_in_a_directory_that_was_removed_is_found_and_ended(tmp_path: Path) -> None:
+    directory = tmp_path / "lab"
+    directory.mkdir()
+    with (directory / "qemu.log").open("w") as file, subprocess.Popen(["sleep", "inf"], stderr=file) as process:
+        (directory / "qemu.log").unlink()
+        directory.rmdir()
+        assert orphans.are_there(directory)
+        orphans.end(directory)
+        assert process.wait() != 0
+    assert not orphans.are_there(directory)
+
+
 def test_servers_of_disks_are_ended_and_the_hypervisor_is_left(tmp_path: Path) -> None:
     hypervisor, server = orphans.LOGS
     with (

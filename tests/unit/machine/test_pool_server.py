@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import socket
 import threading
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import onionskin
 from onionskin.base.sockets import UnixListener
 from onionskin.control import frames
 from onionskin.errors import StateError
@@ -65,6 +67,20 @@ def test_who_waits_for_a_pool_is_told_of_a_full_disk_as_the_error_that_it_is(
     assert pool._status()["failure"] == f"/vms/catalog.db: {os.strerror(errno.ENOSPC)}"
     with pytest.raises(OSError, match="No space left"):
         pool.run()  # whoever started it is told so, too
+
+
+def test_a_copy_that_was_put_where_the_store_of_a_pool_was_is_left_alone(pool: Pool, tmp_path: Path) -> None:
+    path = tmp_path / "vms"
+    pool._what["store"] = str(path)
+    onionskin.Store(path).close()
+    assert pool._in_store(lambda store: store.path) == path
+    path.rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", path)
+    with pytest.raises(StateError, match=r"another store is at .* move it back"):
+        pool._in_store(lambda store: pytest.fail("it was opened"))
+    shutil.rmtree(path)
+    (tmp_path / "moved").rename(path)
+    assert pool._in_store(lambda store: store.path) == path
 
 
 def test_a_pool_goes_on_where_nobody_can_clean_up_after_a_machine_that_ended(

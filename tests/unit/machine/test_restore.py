@@ -18,6 +18,7 @@ from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine import capture, restore
 from onionskin.machine import running as running_module
 from onionskin.machine.monitor import MonitorTimeout
+from onionskin.machine.preload import RefusedError
 from onionskin.machine.ram import GuestRam
 from onionskin.machine.running import Running
 from onionskin.operations import machine_tree, machines
@@ -139,7 +140,7 @@ def test_a_machine_goes_back_from_the_ram_file_of_a_snapshot_once_that_is_made(
 
 
 def refuse_to_forget(pages: object) -> None:
-    raise OSError(22, "the memory is locked")
+    raise RefusedError(22, "the memory is locked")
 
 
 @pytest.mark.parametrize("is_dropped", [True, False])
@@ -252,6 +253,15 @@ def test_a_machine_that_somebody_else_lets_go_on_in_a_revert_is_stopped_until_it
     assert not process.is_paused and not running.is_broken and is_at(running, process, "a", ram)
 
 
+def test_memory_that_may_be_dropped_later_is_not_written_over(running: Running) -> None:
+    def drop(pages: object, preload: object) -> None:
+        raise TimeoutError("timed out")
+
+    ram, pages = SimpleNamespace(drop=drop), running.guest_ram.unsaved_runs
+    with pytest.raises(TimeoutError):  # else what the guest writes from then on would be dropped too
+        restore._is_dropped(running, ram, pages, SimpleNamespace())  # type: ignore[arg-type]
+
+
 def test_what_failed_is_said_also_where_the_machine_does_not_answer_when_it_is_to_go_on() -> None:
     def refuse(command: str) -> None:
         raise MonitorTimeout(f"did not answer {command!r}")
@@ -288,6 +298,24 @@ def test_the_ram_volume_is_made_ready_while_the_devices_are_loaded_and_put_back_
     process.load_state = load_when_ready  # type: ignore[method-assign]
     restore.revert(running, "a")
     assert opened.head != before and is_at(running, process, "a", ram)
+
+
+def test_a_machine_goes_on_as_it_was_where_no_thread_can_be_started_for_a_revert(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    snapshot(running, process, "a", {1: 1})
+    process.write(1, 2)
+    before = process.whole()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(StateError, match=r"can't start new thread; nothing was changed"):
+            restore.revert(running, "a")
+    assert process.whole() == before and not process.is_paused and not running.is_broken
+    restore.revert(running, "a")
+    assert process.read(1) == 1
 
 
 def test_a_machine_whose_last_note_fails_stays_stopped_until_it_is_put_back(

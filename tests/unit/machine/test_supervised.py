@@ -366,16 +366,26 @@ def test_a_server_is_kept_that_could_not_be_looked_at_for_a_moment(
     assert os.strerror(errno.EMFILE) in said[0]
 
 
+@pytest.mark.parametrize(
+    ("paused", "ended", "stays"),
+    [
+        ([False, True], [False], True),  # it ran, and is found stopped when it answers again
+        ([True, True], [True, True], False),  # its guest had shut down, and nothing was touched
+        ([True, True], [True, False], True),  # and it was put back by then
+    ],
+)
 def test_a_machine_that_did_not_answer_behind_a_revert_that_failed_is_noted_as_one_that_is_to_go_on(
-    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch, paused: list[bool], ended: list[bool], stays: bool
 ) -> None:
     noted: dict[str, object] = {}
-    answers = iter([False, True])  # it runs; and is found stopped when it answers again
+    is_paused, has_ended = iter(paused), iter(ended)
 
     class Process:
-        is_paused = property(lambda self: next(answers))
+        is_paused = property(lambda self: next(is_paused))
+        guest_has_ended = property(lambda self: next(has_ended))
 
     def revert(*given: object, **named: object) -> None:
+        assert noted == {"is_reverting": True, "is_standing": True}  # who takes it over from here lets it go on
         raise MonitorError("it did not answer when it was to go on")
 
     supervisor = Supervisor(store, "lab", print)
@@ -392,7 +402,7 @@ def test_a_machine_that_did_not_answer_behind_a_revert_that_failed_is_noted_as_o
             supervisor.revert(lambda: None, "ready")
     finally:
         supervisor._ends.close()
-    assert (noted["is_reverting"], noted["is_standing"]) == (False, True)
+    assert (noted["is_reverting"], noted["is_standing"]) == (False, stays)
 
 
 def test_a_copy_that_was_put_where_the_store_was_is_left_alone(store: onionskin.Store, tmp_path: Path) -> None:
