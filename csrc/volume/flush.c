@@ -144,10 +144,10 @@ static int write_batch(struct onion_volume *volume, struct onion_head_log *log,
         if (status < 0) {
             for (uint32_t i = 0; i < new_count; i++)
                 volume->segments[new_segments[i]]->log_number = 0;
-            /* Cut off what a short write left, because it must not stand before the next frame. */
+            /* Cut off what a short write left, because it must not stand before the next frame. If that fails, the frame
+             * may be there as a whole, which the journal must say. */
             log->room_end = before;
-            if (onion_truncate(log->fd, before) < 0)
-                onion_volume_mark_poisoned(volume);
+            (void)onion_volume_poison_on(volume, onion_truncate(log->fd, before));
         } else {
             log->numbers_given += new_count;
             onion_volume_note_log_bytes(volume, log);

@@ -63,7 +63,7 @@ def test_a_store_is_made_in_an_empty_directory_and_goes_on_where_one_was_begun(r
         (tmp_path / name / "lost+found").mkdir(parents=True)
     ok(run("create", f"{tmp_path}/empty/web", "--size", "1M"))
     (tmp_path / "begun" / "layers").mkdir()
-    for left in ("lock", "reserve", "catalog.db-wal"):
+    for left in ("lock", "reserve", "catalog.db-wal", "catalog.db.71.5310.new", "catalog.db.71.5310.new-journal"):
         (tmp_path / "begun" / left).touch()
     ok(run("create", f"{tmp_path}/begun/web", "--size", "1M"))
     (tmp_path / "empty" / "notes.txt").touch()

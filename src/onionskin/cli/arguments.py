@@ -122,16 +122,18 @@ def open_store(path: FilePath, *, create: bool = False, group: str | None = None
 def _refuse_occupied(path: FilePath) -> None:
     """Raise FileExistsError if a directory has files that no store has: one is made where nobody keeps anything else.
 
-    What a creation left that was killed is no such file, nor is the directory that a new ext4 has.
+    What a creation left that was killed, or has made so far in another process, is no such file, nor is the directory that
+    a new ext4 has.
     """
-    from onionskin.storage.layout import DIRECTORIES, Layout
+    from onionskin.storage.layout import Layout
 
     try:
         found = os.listdir(path)
     except OSError:
         return  # it is missing or no directory: what makes the store says so
-    foreign = sorted({*found} - {*DIRECTORIES, "lost+found"} - {file.name for file in Layout(path).files})
-    if foreign:
+    layout = Layout(path)
+    foreign = sorted(name for name in found if name != "lost+found" and not layout.is_of_store(name))
+    if foreign and not is_store(path):  # another process may have made it meanwhile, and put something beside it
         import errno
 
         from onionskin.base.naming import some_of

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from onionskin.base.held import held
+from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.paths import FilePath
 from onionskin.catalog import BaseRow, Catalog, LayerRow, SegmentRow, new_id, new_ids
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.errors import ChainError, StateError, VerifyError
-from onionskin.storage.layout import Layout
+from onionskin.storage.layout import Layout, bytes_in
 from onionskin.storage.locks import BaseLock, ByteLocks, looks_of
 
 if TYPE_CHECKING:
@@ -314,7 +315,7 @@ def _open_head(
 def _open_head_to_read(
     layout: Layout, path: "DataPath", head: LayerRow, segments: list[SegmentRow], dirty: FilePath | None
 ) -> None:
-    own = _ids_of(layout, head, segments, "own")
+    own = [*_spare_with_blocks(layout, segments), *_ids_of(layout, head, segments, "own")]
     path.open_head_to_read(
         map_path=layout.map_path(head.map_id),
         map_id=head.map_id,
@@ -324,6 +325,18 @@ def _open_head_to_read(
         known=(head.map_length, head.map_frames, head.map_crc),
         dirty_path=dirty,
     )
+
+
+def _spare_with_blocks(layout: Layout, segments: list[SegmentRow]) -> list[bytes]:
+    """Return the id of a head's spare segment if it has blocks, which an opening for writing makes one of the head's own.
+
+    They were written beside a snapshot whose process was killed before its commit, and the records it left name them.
+    """
+    return [
+        segment.id
+        for segment in segments
+        if segment.role == "spare" and bytes_in(layout.segment_path(segment.id)) > HEADER_BYTES
+    ]
 
 
 def replace_spare(catalog: Catalog, head: bytes) -> SegmentRow:

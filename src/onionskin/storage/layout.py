@@ -46,6 +46,11 @@ class Layout:
         """The files directly in the store's directory, those that SQLite makes included."""
         return (self.catalog, *self.made_by_sqlite, self.lock, self.reserve)
 
+    def is_of_store(self, name: str) -> bool:
+        """Whether a name directly in the store's directory is one of a store, or of a catalog that is being made."""
+        names = {*DIRECTORIES, *(file.name for file in self.files)}
+        return name in names or (name.startswith(f"{CATALOG}.") and name.endswith((".new", ".new-journal")))
+
     @property
     def made_by_sqlite(self) -> tuple[FilePath, ...]:
         """The files that SQLite makes beside the catalog, and removes."""

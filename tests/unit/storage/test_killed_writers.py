@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 import onionskin
 from onionskin.base.states import DATA
+from onionskin.catalog import Catalog
 from onionskin.cli.app import onionskin as command_line
 from onionskin.images import export_image, import_image
 from onionskin.operations.unflushed import has_unflushed
@@ -562,3 +563,24 @@ def test_no_page_of_records_is_read_ahead_of_also_when_there_are_more(tmp_path: 
         found = pages_of_records(store.path)
         assert max(int(one["Size:"].split()[0]) for one in found) > 16  # KiB: a half has grown
         assert all("rr" in one["VmFlags:"].split() for one in found)
+
+
+@pytest.mark.parametrize("mode", ["r", "w"])
+def test_what_was_written_beside_a_snapshot_that_was_killed_is_read(root: Path, mode: Literal["r", "w"]) -> None:
+    """It is in the segment that was spare, for an opening that only reads too."""
+
+    def work() -> None:
+        with onionskin.Store(root) as store, store.open("web") as web:
+            web.write(0, filled("c"))
+
+            def commit(self: Catalog) -> None:
+                web.write(BLOCK, filled("d"))
+                web.write(0, filled("e"))
+                kill_me()
+
+            Catalog.transaction = commit  # type: ignore[assignment,method-assign]
+            web.snapshot("two")
+
+    assert not killed(work)
+    with onionskin.Store(root) as store, store.open("web", mode=mode) as web:
+        assert web.read(0, 3 * BLOCK) == filled("e") + filled("d") + filled("b")
