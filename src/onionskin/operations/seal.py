@@ -484,13 +484,6 @@ def _raise_first(sealings: Sequence[Sealing], ended: Sequence[object]) -> None:
         raise error
 
 
-@contextmanager
-def begin_seal(volume: OpenHead) -> Iterator[Sealing]:
-    """Seal one head: see `begin_seals`."""
-    with begin_seals([volume]) as sealings:
-        yield sealings[0]
-
-
 class Part(NamedTuple):
     """One head of those that are sealed together: `check` and `also` are as for `seal`."""
 

@@ -7,7 +7,7 @@ import pytest
 
 import onionskin
 from onionskin.catalog import LayerRow
-from onionskin.operations.seal import Sealing, begin_seal, describe_all, write_sealed
+from onionskin.operations.seal import Sealing, begin_seals, describe_all, write_sealed
 
 BLOCK = 4096
 
@@ -24,7 +24,7 @@ def pair(tmp_path: Path):
 def begin(stack: ExitStack, volumes: list[onionskin.Volume]) -> list[Sealing]:
     for volume in volumes:
         stack.enter_context(volume._opened.to_write().operation())
-    return [stack.enter_context(begin_seal(volume._opened.to_write())) for volume in volumes]
+    return [stack.enter_context(begin_seals([volume._opened.to_write()]))[0] for volume in volumes]
 
 
 def write_rows(sealings: list[Sealing]) -> list[LayerRow]:
