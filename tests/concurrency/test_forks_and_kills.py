@@ -134,6 +134,8 @@ def run(path: Path, *, kills: int, steps: int, seed: int) -> list[Worker]:
         with store.create("web", size=16 * BLOCK) as web:
             web.write(0, b"a" * BLOCK)
             web.snapshot("clean")
+            # As long as the disk is what "clean" is, its forks come from "clean", whatever the model says.
+            web.write(2 * BLOCK, b"w" * BLOCK)
         workers = [Worker(store, f"w{number}") for number in range(PROCESSES)]
 
         def work(worker: Worker) -> None:

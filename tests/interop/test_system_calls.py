@@ -112,7 +112,9 @@ def test_a_write_to_a_server_is_a_request_an_answer_and_one_call(tmp_path: Path)
             for child in children:
                 os.kill(int(child), signal.SIGTERM)
     requests, answers = found.pop("recvfrom"), found.pop("sendmsg")
-    assert answers == 1000 and abs(requests - answers) <= 1  # the next request is waited for already, or not yet
+    # An answer is with the client before strace has written that the call has ended, and the next request is waited for
+    # already, or not yet.
+    assert abs(answers - 1000) <= 1 and abs(requests - answers) <= 2
     assert found == expected_for_first_writes(1000)
 
 

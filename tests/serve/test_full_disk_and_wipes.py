@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.listing import files_with
 from support.nbd_client import NbdClient
 from support.servers import Serve, in_this_process, onionskin, short_socket
 
@@ -146,7 +147,7 @@ def test_what_a_clients_flush_freed_is_wiped_at_once(tmp_path: Path, monkeypatch
         web.merge(
             "a"
         )  # the head inherits the segment, which another handle may be reading: its slots are reclaimed, not reused
-    (segment,) = [path for path in (tmp_path / "vms" / "segments").iterdir() if secret in path.read_bytes()]
+    (segment,) = files_with(tmp_path / "vms" / "segments", secret)
     monkeypatch.setattr(serving, "TIDY_SECONDS", 3600)
     wiped = threading.Event()
     reclaim_slots = reclaim.reclaim_slots

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.listing import files_with
 from support.nbd_client import NbdClient
 
 import onionskin as library
@@ -377,7 +378,7 @@ def merged_away(tmp_path: Path, server: Server, export: str) -> tuple[Path, NbdC
             volume.write(0, bytes(len(SECRET)))
             volume.snapshot("after")
             volume.merge("clean")
-        (segment,) = [path for path in (tmp_path / "vms" / "segments").iterdir() if SECRET[:24] in path.read_bytes()]
+        (segment,) = files_with(tmp_path / "vms" / "segments", SECRET[:24])
     return segment, client
 
 

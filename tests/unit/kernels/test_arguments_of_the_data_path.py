@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy
 import pytest
+from support.listing import found_in
 
 import onionskin
 from onionskin.base.sizes import parse_size
@@ -104,7 +105,7 @@ def test_an_error_of_a_range_says_offset_length_and_size(web: onionskin.Volume) 
 
 def test_an_error_of_a_read_names_the_file_and_the_byte(web: onionskin.Volume) -> None:
     web.snapshot("a")
-    (segment,) = [path for path in web.store._opened.layout.segments.iterdir() if path.stat().st_size > BLOCK]
+    (segment,) = [path for path, status in found_in(web.store._opened.layout.segments) if status.st_size > BLOCK]
     with web.store.open("web", snapshot="a") as view:
         os.truncate(segment, BLOCK)
         with pytest.raises(OSError, match="at byte 4096") as caught:

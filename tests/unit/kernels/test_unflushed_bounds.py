@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.listing import found_in
 
 import onionskin
 
@@ -21,7 +22,7 @@ def store(tmp_path: Path) -> Iterator[onionskin.Store]:
 
 
 def allocated_bytes(store: onionskin.Store) -> int:
-    return sum(path.stat().st_blocks * 512 for path in Path(store.path, "segments").iterdir())
+    return sum(status.st_blocks * 512 for _, status in found_in(Path(store.path, "segments")))
 
 
 def test_a_disk_that_is_written_and_trimmed_and_never_flushed_takes_no_more_than_what_may_wait(

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.examples import examples
+from support.listing import found_in
 
 import onionskin
 from onionskin.errors import ChainError, FormatError, StateError
@@ -277,7 +278,7 @@ def test_a_changed_base_and_a_damaged_map_are_said(tmp_path: Path) -> None:
         with create(store, tmp_path, True) as web:
             web.write(0, b"x" * BLOCK)
             web.snapshot("a")
-        (path,) = (path for path in (tmp_path / "vms" / "layers").iterdir() if path.stat().st_size > BLOCK)
+        (path,) = (path for path, status in found_in(tmp_path / "vms" / "layers") if status.st_size > BLOCK)
         data = path.read_bytes()
         path.write_bytes(data[:4100])
         with pytest.raises(FormatError, match="bytes long, but the catalog says"):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.listing import found_in
 
 import onionskin
 
@@ -36,7 +37,7 @@ def state_of(store: onionskin.Store, snapshot: str, name: str = "web") -> bytes:
 
 def bytes_on_disk(store: onionskin.Store) -> int:
     store.finish_work()
-    return sum(path.stat().st_blocks * 512 for path in store._opened.layout.segments.iterdir())
+    return sum(status.st_blocks * 512 for _, status in found_in(store._opened.layout.segments))
 
 
 def errors_of(store: onionskin.Store) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import image_of, unmount
+from support.listing import files_with
 
 import onionskin
 from onionskin.operations import new_map, reclaim
@@ -174,7 +175,7 @@ def test_secrets_in_a_segment_that_another_policy_took_over_are_wiped_before_the
             web.merge("clean")
         store.delete("web")
         store.open("other").close()  # folds the layer that has no name any more into the head
-        (path,) = [path for path in store._opened.layout.segments.iterdir() if CANARY in path.read_bytes()]
+        (path,) = files_with(store._opened.layout.segments, CANARY)
         with path.open("rb") as segment:
             store.delete("other")
             store.finish_work()

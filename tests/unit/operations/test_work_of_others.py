@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.listing import files_with
 
 import onionskin
 from onionskin.catalog import LayerRow, SegmentRow, WorkRow
@@ -49,7 +50,7 @@ def test_what_a_flush_could_not_note_to_be_wiped_is_wiped_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def with_secret() -> list[Path]:
-        return [path for path in (tmp_path / "store" / "segments").iterdir() if SECRET[:8] in path.read_bytes()]
+        return files_with(tmp_path / "store" / "segments", SECRET[:8])
 
     with (
         onionskin.Store(tmp_path / "store") as store,
@@ -169,7 +170,7 @@ def test_what_is_to_be_wiped_behind_slot_work_that_is_not_forgotten_yet_is_wiped
             patch.setattr(reclaim, "_forget", free_more_and_forget)
             reclaim.do_work(store._opened)
         reclaim.do_work(store._opened)
-        assert not any(SECRET[:8] in path.read_bytes() for path in store._opened.layout.segments.iterdir())
+        assert files_with(store._opened.layout.segments, SECRET[:8]) == []
 
 
 def test_slot_work_that_is_noted_twice_has_the_stricter_policy(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Literal
 
 import pytest
 from click.testing import CliRunner
+from support.listing import found_in
 
 import onionskin
 from onionskin.base.states import DATA
@@ -515,7 +516,7 @@ def test_what_is_written_and_trimmed_without_a_flush_takes_no_more_than_its_boun
         for _ in range(2000):
             web.write(0, b"g" * 65536)
             web.trim(0, 65536)
-        held = sum(path.stat().st_blocks * 512 for path in store._opened.layout.segments.iterdir())
+        held = sum(status.st_blocks * 512 for _, status in found_in(store._opened.layout.segments))
         assert held <= 64 << 20
 
 
@@ -527,7 +528,7 @@ def test_a_log_that_is_mostly_dead_is_written_anew_while_the_volume_is_open(tmp_
             web.flush()
             web.trim(0, web.size_bytes)
             web.flush()
-            longest = max(longest, *(path.stat().st_size for path in store._opened.layout.layers.iterdir()))
+            longest = max(longest, *(status.st_size for _, status in found_in(store._opened.layout.layers)))
         assert longest < 1 << 20
         assert web.read(0, 4096) == before
 

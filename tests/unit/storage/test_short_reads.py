@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from support.listing import found_in
 
 import onionskin
 from onionskin.base.files import read_all, write_all
@@ -38,7 +39,7 @@ def test_a_header_that_comes_in_parts_is_no_damage_and_is_wiped_as_it_says(tmp_p
             web.write(0, b"x" * 4096)
             web.snapshot("s")
         assert store.check() == []
-        (segment,) = [path for path in (store.path / "segments").iterdir() if path.stat().st_size > 4096]
+        (segment,) = [path for path, status in found_in(store.path / "segments") if status.st_size > 4096]
     descriptor = os.open(segment, os.O_RDONLY)
     assert wants_zeros(descriptor)
     os.close(descriptor)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.listing import found_in
 
 import onionskin
 from onionskin.storage.open_head import OpenHead
@@ -111,7 +112,7 @@ def test_what_lies_below_a_fork_may_be_changed_before_its_first_write(store: oni
 
 
 def test_the_files_below_a_fork_are_kept_before_its_first_write(store: onionskin.Store) -> None:
-    (segment,) = (path for path in (store.path / "segments").iterdir() if path.stat().st_size > BLOCK)
+    (segment,) = (path for path, status in found_in(store.path / "segments") if status.st_size > BLOCK)
     with store.open("job-1") as fork, onionskin.Store(store.path) as other:
         other.delete("job-2", "job-3", "job-4")
         (layer,) = (row for row in other._opened.catalog.chain(head_of(fork).head) if row.sealed)
