@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from errno import EDQUOT, EFBIG, ELOOP, ENOENT, ENOSPC, ENOTDIR
 from functools import lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from onionskin.base import forking
@@ -756,8 +757,14 @@ class Connection:
         assert kind is not WorkRow  # `add_work` numbers those
         columns = COLUMNS[kind]
         check_rows(kind, columns, found)
-        marks = ", ".join("?" * len(columns))
-        self._connection.executemany(f"INSERT INTO {TABLES[kind]} ({', '.join(columns)}) VALUES ({marks})", found)
+        marks = f"({', '.join('?' * len(columns))})"
+        text = f"INSERT INTO {TABLES[kind]} ({', '.join(columns)}) VALUES "
+        together = _VALUES_MAX // len(columns)  # rows in one statement, which takes two thirds of the time of as many
+        rest = len(found) - len(found) % together
+        for first in range(0, rest, together):
+            values = list(chain.from_iterable(found[first : first + together]))
+            self._connection.execute(text + ", ".join([marks] * together), values)
+        self._connection.executemany(text + marks, found[rest:])
 
     def update(self, kind: type, id: bytes | int | str, **values: Any) -> None:
         """Change columns of the row whose key (`rows.KEYS`) this is. Inside a transaction."""

@@ -46,7 +46,7 @@ def begin(
 ) -> None:
     """Write down where new volumes come from. Inside the transaction that makes them."""
     name, guid = (snapshot.name, snapshot.guid) if snapshot else (None, None)
-    catalog.insert_all(LineageRow(row.id, parent, row.name, name, guid, row.created_ns) for row in volumes)
+    catalog.insert_all(LineageRow(row.id, parent, row.name, name, guid, row.created_ns, None) for row in volumes)
 
 
 def rename(catalog: Catalog, volume: bytes, name: str) -> None:

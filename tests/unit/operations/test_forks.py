@@ -80,6 +80,18 @@ def test_numbers_go_on_from_the_greatest(store: onionskin.Store) -> None:
     assert store.fork("web@clean", pattern="a*[{n}]?") == ["a*[2]?"]
 
 
+def test_numbers_go_on_behind_names_that_are_shorter_and_longer_than_those_of_the_pattern(
+    store: onionskin.Store,
+) -> None:
+    store.fork(
+        "web@clean", names=["j", "job-7", "job-12", "job-x", "job-" + "9" * 19, "a-name-that-is-longer-than-all-others"]
+    )
+    assert store.fork("web@clean", count=2, pattern="job-{n}") == ["job-13", "job-14"]
+    assert store.fork("web@clean", count=1, pattern="a-pattern-that-is-longer-than-all-names-{n}") == [
+        "a-pattern-that-is-longer-than-all-names-1"
+    ]
+
+
 def test_numbers_that_are_used_up_are_refused_and_not_said_to_be_taken(store: onionskin.Store) -> None:
     greatest = "9" * 18
     store.fork("web@clean", names=[f"job-{int(greatest) - 1}"])
@@ -574,6 +586,24 @@ def test_with_policy_zero_what_only_the_cut_kept_is_wiped_with_its_last_fork(tmp
         store.delete(*names)
         store.finish_work()
         assert files_with(tmp_path / "store" / "segments", secret[:16]) == []
+
+
+@pytest.mark.parametrize("count", [1, 37, 38, 39, 77, 101])
+def test_each_fork_has_its_rows_however_many_go_into_one_statement(tmp_path: Path, count: int) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        with store.create("web", size="1M") as web:
+            web.write(0, b"x" * BLOCK)
+            web.snapshot("clean")
+        names = store.fork("web@clean", count=count, labels={"of": "web"})
+        assert names == [f"web-{number}" for number in range(1, count + 1)]
+        for name in names:
+            with store.open(name) as fork:
+                assert fork[:BLOCK] == b"x" * BLOCK
+                fork.write(BLOCK, name.encode().ljust(BLOCK))
+        assert [info.name for info in store.volumes(labels={"of": "web"})] == sorted(names)
+        for name in names:
+            assert [one.snapshot for one in store.lineage(name)] == ["clean"]
+        assert store.check() == []
 
 
 # ---- lineage ----
