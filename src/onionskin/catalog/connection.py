@@ -841,7 +841,10 @@ def check_rows(kind: type, columns: Sequence[str], rows: Sequence[Sequence[Any]]
     A column in which all rows have one and the same object is looked at once: forks differ in few columns.
     """
     conditions = [VALUES[kind][column] for column in columns]
-    by_column = (values[:1] if len(set(map(id, values))) == 1 else values for values in zip(*rows, strict=True))
+    by_column = (
+        values[:1] if values[0] is values[-1] and len(set(map(id, values))) == 1 else values
+        for values in zip(*rows, strict=True)
+    )
     if not all(condition.all_hold(values) for condition, values in zip(conditions, by_column, strict=False)):
         for row in rows:
             check_values(kind, zip(columns, row, strict=True))
