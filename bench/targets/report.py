@@ -63,7 +63,10 @@ def several(what: str, target: str, seconds: list[float], most: float, *, at: fl
 
 
 def summary(lines: Iterable[dict[str, Any]]) -> str:
-    """Return a table of several runs: for each place the median of what was found, and the least and the greatest."""
+    """Return a table of several runs: for each place the median of what was found, and the least and the greatest.
+
+    What is bold missed what must be reached, in one run at least.
+    """
     rows: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     places: dict[str, None] = {}
     for line in lines:
@@ -78,11 +81,14 @@ def summary(lines: Iterable[dict[str, Any]]) -> str:
 
 
 def _cell(runs: list[dict[str, Any]]) -> str:
+    if not runs:
+        return ""
+    mark = "**" if any(run["passed"] is False for run in runs) else ""
     values = [run["value"] for run in runs if run["value"] is not None]
     if not values:
-        return runs[-1]["measured"] if runs else ""
+        return f"{mark}{runs[-1]['measured']}{mark}"
     show = duration if runs[0]["unit"] == "s" else number
     unit = " x" if runs[0]["unit"] == "x" else ""
     middle, low, high = statistics.median(values), min(values), max(values)
     spread = f" ({show(low)} to {show(high)})" if len(values) > 1 and show(low) != show(high) else ""
-    return f"{show(middle)}{unit}{spread}"
+    return f"{mark}{show(middle)}{unit}{spread}{mark}"
