@@ -35,7 +35,8 @@ def opens(directory: Path) -> Iterator[Figure]:
                 memory = web._path.memory_bytes
                 web.close()
             what = f"open of 64 layers and 1,000,000 scattered extents, {title} disk"
-            yield Figure(what, f"<= {duration(most_open)}", str(samples), samples.median <= most_open)
+            took = samples.median
+            yield Figure(what, f"<= {duration(most_open)}", str(samples), took <= most_open, value=took, unit="s")
             each = memory / extents
             what = f"index memory, 1,000,000 blocks at random over {title}"
             yield Figure(what, f"<= {most_bytes} bytes a block", f"{each:.1f} bytes a block", each <= most_bytes)
@@ -64,7 +65,7 @@ def second_open(store: onionskin.Store, snapshot: str) -> Iterator[Figure]:
     text = f"{second} (first {first}), {share:.0%} of the memory ({resident / MIB:.1f} MiB of {index_bytes / MIB:.1f})"
     passed = second.median <= 0.01 and share <= 0.1
     what = "a second open of the same snapshot, 1,000,000 extents"
-    yield Figure(what, "<= 10 ms, <= 10% of the memory", text, passed, {"memory": memories})
+    yield Figure(what, "<= 10 ms, <= 10% of the memory", text, passed, {"memory": memories}, second.median, "s")
 
 
 def memory_of_a_sequence(directory: Path) -> Iterator[Figure]:

@@ -28,6 +28,11 @@ class Figure:
         return f"| {self.what} | {self.target} | {self.measured} | {verdict} |"
 
 
+def number(value: float) -> str:
+    """Return a number as a reader writes it: three digits that count, and no power of ten."""
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
+
+
 def skipped(what: str, target: str, reason: str) -> Figure:
     return Figure(what, target, reason, None)
 
@@ -35,7 +40,7 @@ def skipped(what: str, target: str, reason: str) -> Figure:
 def versus(what: str, least: float, samples: dict[str, Samples], slow: str, fast: str, **detail: Any) -> Figure:
     """A row in which `fast` has to be at least `least` times faster than `slow`."""
     found = ratio(samples, slow, fast)
-    text = f"{found:.3g} x ({fast} {samples[fast]}, {slow} {samples[slow]})"
+    text = f"{number(found)} x ({fast} {samples[fast]}, {slow} {samples[slow]})"
     seconds = {name: sample.seconds for name, sample in samples.items()}
     return Figure(what, f">= {least:g} x", text, found >= least, {"seconds": seconds, **detail}, found, "x")
 
@@ -43,7 +48,7 @@ def versus(what: str, least: float, samples: dict[str, Samples], slow: str, fast
 def within(what: str, most: float, samples: dict[str, Samples], one: str, other: str) -> Figure:
     """A row in which `one` may take at most `most` times as long as `other`."""
     found = ratio(samples, one, other)
-    text = f"{found:.3g} x ({one} {samples[one]}, {other} {samples[other]})"
+    text = f"{number(found)} x ({one} {samples[one]}, {other} {samples[other]})"
     seconds = {name: sample.seconds for name, sample in samples.items()}
     return Figure(what, f"<= {most:g} x", text, found <= most, {"seconds": seconds}, found, "x")
 
@@ -58,7 +63,10 @@ def several(what: str, target: str, seconds: list[float], most: float, *, at: fl
 
 
 def summary(lines: Iterable[dict[str, Any]]) -> str:
-    """Return a table of several runs: for each place the median of what was found, and the least and the greatest."""
+    """Return a table of several runs: for each place the median of what was found, and the least and the greatest.
+
+    What is bold missed what must be reached, in one run at least.
+    """
     rows: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     places: dict[str, None] = {}
     for line in lines:
@@ -73,11 +81,14 @@ def summary(lines: Iterable[dict[str, Any]]) -> str:
 
 
 def _cell(runs: list[dict[str, Any]]) -> str:
+    if not runs:
+        return ""
+    mark = "**" if any(run["passed"] is False for run in runs) else ""
     values = [run["value"] for run in runs if run["value"] is not None]
     if not values:
-        return runs[-1]["measured"] if runs else ""
-    show = duration if runs[0]["unit"] == "s" else lambda value: f"{value:.3g}"
+        return f"{mark}{runs[-1]['measured']}{mark}"
+    show = duration if runs[0]["unit"] == "s" else number
     unit = " x" if runs[0]["unit"] == "x" else ""
     middle, low, high = statistics.median(values), min(values), max(values)
     spread = f" ({show(low)} to {show(high)})" if len(values) > 1 and show(low) != show(high) else ""
-    return f"{show(middle)}{unit}{spread}"
+    return f"{mark}{show(middle)}{unit}{spread}{mark}"

@@ -95,4 +95,5 @@ def writer_pause(directory: Path) -> Iterator[Figure]:
         f"{duration(found)} at p99, median {duration(statistics.median(loaded))} (idle: p99"
         f" {duration(float(np.percentile(idle, 99)))}); a flush takes {duration(flush)}; turns of other programs apart"
     )
-    yield Figure(what, target, text, found <= 1e-3 and found < flush, {"snapshot": loaded, "idle": idle})
+    detail = {"snapshot": loaded, "idle": idle}
+    yield Figure(what, target, text, found <= 1e-3 and found < flush, detail, found, "s")
