@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from onionskin.control.groups import fork_served as fork_served
     from onionskin.control.groups import revert_machine_served as revert_machine_served
     from onionskin.control.groups import revert_served as revert_served
+    from onionskin.control.groups import snapshot_group_served as snapshot_group_served
     from onionskin.control.groups import tidy_served as tidy_served
     from onionskin.errors import (
         ChainError,
@@ -75,7 +76,10 @@ _HOME = {
     **dict.fromkeys(("drop_leftovers", "refuse_processes"), "onionskin.machine.leftovers"),
     "flush_served": "onionskin.control.client",
     **dict.fromkeys(
-        ("agrees_to_revert", "find_served_heads", "fork_served", "revert_machine_served", "revert_served", "tidy_served"),
+        (
+            "agrees_to_revert", "find_served_heads", "fork_served", "revert_machine_served", "revert_served",
+            "snapshot_group_served", "tidy_served",
+        ),
         "onionskin.control.groups",
     ),
     "end_expired": "onionskin.machine.pool_leftovers",

@@ -707,7 +707,18 @@ class Store:
         """
         from onionskin.operations import group_snapshot
 
-        return group_snapshot.take(self._opened, names, note, self._open_to_cut, self._find_served)
+        return group_snapshot.take(
+            self._opened, names, note, self._open_to_cut, self._find_served, self._snapshot_served
+        )
+
+    def _snapshot_served(
+        self, rows: Mapping[str, VolumeRow], names: "Mapping[str, str | None]", note: str
+    ) -> dict[str, Snapshot] | None:
+        """Have the one server that holds these volumes take their snapshots; None if none serves them all."""
+        import onionskin
+
+        self._opened.catalog.refuse_read_only()
+        return onionskin.snapshot_group_served(self, rows, names, note)
 
     def _open_to_cut(self, name: str) -> OpenHead:
         return self.open(name)._opened.to_write()

@@ -186,6 +186,12 @@ class LiveVolume:
         """Close the connection; the volume goes on being served. Idempotent."""
         self._connection.close()
 
+    def _hang_up(self) -> None:
+        """End the connection for both ends, also where a forked child has it too."""
+        with suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._connection.close()
+
     # ---- calls ----
 
     def _call(self, verb: str, *, progress: Progress | None = None, **arguments: Any) -> Any:

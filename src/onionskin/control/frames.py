@@ -56,6 +56,7 @@ ARGUMENTS: dict[str, dict[str, tuple[type, ...]]] = {
     "diff": {"a": (str,), "b": (str, NoneType)},
     "usage": {},
     "group": {"volumes": (list,)},
+    "snapshot_group": {"names": (dict,), "guids": (dict,), "note": (str,)},
     "fork": {
         "source": (str,),
         "names": (list, NoneType),

@@ -36,7 +36,8 @@ from onionskin.base.limits import WIPE_POLICIES
 from onionskin.base.naming import some_of
 from onionskin.base.signals import DeferredInterrupt
 from onionskin.base.sockets import credentials_of
-from onionskin.catalog import VolumeRow
+from onionskin.catalog import Catalog, VolumeRow, new_id
+from onionskin.catalog.tree import Snapshot, describe_snapshots
 from onionskin.control import frames
 from onionskin.control.client import LiveVolume, find, reach
 from onionskin.errors import FormatError, OnionskinError, StateError
@@ -523,10 +524,7 @@ class GroupServer:
         while True:
             now = time.monotonic()
             if now >= self._deadline:
-                raise StateError(
-                    f"process {self._live._pid}, which serves volume {self._live.name!r}, has not done its part of a group "
-                    f"within {GROUP_SECONDS:.0f} s; no snapshot was taken, and all others go on"
-                )
+                raise _slow(self._live)
             reply = self._live._receive(min(self._deadline, now + (seconds or SILENCE_SECONDS)))
             if "error" in reply:
                 error = frames.unpack_error(reply["error"])
@@ -613,6 +611,92 @@ def _by_process(left: Mapping[str, str], holders: Mapping[str, int]) -> list[lis
     return list(by_process.values())
 
 
+def snapshot_group_served(
+    store: "Store", rows: Mapping[str, VolumeRow], names: Mapping[str, str | None], note: str
+) -> dict[str, Snapshot] | None:
+    """Have the server that holds all these volumes take their snapshots, as one operation of its own.
+
+    What must hold: on the return, and on an error, it is known what the catalog has, and it gets no more of it, whatever the
+    server does. So where the outcome is not heard, this hangs up, and then looks for it in a transaction: in its own, the
+    server looks whether this has hung up.
+
+    Returns
+    -------
+    dict of str to Snapshot, or None
+        None: no server holds all of them, or it is of an older version. Nothing was taken.
+    """
+    catalog = store._opened.catalog
+    first = next(iter(rows))
+    connection = reach(store._opened, rows[first], first)
+    if connection is None:
+        return None
+    guids = {row.id: new_id() for row in rows.values()}
+    with LiveVolume(connection, first, rows[first].id, greet=False) as live:
+        live._greeted(time.monotonic() + SILENCE_SECONDS)
+        now = catalog.volumes_called(names)  # the server knows ids alone; the names may mean other volumes by now
+        if any(now[name].id != row.id for name, row in rows.items()):
+            return None
+        try:
+            taken = _have_taken(live, {row.id.hex(): names[name] or "" for name, row in rows.items()}, guids, note)
+        except BaseException as error:
+            live._hang_up()
+            if isinstance(error, ValueError) and "is no verb" in str(error):
+                return None
+            found = _outcome(store._opened, list(rows.values()), guids, error)
+            if found is None or not isinstance(error, Exception):
+                raise
+            _log.warning("volumes %s are sealed and named; what was heard instead: %s", some_of(sorted(rows)), error)
+            taken = found
+    by_id = None if taken is None else dict(zip(guids, taken, strict=True))
+    return None if by_id is None else {name: by_id[rows[name].id] for name in names}
+
+
+def _have_taken(
+    live: LiveVolume, names: dict[str, str], guids: Mapping[bytes, bytes], note: str
+) -> list[Snapshot] | None:
+    """Say what is wanted, and wait for what was taken."""
+    deadline = time.monotonic() + GROUP_SECONDS
+    wanted = {"names": names, "guids": {id.hex(): guid.hex() for id, guid in guids.items()}, "note": note}
+    live._connection.settimeout(SILENCE_SECONDS)
+    live._request(frames.request("snapshot_group", wanted))
+    parts: list[Any] = []
+    while True:
+        now = time.monotonic()
+        if now >= deadline:
+            raise _slow(live)
+        reply = live._receive(min(deadline, now + SILENCE_SECONDS))
+        if "error" in reply:
+            raise frames.unpack_error(reply["error"])
+        parts += reply.get("part", [])
+        if "result" in reply:
+            rest = reply["result"]
+            return None if rest is None else [frames.unpack_snapshot(value) for value in parts + rest]
+
+
+def _outcome(
+    store: "OpenStore", volumes: Sequence[VolumeRow], guids: Mapping[bytes, bytes], error: BaseException
+) -> list[Snapshot] | None:
+    """Return what a server that was hung up on has taken, or None: nothing, and it takes nothing any more."""
+    try:
+        with DeferredInterrupt():
+            return store.change(lambda: _snapshots_with(store.catalog, volumes, guids))
+    except (OSError, OnionskinError) as failure:
+        raise StateError(
+            f"{error}; whether the snapshots were taken is not known, because the catalog cannot be asked either "
+            f"({failure}); look for them later"
+        ) from error
+
+
+def _snapshots_with(
+    catalog: Catalog, volumes: Sequence[VolumeRow], guids: Mapping[bytes, bytes]
+) -> list[Snapshot] | None:
+    """Return the snapshots of volumes that have these GUIDs, or None: there are none. In a transaction."""
+    rows = {row.id: one for row in volumes for one in catalog.snapshots_of(row.id) if one.guid == guids[row.id]}
+    if len(rows) < len(volumes):
+        return None
+    return describe_snapshots(catalog, [(row, rows[row.id], catalog.layer(rows[row.id].layer)) for row in volumes])
+
+
 def fork_served(store: "Store", wanted: Wanted) -> list[str] | None:
     """Have the server that holds a volume fork its disk as it is now; None if no server holds it."""
     live = find(store, wanted.volume)
@@ -691,6 +775,13 @@ def tidy_served(store: "Store", name: str) -> bool:
     with live:
         live._tidy()
     return True
+
+
+def _slow(live: LiveVolume) -> StateError:
+    return StateError(
+        f"process {live._pid}, which serves volume {live.name!r}, has not done its part of a group "
+        f"within {GROUP_SECONDS:.0f} s; no snapshot was taken, and all others go on"
+    )
 
 
 def _older(live: LiveVolume, what: str) -> StateError:

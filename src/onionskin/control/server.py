@@ -16,17 +16,18 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 from onionskin.base.forking import ForkableLock
 from onionskin.base.modes import file_mode
-from onionskin.base.naming import several
+from onionskin.base.naming import check_name, check_note, several
 from onionskin.base.paths import FilePath
 from onionskin.base.sockets import UnixListener, credentials_of, has_hung_up, may_connect
 from onionskin.base.threads import SureThread
+from onionskin.catalog.tree import Snapshot
 from onionskin.control import acceptor, frames, groups
 from onionskin.errors import OnionskinError, StateError
 from onionskin.kernels._volume import ShortTurns
@@ -521,7 +522,11 @@ class _Session:
         return self._served.stats()
 
     def snapshots(self) -> list[Any]:
-        found = [frames.pack_snapshot(snapshot) for snapshot in self._volume.snapshots]
+        return self._without_parts(self._volume.snapshots)
+
+    def _without_parts(self, taken: Sequence[Snapshot]) -> list[Any]:
+        """Send what one frame may have no room for, and return the rest."""
+        found = [frames.pack_snapshot(snapshot) for snapshot in taken]
         while len(found) > SNAPSHOTS_IN_FRAME:
             self._send({"part": found[:SNAPSHOTS_IN_FRAME]})
             del found[:SNAPSHOTS_IN_FRAME]
@@ -579,6 +584,39 @@ class _Session:
         with closing(groups.Caller(self._connection)) as caller, ExitStack() as borrowed:
             heads = {id: borrowed.enter_context(served.borrowed()) for id in volumes if (served := self._beside(id))}
             return groups.seal_for_caller(talk, caller, heads)
+
+    def snapshot_group(self, names: dict[str, str], guids: dict[str, str], note: str) -> list[Any] | None:
+        """Name volumes as they are at one instant: of each, by its id, the name ("": the time) and the GUID of its snapshot.
+
+        None: this process does not serve all of them.
+        """
+        if set(names) != set(guids) or any(len(bytes.fromhex(guid)) != ID_BYTES for guid in guids.values()):
+            raise ValueError("the snapshots of a group have a name and a GUID each")
+        served = {id: found for id in names if (found := self._beside(id))}
+        if len(served) < len(names):
+            return None
+        called = {id: check_name("snapshot", name) if name else None for id, name in names.items()}
+        note = check_note(note)
+        with ExitStack() as borrowed:
+            heads = {id: borrowed.enter_context(one.borrowed()) for id, one in served.items()}
+            taken = snapshots.take_together(
+                self._volume._opened.store,
+                [(head, called[id], bytes.fromhex(guids[id])) for id, head in heads.items()],
+                note,
+                within=snapshots.OPERATION_SECONDS,
+                check=self._refuse_left,
+            )
+        return self._without_parts(taken)
+
+    def _refuse_left(self) -> None:
+        """Raise where the caller has hung up, or has said anything: then it does not wait for the outcome any more.
+
+        In the transaction: a caller that gives up hangs up, and then looks for the outcome in a transaction of its own.
+        """
+        is_readable = select.select([self._connection], [], [], 0)[0]
+        # What reads as ended where the caller has not hung up was ended here, by a server that takes no more requests.
+        if has_hung_up(self._connection) or (is_readable and self._connection.recv(1, socket.MSG_PEEK)):
+            raise StateError("the group's caller has gone away, or gave it up")
 
     def _beside(self, id: str) -> ControlSocket | None:
         """Return the control socket of a volume of this store, if this process serves that."""
@@ -693,6 +731,7 @@ _LOGGED = {
         "resize",
         "rename",
         "group",
+        "snapshot_group",
         "fork",
         "tidy",
     ),

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from onionskin.base.held import held, held_together
 from onionskin.base.naming import check_name, check_note
 from onionskin.base.signals import DeferredInterrupt
-from onionskin.catalog import new_id
+from onionskin.catalog import VolumeRow, new_id
 from onionskin.catalog.tree import Snapshot
 from onionskin.errors import StateError
 from onionskin.kernels._volume import ShortTurns
@@ -24,18 +24,31 @@ from onionskin.storage.open_store import OpenStore
 
 Opener = Callable[[str], OpenHead]
 Finder = Callable[[Mapping[str, int], ExitStack], Mapping[str, RemoteHead]]
+OneServer = Callable[[Mapping[str, VolumeRow], Mapping[str, str | None], str], dict[str, Snapshot] | None]
 
 _OPEN_SECONDS = 1.0  # for which somebody may hold a volume that is about to be given up
 
 
 def take(
-    store: OpenStore, names: Mapping[str, str | None], note: str, opener: Opener, finder: Finder
+    store: OpenStore,
+    names: Mapping[str, str | None],
+    note: str,
+    opener: Opener,
+    finder: Finder,
+    one_server: OneServer,
 ) -> dict[str, Snapshot]:
-    """Take the snapshots. See `Store.snapshot_group`; `opener` and `finder` are as for `Heads`."""
+    """Take the snapshots. See `Store.snapshot_group`; `opener` and `finder` are as for `Heads`.
+
+    `one_server` has the server that holds all volumes take their snapshots: so none of them is told of step by step. None:
+    it has not all of them, or knows no groups, and nothing was taken.
+    """
     if not isinstance(names, Mapping):
         raise TypeError(f"the volumes of a group come as a mapping, such as {{'web': 'before'}}, not {names!r}")
     names = {volume: None if name is None else check_name("snapshot", name) for volume, name in names.items()}
     note = check_note(note)
+    rows = store.catalog.volumes_called(names)
+    if _has_one_holder(store, rows) and (taken := one_server(rows, names, note)) is not None:
+        return taken
     while names:
         with open_heads(store, names, opener, finder) as found:
             disks = [(found.heads[volume], name, new_id()) for volume, name in names.items()]
@@ -45,6 +58,22 @@ def take(
                 if not found.lost_one:
                     raise
     return {}
+
+
+def _has_one_holder(store: OpenStore, rows: Mapping[str, VolumeRow]) -> bool:
+    """Whether one process holds all of these volumes, by other handles than those of this store."""
+    ids = {row.id for row in rows.values()}
+    if len(ids) < len(rows) or any(
+        handle.row.id in ids for handle in store.open_handles() if isinstance(handle, OpenHead) and not handle.closed
+    ):
+        return False
+    process = 0
+    for id in ids:
+        holder = volume_holder(store.layout.volume_lock(id))
+        if holder is None or not holder.pid or (process and holder.pid != process):
+            return False
+        process = holder.pid
+    return bool(process)
 
 
 @held

@@ -4,7 +4,7 @@ What must hold: a name is looked up inside the transaction that changes it. What
 keeps its id, so it goes on. Clones, holds, and the GUID by which other stores know the snapshot stay too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from onionskin.base.naming import check_name, check_note
@@ -77,14 +77,3 @@ def refuse_taken(catalog: Catalog, volume_id: bytes, volume: str, name: str) -> 
     """Raise SnapshotExistsError if a volume has a snapshot of that name. Inside the transaction that gives the name."""
     if catalog.has_snapshot_named(volume_id, name):
         raise SnapshotExistsError(f"volume {volume!r} already has a snapshot {name!r}; choose another name")
-
-
-def refuse_taken_names(catalog: Catalog, wanted: Mapping[bytes, tuple[str, str]]) -> None:
-    """Raise SnapshotExistsError if one of several volumes, by their ids, has a snapshot of a name already.
-
-    For each there is what it is called, and the name. Inside the transaction that gives the names.
-    """
-    taken = catalog.snapshot_names_found((id, name) for id, (_, name) in wanted.items())
-    for id, (volume, name) in wanted.items():
-        if id in taken:
-            refuse_taken(catalog, id, volume, name)

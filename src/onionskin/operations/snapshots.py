@@ -28,7 +28,7 @@ from onionskin.catalog.tree import (
 from onionskin.errors import StateError
 from onionskin.operations import holds, ownership, reclaim, snapshot_names
 from onionskin.operations.flush import flush
-from onionskin.operations.seal import Part, RemoteHead, RemoteProcess, seal_together
+from onionskin.operations.seal import Check, Part, RemoteHead, RemoteProcess, seal_together
 from onionskin.storage.open_head import OpenDisk, OpenHead
 from onionskin.storage.open_store import OpenStore
 
@@ -41,24 +41,54 @@ def take(volume: OpenHead, name: str | None, note: str, guid: bytes) -> Snapshot
 
 
 def take_together(
-    store: OpenStore, disks: Sequence[tuple[OpenHead | RemoteHead, str | None, bytes]], note: str
+    store: OpenStore,
+    disks: Sequence[tuple[OpenHead | RemoteHead, str | None, bytes]],
+    note: str,
+    *,
+    within: float | None = None,
+    check: Check = lambda: None,
 ) -> list[Snapshot]:
-    """Name disks of one store as they are at one instant: each with its name, or the time, and its GUID. All or none."""
+    """Name disks of one store as they are at one instant: each with its name, or the time, and its GUID. All or none.
+
+    `within` is for how many seconds other operations on heads that are open here are waited for, each; by default until they
+    end. `check` is as for `seal.seal_together`.
+    """
+
+    def check_all() -> None:
+        check()
+        if store.catalog.base_merges():  # nearly never; asked once for all
+            for naming in namings:
+                naming.head.refuse_half_merged()
+        _refuse_taken(store, namings)
+
     taken: list[Snapshot] = []
-    with in_operations([head for head, _, _ in disks]):
+    with in_operations([head for head, _, _ in disks], within):
+        if len(disks) > 1:
+            _start_writing([head for head, _, _ in disks])
         namings = [_Naming(store, head, name, note, guid) for head, name, guid in disks]
-        parts = [Part(naming.head, naming.head.refuse_half_merged, naming.number) for naming in namings]
+        parts = [Part(naming.head, _check_nothing, naming.number) for naming in namings]
         seal_together(
             store,
             parts,
             lambda: taken.extend(_write_names(store, namings)),
-            check=lambda: _refuse_taken(store, namings),
+            check=check_all,
         )
     return taken[-len(namings) :]  # the transaction may have run twice
 
 
+def _start_writing(heads: Sequence[OpenHead | RemoteHead]) -> None:
+    """Have the disk write what was not flushed, while the seals are prepared."""
+    for head in heads:
+        if isinstance(head, OpenHead):
+            head.path.start_writing()
+
+
+def _check_nothing() -> None:
+    """Check nothing of one disk: all are checked at once."""
+
+
 @held
-def in_operations(heads: Sequence[OpenHead | RemoteHead]) -> Iterator[None]:
+def in_operations(heads: Sequence[OpenHead | RemoteHead], within: float | None = None) -> Iterator[None]:
     """Hold volumes for an operation on all of them.
 
     By their ids: whoever else holds several takes them in this order, so no two wait for each other. The last of other
@@ -67,10 +97,11 @@ def in_operations(heads: Sequence[OpenHead | RemoteHead]) -> Iterator[None]:
     them.
     """
     if len(heads) == 1 and isinstance(heads[0], OpenHead):
-        with heads[0].operation(during_merge=True):
+        with heads[0].operation(during_merge=True, within=within):
             yield
         return
-    within = None if all(isinstance(head, OpenHead) for head in heads) else OPERATION_SECONDS
+    if not all(isinstance(head, OpenHead) for head in heads):
+        within = OPERATION_SECONDS
     ordered = sorted(heads, key=lambda head: head.row.id)
     with DeferredInterrupt(), ExitStack() as stack:
         last: RemoteProcess | None = None
@@ -124,9 +155,11 @@ class _Naming:
 
 def _refuse_taken(store: OpenStore, namings: Sequence[_Naming]) -> None:
     """Raise SnapshotExistsError where one of the names is taken. For all in one question, as in `_write_names`."""
-    snapshot_names.refuse_taken_names(
-        store.catalog, {naming.head.row.id: (naming.head.name, naming.name) for naming in namings if naming.name}
-    )
+    wanted = {naming.head.row.id: naming.name for naming in namings if naming.name}
+    taken = store.catalog.snapshot_names_found(wanted.items())
+    for naming in namings:
+        if naming.name and naming.head.row.id in taken:
+            snapshot_names.refuse_taken(store.catalog, naming.head.row.id, naming.head.name, naming.name)
 
 
 def _write_names(store: OpenStore, namings: Sequence[_Naming]) -> list[Snapshot]:
