@@ -297,15 +297,24 @@ class QemuProcess:
                 return Monitor(self.directory / qemu_command.QMP, self.name, on_event=on_event)
             except (FileNotFoundError, ConnectionRefusedError):
                 if self.wait(0.002) is not None:
-                    raise StateError(f"QEMU of machine {self.name!r} did not start: {self._said()}") from None
+                    raise StateError(f"QEMU of machine {self.name!r} did not start: {self._why_not_started()}") from None
                 if time.monotonic() > deadline:
                     raise StateError(
                         f"QEMU of machine {self.name!r} did not answer within {START_SECONDS:g} s: {self._said()}"
                     ) from None
             except MonitorError:
                 if self.wait(_ENDING_SECONDS) is not None:  # it closes its sockets before it has ended
-                    raise StateError(f"QEMU of machine {self.name!r} did not start: {self._said()}") from None
+                    raise StateError(f"QEMU of machine {self.name!r} did not start: {self._why_not_started()}") from None
                 raise
+
+    def _why_not_started(self) -> str:
+        said = self._said()
+        if qemu_command.NOT_SAVED_SAID in said:
+            said += (
+                "; QEMU cannot save the state of that, so no snapshot of the machine could be taken while it runs: make the "
+                "machine without it"
+            )
+        return said
 
     def _said(self) -> str:
         """Return the last that QEMU wrote, for an error."""
@@ -429,6 +438,10 @@ class QemuProcess:
         lists = self.monitor.execute_all([("qom-list", {"path": path}) for path in _DEVICES])
         found = [(one["name"], _kind_of_child(one["type"])) for children in lists for one in children]
         return sorted(f"{name} ({kind})" for name, kind in found if kind)
+
+    def snapshot_blockers(self) -> list[str]:
+        """Say what QEMU takes no snapshot for now, in its words. What it knew of at its start, it refused then."""
+        return list(self.monitor.execute("query-migrate").get("blocked-reasons", []))
 
     def disk_bytes(self) -> list[int]:
         """Return how large its disks are for the guest, in their order: as they were when it was started."""

@@ -62,7 +62,7 @@ GO_ON_TRIES, GO_ON_SECONDS = 3, 60.0  # so often a machine whose disk had an err
 # After so long another thread of this process has its turn, instead of 5 ms: while one computes, the others wait for answers
 # of the hypervisor and of the server of the disks, and the guest stands still for that.
 SWITCH_SECONDS = 0.0005
-_ENDED = "ended"
+_ENDED, _UNKNOWN = "ended", "unknown: "
 
 
 class Supervisor:
@@ -686,14 +686,24 @@ class Supervisor:
             "unsaved_pages": self.running.guest_ram.unsaved_pages,
             "server_restarts": self._server.restarts,
             "untold": self._untold,
+            "no_snapshot": self._blockers(said),
         }
+
+    def _blockers(self, said: str) -> list[str]:
+        """Return why the hypervisor would take no snapshot now: who looks hears it before they want one."""
+        if said == _ENDED or said.startswith(_UNKNOWN):
+            return []
+        try:
+            return self._process.snapshot_blockers()
+        except MonitorError:  # it has ended since, or answers no more: the next look says so
+            return []
 
     def _ask_status(self) -> str:
         """Return what the hypervisor says of itself, or why it says nothing."""
         try:
             return self._process.status
         except MonitorTimeout as error:
-            return f"unknown: {error}"
+            return f"{_UNKNOWN}{error}"
         except MonitorError:  # one that was killed gives up its connection a moment before it has ended
             self.wake()  # where it has not, `run` connects again
             within(DYING_SECONDS, lambda: self._process.wait(0) is not None or not self._process.is_disconnected)
@@ -702,7 +712,7 @@ class Supervisor:
         try:
             return self._process.status
         except MonitorError as error:
-            return f"unknown: {error}"
+            return f"{_UNKNOWN}{error}"
 
     @property
     def _moved(self) -> str:
