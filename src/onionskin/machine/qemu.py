@@ -411,8 +411,10 @@ class QemuProcess:
         """Let it go on."""
         self.monitor.execute("cont")
 
-    def wake(self) -> None:
+    def wake(self) -> bool:
         """Wake a guest that sleeps (S3): QEMU before 9.0 does not stop its machine, nor let it go on.
+
+        Return whether the machine runs then.
 
         Raises
         ------
@@ -420,7 +422,7 @@ class QemuProcess:
             It does not wake.
         """
         deadline = time.monotonic() + WAKE_SECONDS
-        while self.status == _SLEEPS:
+        while (status := self.status) == _SLEEPS:
             self.monitor.execute("system_wakeup")
             if time.monotonic() > deadline:
                 raise StateError(
@@ -428,6 +430,7 @@ class QemuProcess:
                     "machine stop --force', and revert it or start it then"
                 )
             time.sleep(0.01)
+        return status == "running"
 
     def power_down(self) -> None:
         """Ask the guest to shut down (ACPI)."""

@@ -876,7 +876,7 @@ class Supervisor:
                     told=told,
                     is_frozen=is_frozen,
                 )
-            if not self._process.is_paused:
+            if self.running.is_frozen and not self._process.is_paused:  # it answers late while its guest begins to run
                 self._thaw()
 
     def tell(self, has_gone: Callable[[], None], hostname: str | None, clock: bool) -> list[str]:
