@@ -32,6 +32,9 @@ from onionskin.operations.seal import Part, RemoteHead, RemoteProcess, seal_toge
 from onionskin.storage.open_head import OpenDisk, OpenHead
 from onionskin.storage.open_store import OpenStore
 
+# So long a guest that goes back has the processors and the disk to itself, until it speaks: the files of what it had written are
+# removed behind that, which takes tens of milliseconds of both.
+GUEST_SECONDS = 0.25
 OPERATION_SECONDS = 10.0  # for which a group waits for each of its volumes, where others hold some of them too
 
 
@@ -223,6 +226,8 @@ def revert_together(
             then()
 
         heads = [(target.volume, layer) for target, layer in zip(targets, layers, strict=True)]
+        if for_machine is not None:
+            targets[0].volume.store.rest(GUEST_SECONDS)
         restart_together(heads, check, when_ready)
         for target, unnamed in zip(targets, around, strict=True):
             free_hidden(target.volume, unnamed)
