@@ -28,7 +28,7 @@ from onionskin.base.sockets import credentials_of
 from onionskin.errors import FormatError, SnapshotExistsError, SnapshotNotFoundError, StateError
 from onionskin.machine.machine import Machine
 from onionskin.machine.monitor import Monitor
-from onionskin.machine.record import Record
+from onionskin.machine.record import Record, who_is_under_way
 
 pytestmark = pytest.mark.slow  # each starts several processes
 _PIDFD_GETFD = 438  # asm-generic/unistd.h; Python 3.11 does not have the call
@@ -744,6 +744,28 @@ def test_a_machine_whose_socket_is_gone_is_said_to_run_with_what_ends_it(
         screen.wait_end()
     until(lambda: not record.supervisor.is_alive)
     assert lab.state == "off"
+
+
+def test_a_machine_says_that_it_begins_and_ends_as_long_as_nobody_can_reach_it(
+    store: onionskin.Store, qemu: list[str], tmp_path: Path
+) -> None:
+    script = tmp_path / "script"
+    script.write_text(f'#!/bin/sh\ncp under-way.json {tmp_path}/begins 2>&1\nexec {shlex.join(qemu)} "$@"\n')
+    script.chmod(0o700)
+    lab = store.create_machine("lab", disks=["web"], memory="16M", program=str(script))
+    lab.start()
+    record = found(lab)
+    assert record.supervisor is not None and record.server is not None
+    assert f'"pid": {record.supervisor.pid},' in (tmp_path / "begins").read_text()
+    assert who_is_under_way(lab._directory) is None
+    stop_process(record.server.pid)
+    with ThreadPoolExecutor(1) as threads:
+        ends = threads.submit(lab.stop, force=True)
+        until(lambda: who_is_under_way(lab._directory) == record.supervisor)
+        os.kill(record.server.pid, signal.SIGCONT)
+        ends.result()
+    until(lambda: not record.supervisor.is_alive)  # type: ignore[union-attr]
+    assert not (lab._directory / "under-way.json").exists()
 
 
 def test_sigterm_has_the_guest_shut_down_in_order(lab: Machine) -> None:

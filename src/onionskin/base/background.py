@@ -52,7 +52,7 @@ class Background:
             self._changed.notify_all()
 
     def rest(self, seconds: float) -> None:
-        """Begin nothing for so long, unless somebody waits for it: the processors and the disk are wanted for something else."""
+        """Begin nothing for so long, unless somebody waits for it: processors and disk are wanted for something else."""
         with DeferredInterrupt(), self._guard:
             self._rests_until = max(self._rests_until, time.monotonic() + seconds)
 

@@ -5,8 +5,8 @@ however deep the store is. No argument that the user gives can undo what a snaps
 devices that write RAM past what notes writes, balloons, which would take it out of the file that forks share, and variable
 stores of UEFI, which no snapshot would have.
 
-What QEMU cannot save the state of is refused too, when a machine is made where it is known by name, and by QEMU itself when it
-starts (`-only-migratable`), so that it need not be known here. The least surprise is to hear of it then: a machine that runs
+What QEMU cannot save the state of is refused too, when a machine is made where it is known by name, and by QEMU itself when
+it starts (`-only-migratable`), so that it need not be known here. The least surprise is to hear of it then: a machine that runs
 for a week, and is then found to have no snapshot, cannot be helped any more. QEMU counts a directory that is shared with the
 guest (9p) only while the guest has it mounted. That is refused from the first all the same: whether a snapshot can be taken
 would be the guest's to decide, and what it writes there would be in no snapshot, and shared by forks.
@@ -143,8 +143,8 @@ def _refuse(option: str, value: str) -> None:
         raise StateError(f"the argument {option} {value} for QEMU cannot be given: {_NO_SHARE}")
     if option == "-device" and (found := _NOT_SAVED.search(value)):
         raise StateError(
-            f"the argument {option} {value} for QEMU cannot be given: QEMU cannot save the state of {found[1]}, so no snapshot "
-            "of the machine could be taken while it runs; use another device, such as a disk of the machine"
+            f"the argument {option} {value} for QEMU cannot be given: QEMU cannot save the state of {found[1]}, so no "
+            "snapshot of the machine could be taken while it runs; use another device, such as a disk of the machine"
         )
     if found := _PAST_TRACKING.search(value):
         raise StateError(

@@ -134,6 +134,7 @@ class Supervisor:
         volume = self._store._open_ram(row)
         self._ends.callback(lambda: (self.running.ram_volume if hasattr(self, "running") else volume).close())
         self._directory = record.make_directory(self._store._opened.layout.root, row.id)
+        record.note_under_way(self._directory)
         found = Record.read(self._directory)
         disks = [one.name for one in machines.volumes_of(self._store._opened.catalog, row)[:-1]]
         is_there = found is not None and found.hypervisor is not None and found.hypervisor.is_alive
@@ -155,6 +156,7 @@ class Supervisor:
         self.running.has_server = bool(self._server.uris)
         self._process.are_disks_served = self._are_disks_served
         self._listen()
+        record.note_reachable(self._directory)
 
     def _start(
         self, machine: bytes, volume: "Volume", paused: bool, only_from: str | None, keep_served: Callable[[], None]
@@ -646,11 +648,16 @@ class Supervisor:
 
     def end(self) -> None:
         """Give all up: the hypervisor, if it still runs; the disks, which are flushed; the machine."""
+        is_there = hasattr(self, "_directory") and not self._moved
+        if is_there:
+            record.note_under_way(self._directory)  # the disks are flushed now, which may take long
         try:
             self._ends.close()
-            if hasattr(self, "_directory") and self._is_recorded and not self._moved:
+            if is_there and self._is_recorded and not self._moved:
                 (self._directory / record.RECORD).unlink(missing_ok=True)
         finally:
+            if is_there and not self._moved:
+                record.note_reachable(self._directory)
             self._ended.set()
             if hasattr(self, "_control"):
                 self._control.join(QUIT_SECONDS)  # what waits for the end is answered

@@ -32,8 +32,8 @@ from onionskin.operations.seal import Part, RemoteHead, RemoteProcess, seal_toge
 from onionskin.storage.open_head import OpenDisk, OpenHead
 from onionskin.storage.open_store import OpenStore
 
-# So long a guest that goes back has the processors and the disk to itself, until it speaks: the files of what it had written are
-# removed behind that, which takes tens of milliseconds of both.
+# So long a guest that goes back has the processors and the disk to itself, until it speaks: the files of what it had written
+# are removed behind that, which takes tens of milliseconds of both.
 GUEST_SECONDS = 0.25
 OPERATION_SECONDS = 10.0  # for which a group waits for each of its volumes, where others hold some of them too
 
