@@ -9,8 +9,8 @@ What must hold: only who has the machine (its RAM volume, open for writing) ends
 machine that somebody starts just now are not recorded either.
 
 A copy of RAM goes with its supervisor, or with whoever finds the machine. Where the directory is gone too, nobody finds that:
-so each copy has a lock, which its supervisor and its hypervisor have as long as either lives, and each start that makes a copy
-drops those of all machines, of whatever store, which nobody has.
+so each copy has a lock, which its supervisor and its hypervisor have as long as either lives, and each start that makes a
+copy drops those of all machines, of whatever store, which nobody has.
 """
 
 import fcntl

@@ -6,10 +6,10 @@ devices that write RAM past what notes writes, balloons, which would take it out
 stores of UEFI, which no snapshot would have.
 
 What QEMU cannot save the state of is refused too, when a machine is made where it is known by name, and by QEMU itself when
-it starts (`-only-migratable`), so that it need not be known here. The least surprise is to hear of it then: a machine that runs
-for a week, and is then found to have no snapshot, cannot be helped any more. QEMU counts a directory that is shared with the
-guest (9p) only while the guest has it mounted. That is refused from the first all the same: whether a snapshot can be taken
-would be the guest's to decide, and what it writes there would be in no snapshot, and shared by forks.
+it starts (`-only-migratable`), so that it need not be known here. The least surprise is to hear of it then: a machine that
+runs for a week, and is then found to have no snapshot, cannot be helped any more. QEMU counts a directory that is shared
+with the guest (9p) only while the guest has it mounted. That is refused from the first all the same: whether a snapshot can
+be taken would be the guest's to decide, and what it writes there would be in no snapshot, and shared by forks.
 """
 
 import json
