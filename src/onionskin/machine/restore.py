@@ -284,7 +284,8 @@ class _VolumesGoingBack:
     def __init__(self, running: Running, going_back: machine_tree.RevertInPlace) -> None:
         self._running, self._going_back = running, going_back
         self._is_begun, self._is_ready, self._is_told = threading.Event(), threading.Event(), threading.Event()
-        self._goes = self._goes_on = False
+        self._is_changed = threading.Event()
+        self._goes = self._goes_on = self._has_changed = False
         self._thread = ThreadPoolExecutor(1, "onionskin revert")
         try:
             self._work = self._thread.submit(self._put_back)
@@ -292,7 +293,7 @@ class _VolumesGoingBack:
             raise StateError(
                 f"machine {running.name!r} cannot be put back now: {error}; nothing was changed; try again"
             ) from None
-        self._work.add_done_callback(lambda _: self._is_ready.set())  # also where it failed
+        self._work.add_done_callback(lambda _: self._end_waiting())  # also where it failed
 
     def __enter__(self) -> Self:
         return self
@@ -301,17 +302,30 @@ class _VolumesGoingBack:
         self._is_begun.set()
         self._is_told.set()
         self._thread.shutdown()
+        if (
+            self._has_changed and (why := self._work.exception()) is not None
+        ):  # the machine is back, and goes on already
+            _log.warning("machine %r: its RAM volume is to be opened again: %s", self._running.name, why)
+
+    def _end_waiting(self) -> None:
+        self._is_ready.set()
+        self._is_changed.set()
+
+    def _note_changed(self) -> None:
+        self._has_changed = True
+        self._is_changed.set()
 
     @contextmanager
     def going(self) -> Iterator[None]:
-        """Put the disks back. Behind the block the thread has ended, so that the machine may go on or stay stopped."""
+        """Put the disks back. Behind the block the volumes stay as they are: the machine may go on, or stays stopped."""
         self._running.is_broken = self._goes = True
         self._is_begun.set()
         try:
             yield
         finally:
             self._is_told.set()
-            wait([self._work])
+            if not self._has_changed:
+                wait([self._work])
 
     def _put_back(self) -> None:
         store = self._running.store
@@ -319,7 +333,8 @@ class _VolumesGoingBack:
         if not self._goes:
             return
         self._going_back.put_disks_back(store._put_back_together, store._put_back)
-        self._going_back.put_ram_back(self._running.ram_volume._opened.to_write(), self._wait)
+        ram = self._running.ram_volume._opened.to_write()
+        self._going_back.put_ram_back(ram, self._wait, self._note_changed)
 
     def _wait(self) -> None:
         self._is_ready.set()
@@ -334,13 +349,18 @@ class _VolumesGoingBack:
             self._work.result()
 
     def finish(self, beside: Callable[[], None] = lambda: None) -> None:
-        """Put the RAM volume back: the machine is. `beside` is done meanwhile."""
+        """Put the RAM volume back: the machine is. `beside` is done meanwhile.
+
+        On return that is durable. What the volume was is given up behind it, while the guest begins to run.
+        """
         self._goes_on = True
         self._is_told.set()
         try:
             beside()
         finally:
-            self._work.result()
+            self._is_changed.wait()
+            if not self._has_changed:
+                self._work.result()
 
 
 def _refuse_resized(running: Running, snapshot: str) -> None:

@@ -199,10 +199,11 @@ def revert_together(
     for_machine: bytes | None = None,
     then: Callable[[], None] = lambda: None,
     when_ready: Callable[[], None] = lambda: None,
+    when_changed: Callable[[], None] = lambda: None,
 ) -> None:
     """Put volumes of one store back, all in one transaction, in which `then` is called. As for `revert`.
 
-    `when_ready` is called before that transaction, as `restart_together` does.
+    `when_ready` is called before that transaction, and `when_changed` behind it, as `restart_together` does.
     """
     from onionskin.operations.hidden_blocks import free_hidden
     from onionskin.operations.restart import restart_together
@@ -228,7 +229,7 @@ def revert_together(
         heads = [(target.volume, layer) for target, layer in zip(targets, layers, strict=True)]
         if for_machine is not None:
             targets[0].volume.store.rest(GUEST_SECONDS)
-        restart_together(heads, check, when_ready)
+        restart_together(heads, check, when_ready, when_changed)
         for target, unnamed in zip(targets, around, strict=True):
             free_hidden(target.volume, unnamed)
 
