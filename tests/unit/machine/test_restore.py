@@ -3,6 +3,8 @@
 import subprocess
 import threading
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -298,6 +300,36 @@ def test_the_ram_volume_is_made_ready_while_the_devices_are_loaded_and_put_back_
     process.load_state = load_when_ready  # type: ignore[method-assign]
     restore.revert(running, "a")
     assert opened.head != before and is_at(running, process, "a", ram)
+
+
+def test_a_guest_that_goes_back_is_stopped_before_its_hypervisor_is_asked_and_goes_on_behind_that(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hypervisor answers late while its guest runs, and the guest waits for it."""
+    snapshot(running, process, "a", {1: 1})
+    asked = []
+
+    def note(name: str) -> None:
+        call = getattr(process, name)
+
+        def noted(*given: object, **named: object) -> object:
+            asked.append(name)
+            return call(*given, **named)
+
+        monkeypatch.setattr(process, name, noted)
+
+    @contextmanager
+    def loading(path: Path) -> Iterator[Callable[[], None]]:
+        asked.append("opens the state")
+        yield lambda: process.load_state(path)
+        asked.append("lets go of it")
+
+    for name in ("pause", "plugged", "disk_bytes", "load_state", "resume"):
+        note(name)
+    monkeypatch.setattr(process, "loading", loading)
+    restore.revert(running, "a")
+    assert asked[0] == "pause" and asked[-2:] == ["lets go of it", "resume"]
+    assert sorted(asked[1:-2]) == ["disk_bytes", "load_state", "opens the state", "plugged"]
 
 
 @pytest.mark.parametrize("fails", [False, True])
