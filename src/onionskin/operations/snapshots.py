@@ -5,6 +5,7 @@ process may name or clone a layer at any time. The work after it (folding and fr
 opening does it.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import groupby, takewhile
@@ -33,8 +34,8 @@ from onionskin.storage.open_head import OpenDisk, OpenHead
 from onionskin.storage.open_store import OpenStore
 
 # So long a guest that goes back has the processors and the disk to itself, until it speaks: the files of what it had written
-# are removed behind that, which takes tens of milliseconds of both.
-GUEST_SECONDS = 0.25
+# are removed behind that, which takes tens of milliseconds of both. Not where the room of those may be missed meanwhile.
+GUEST_SECONDS, GUEST_ROOM_BYTES = 0.25, 1 << 30
 OPERATION_SECONDS = 10.0  # for which a group waits for each of its volumes, where others hold some of them too
 
 
@@ -227,11 +228,16 @@ def revert_together(
             then()
 
         heads = [(target.volume, layer) for target, layer in zip(targets, layers, strict=True)]
-        if for_machine is not None:
+        if for_machine is not None and _has_room_for_a_guest(targets[0].volume.store):
             targets[0].volume.store.rest(GUEST_SECONDS)
         restart_together(heads, check, when_ready, when_changed)
         for target, unnamed in zip(targets, around, strict=True):
             free_hidden(target.volume, unnamed)
+
+
+def _has_room_for_a_guest(store: OpenStore) -> bool:
+    found = os.statvfs(store.layout.root)
+    return found.f_bavail * found.f_frsize >= GUEST_ROOM_BYTES
 
 
 @held

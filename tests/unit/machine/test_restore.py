@@ -23,7 +23,7 @@ from onionskin.machine.monitor import MonitorTimeout
 from onionskin.machine.preload import RefusedError
 from onionskin.machine.ram import GuestRam
 from onionskin.machine.running import Running
-from onionskin.operations import machine_tree, machines, restart
+from onionskin.operations import machine_tree, machines, restart, snapshots
 from onionskin.operations.machine_snapshots import MachineCut
 
 
@@ -330,6 +330,18 @@ def test_a_guest_that_goes_back_is_stopped_before_its_hypervisor_is_asked_and_go
     restore.revert(running, "a")
     assert asked[0] == "pause" and asked[-2:] == ["lets go of it", "resume"]
     assert sorted(asked[1:-2]) == ["disk_bytes", "load_state", "opens the state", "plugged"]
+
+
+@pytest.mark.parametrize("room_bytes", [0, 1 << 62])
+def test_the_background_rests_behind_a_revert_unless_room_may_be_missed_meanwhile(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch, room_bytes: int
+) -> None:
+    snapshot(running, process, "a", {1: 1})
+    rests = []
+    monkeypatch.setattr(running.store._opened, "rest", rests.append)
+    monkeypatch.setattr(snapshots, "GUEST_ROOM_BYTES", room_bytes)
+    restore.revert(running, "a")
+    assert bool(rests) is not bool(room_bytes)
 
 
 @pytest.mark.parametrize("fails", [False, True])
