@@ -302,9 +302,8 @@ class _VolumesGoingBack:
         self._is_begun.set()
         self._is_told.set()
         self._thread.shutdown()
-        if (
-            self._has_changed and (why := self._work.exception()) is not None
-        ):  # the machine is back, and goes on already
+        # The machine is back, and goes on already.
+        if self._has_changed and (why := self._work.exception()) is not None:
             _log.warning("machine %r: its RAM volume is to be opened again: %s", self._running.name, why)
 
     def _end_waiting(self) -> None:
