@@ -352,6 +352,16 @@ static int begin_to_serve(void) {
     return error;
 }
 
+/* Takes a variable out of the environment. unsetenv of a shell is its own (bash), and does nothing before its main. */
+static void forget_variable(const char *name) {
+    size_t length = strlen(name);
+    char **kept = environ;
+    for (char **one = environ; *one; one++)
+        if (strncmp(*one, name, length) || (*one)[length] != '=')
+            *kept++ = *one;
+    *kept = NULL;
+}
+
 __attribute__((constructor)) static void start(void) {
     const char *ram = getenv("ONIONSKIN_RAM"), *path = getenv("ONIONSKIN_PRELOAD");
     const char *stand_in = getenv("ONIONSKIN_STAND_IN");
@@ -365,8 +375,8 @@ __attribute__((constructor)) static void start(void) {
     preload.self = (int)syscall(SYS_pidfd_open, getpid(), 0);
     strcpy(preload.stand_in, stand_in);
     strcpy(preload.ram, ram); /* from here on RAM is mapped privately: somebody listens who can say so, or not at all */
-    unsetenv("ONIONSKIN_RAM");
-    unsetenv("ONIONSKIN_STAND_IN");
-    unsetenv("ONIONSKIN_PRELOAD");
-    unsetenv("LD_PRELOAD");
+    forget_variable("ONIONSKIN_RAM");
+    forget_variable("ONIONSKIN_STAND_IN");
+    forget_variable("ONIONSKIN_PRELOAD");
+    forget_variable("LD_PRELOAD");
 }

@@ -352,6 +352,12 @@ def test_without_tracking_its_ram_is_a_shared_file_of_its_own(
         (("-device", '{"driver":"scsi-block","drive":"d"}'), "a disk of the machine"),
         (("-device", "virtio-balloon-pci"), "balloon"),
         (("-device", '{"driver":"virtio-balloon-pci","free-page-reporting":true}'), "balloon"),
+        (("-device", "nvme,serial=a,drive=d"), "cannot save the state of nvme"),
+        (("-device", '{"driver":"nvme","serial":"a"}'), "cannot save the state of nvme"),
+        (("-device", "usb-mtp,rootdir=/srv"), "cannot save the state of usb-mtp"),
+        (("-virtfs", "local,path=/srv,mount_tag=srv,security_model=none"), "directory of the host"),
+        (("-fsdev", "local,id=srv,path=/srv,security_model=none"), "directory of the host"),
+        (("-device", "virtio-9p-pci,fsdev=srv,mount_tag=srv"), "directory of the host"),
         (("-incoming", "defer"), "-incoming"),
         (("alone",), "belongs to no option"),
         (("-nodefaults", "disk.raw"), "belongs to no option"),  # QEMU takes it for a disk
@@ -546,12 +552,13 @@ def test_a_command_line_that_qemu_refuses_is_reported_in_its_words(launch: Launc
         launch(given={"qemu_args": ("-device", "no-such-device")})
 
 
+@pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])  # bash has an unsetenv of its own
 def test_a_qemu_that_the_library_is_not_in_does_not_write_to_the_ram_file_that_forks_read(
-    qemu: list[str], directory: Path, disks: list[str], tmp_path: Path
+    qemu: list[str], directory: Path, disks: list[str], tmp_path: Path, shell: str
 ) -> None:
     """The library is in the shell that reads the script, and gone when that becomes QEMU, as one with capabilities has it."""
     script = tmp_path / "qemu"
-    script.write_text(f'#!/bin/sh\nexec {qemu[0]} "$@"\n')
+    script.write_text(f'#!{shell}\nexec {qemu[0]} "$@"\n')
     script.chmod(0o755)
     ram = tmp_path / "ram"
     ram.write_bytes(b"Z" * (16 * MIB))

@@ -4,6 +4,7 @@ import array
 import ctypes
 import fcntl
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -27,7 +28,7 @@ from onionskin.base.sockets import credentials_of
 from onionskin.errors import FormatError, SnapshotExistsError, SnapshotNotFoundError, StateError
 from onionskin.machine.machine import Machine
 from onionskin.machine.monitor import Monitor
-from onionskin.machine.record import Record
+from onionskin.machine.record import Record, who_is_under_way
 
 pytestmark = pytest.mark.slow  # each starts several processes
 _PIDFD_GETFD = 438  # asm-generic/unistd.h; Python 3.11 does not have the call
@@ -67,10 +68,52 @@ def pid_of(machine: Machine, what: str) -> int:
     return int(process.pid)
 
 
+@pytest.fixture
+def unsaved(tmp_path: Path) -> tuple[str, ...]:
+    """Arguments for QEMU with which it saves no machine, for a reason that onionskin does not know by name."""
+    path = tmp_path / "seed.vdi"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "vdi", path, "1M"], check=True)
+    return ("-drive", f"if=none,id=seed,format=vdi,file={path},readonly=on")
+
+
+def test_a_machine_that_qemu_could_take_no_snapshot_of_is_not_started(
+    store: onionskin.Store, qemu: list[str], unsaved: tuple[str, ...]
+) -> None:
+    given = configuration(qemu, qemu_args=unsaved)
+    lab = store.create_machine("lab", disks=["web"], memory="16M", program=given.program, qemu_args=given.qemu_args)
+    with pytest.raises(StateError, match=r"vdi.*so no snapshot of the machine could be taken"):
+        lab.start()
+    assert lab.state == "off"
+
+
+def test_what_keeps_snapshots_from_being_taken_is_said_before_one_is_wanted(
+    store: onionskin.Store, qemu: list[str], unsaved: tuple[str, ...], tmp_path: Path
+) -> None:
+    """A script starts QEMU as if it had learned of it only behind its start."""
+    script = tmp_path / "script"
+    script.write_text(
+        '#!/bin/bash\nfor one; do [ "$one" = -only-migratable ] || given+=("$one"); done\n'
+        f'exec {shlex.join(qemu)} "${{given[@]}}"\n'
+    )
+    script.chmod(0o700)
+    lab = store.create_machine("lab", disks=["web"], memory="16M", program=str(script), qemu_args=unsaved)
+    lab.start()
+    try:
+        (why,) = lab.status()["no_snapshot"]
+        assert "vdi" in why
+        with pytest.raises(StateError, match="vdi"):
+            lab.snapshot("none")
+        assert lab.state == "running"
+        assert not lab.snapshots
+    finally:
+        lab.stop(force=True)
+
+
 def test_a_machine_starts_runs_and_is_stopped_by_its_power_button(lab: Machine) -> None:
     assert lab.state == "off"
     lab.start()
     assert lab.state == "running"
+    assert lab.status()["no_snapshot"] == []
     with console(lab) as screen:
         screen.wait_ticks()
         lab.stop(SECONDS_MAX)
@@ -701,6 +744,28 @@ def test_a_machine_whose_socket_is_gone_is_said_to_run_with_what_ends_it(
         screen.wait_end()
     until(lambda: not record.supervisor.is_alive)
     assert lab.state == "off"
+
+
+def test_a_machine_says_that_it_begins_and_ends_as_long_as_nobody_can_reach_it(
+    store: onionskin.Store, qemu: list[str], tmp_path: Path
+) -> None:
+    script = tmp_path / "script"
+    script.write_text(f'#!/bin/sh\ncp under-way.json {tmp_path}/begins 2>/dev/null\nexec {shlex.join(qemu)} "$@"\n')
+    script.chmod(0o700)
+    lab = store.create_machine("lab", disks=["web"], memory="16M", program=str(script))
+    lab.start()
+    record = found(lab)
+    assert record.supervisor is not None and record.server is not None
+    assert f'"pid": {record.supervisor.pid},' in (tmp_path / "begins").read_text()
+    assert who_is_under_way(lab._directory) is None
+    stop_process(record.server.pid)
+    with ThreadPoolExecutor(1) as threads:
+        ends = threads.submit(lab.stop, force=True)
+        until(lambda: who_is_under_way(lab._directory) == record.supervisor)
+        os.kill(record.server.pid, signal.SIGCONT)
+        ends.result()
+    until(lambda: not record.supervisor.is_alive)  # type: ignore[union-attr]
+    assert not (lab._directory / "under-way.json").exists()
 
 
 def test_sigterm_has_the_guest_shut_down_in_order(lab: Machine) -> None:

@@ -129,7 +129,8 @@ class StandIn:
     def resume(self) -> None:
         self._is_paused = False
 
-    def wake(self) -> None: ...
+    def wake(self) -> bool:
+        return not self.is_paused
 
     def watch(self, *, stands: bool) -> Standstill:
         self.standstill = Standstill(stands=stands)

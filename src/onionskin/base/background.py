@@ -11,6 +11,7 @@ run between. So callers take the plain lock, and each waits for a lock of its ow
 """
 
 import threading
+import time
 from collections.abc import Callable
 
 from onionskin.base.signals import DeferredInterrupt
@@ -36,6 +37,7 @@ class Background:
         self._changed = threading.Condition(self._guard)  # only the thread waits for it, in which no handler runs
         self._waiting: list[tuple[int, threading.Lock]] = []  # who waits until so many requests are done
         self._thread: threading.Thread | None = None
+        self._rests_until = 0.0  # nothing is begun before that for which nobody waits
         self._asked = self._begun = self._done = 0  # requests: all of them, those that work was begun for, and done for
         self._ending = False
 
@@ -49,14 +51,20 @@ class Background:
                 self._thread = thread
             self._changed.notify_all()
 
+    def rest(self, seconds: float) -> None:
+        """Begin nothing for so long, unless somebody waits for it: processors and disk are wanted for something else."""
+        with DeferredInterrupt(), self._guard:
+            self._rests_until = max(self._rests_until, time.monotonic() + seconds)
+
     def finish(self) -> None:
         """Wait until what was asked for is done."""
         done = threading.Lock()
-        with self._guard:
+        with DeferredInterrupt(), self._guard:
             if self._thread in (None, threading.current_thread()) or self._done >= self._asked:
                 return
             done.acquire()
             self._waiting.append((self._asked, done))
+            self._changed.notify_all()  # it may rest
         done.acquire()  # without the guard; an interrupt here leaves an entry, which the thread removes
 
     def end(self) -> None:
@@ -88,6 +96,8 @@ class Background:
             self._note_done(done)
             self._changed.wait_for(lambda: self._asked > self._begun or self._ending, LINGER_SECONDS)
             if self._asked > self._begun:
+                while not (self._waiting or self._ending) and (left := self._rests_until - time.monotonic()) > 0:
+                    self._changed.wait(left)
                 self._begun = self._asked
                 return self._begun
             self._thread = None  # under the lock: a later request starts another thread

@@ -313,6 +313,7 @@ def status(name: Name, as_json: bool) -> None:
         ("labels", ", ".join(f"{key}={text}" for key, text in about.labels.items())),
         ("guest's kernel", now.get("recorded", {}).get("guest_kernel", "")),
         ("changed RAM", _tracking(now)),
+        ("no snapshot", "; ".join(now.get("no_snapshot", ()))),
     ]
     output.show(as_json, value, lambda: output.fields([(what, text) for what, text in pairs if text]))
 

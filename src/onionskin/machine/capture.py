@@ -91,13 +91,13 @@ def _taken(
     store = running.store
     refuse_taken_name(store._opened, running.name, name)
     try:
-        if mode == "live" and not running.process.is_paused:
-            _rounds(running, go_on)  # before anybody is told of a cut, and waits for it: this may take minutes
-        go_on()
-        cutting = cut_machine(store._opened, running.name, running.open_disk, store._find_served)
-        with StateFile() as state, _NodeOfState(running, state.path) as node, cutting as cut:
-            cut.check(name)
-            taken = _taken_with(running, cut, state, node, name, note, mode, freeze, go_on)
+        with StateFile() as state, _NodeOfState(running, state.path) as node:
+            if mode == "live" and not running.process.is_paused:
+                _rounds(running, go_on)  # before anybody is told of a cut, and waits for it: this may take minutes
+            go_on()
+            with cut_machine(store._opened, running.name, running.open_disk, store._find_served) as cut:
+                cut.check(name)
+                taken = _taken_with(running, cut, state, node, name, note, mode, freeze, go_on)
     except BaseException:
         running.guest_ram.collect_again()
         raise
@@ -259,20 +259,21 @@ class _Cutting:
 class _NodeOfState:
     """What the hypervisor has of the file of the state, in a thread of its own: it waits for answers, as the others do.
 
-    It is prepared while the disks are found, and let go of while RAM is written. A context manager, whose end waits for it.
+    It is prepared while RAM is collected and the disks are found, and let go of while RAM is written. A context manager,
+    whose end waits for it.
     """
 
     def __init__(self, running: Running, path: Path) -> None:
         self._running = running
         self._thread = ThreadPoolExecutor(1, "onionskin state")
         self._prepared = self._thread.submit(running.process.prepare_state, path)
-        self._gone: Future[None] | None = None
+        self._looked: Future[None] | None = None
 
     def __enter__(self) -> "_NodeOfState":
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._gone is None:
+        if self._looked is None:
             self._thread.submit(_finish_state, self._running)
         self._thread.shutdown()
 
@@ -281,17 +282,18 @@ class _NodeOfState:
         self._prepared.result()
 
     def let_go(self) -> None:
-        """Begin to let go of it, and to look whether the machine has the devices that are in the state."""
-        self._gone = self._thread.submit(self._end)
+        """Begin to look whether the machine has the devices that are in the state, and then to let go of the file.
 
-    def _end(self) -> None:
-        _finish_state(self._running)
-        self._running.refuse_other_devices("nothing was taken")  # one that came and went again meanwhile is in no state
+        Nobody waits for that until the snapshot is there: the hypervisor answers late while its guest runs.
+        """
+        # One that came and went again meanwhile is in no state.
+        self._looked = self._thread.submit(self._running.refuse_other_devices, "nothing was taken")
+        self._thread.submit(_finish_state, self._running)
 
     def result(self) -> None:
-        """Wait until it is gone, or raise that the machine has other devices."""
-        assert self._gone is not None
-        self._gone.result()
+        """Wait until it was looked, or raise that the machine has other devices."""
+        assert self._looked is not None
+        self._looked.result()
 
 
 def _finish_state(running: Running) -> None:

@@ -21,7 +21,8 @@ from onionskin.control.client import is_stopped
 from onionskin.errors import StateError
 from onionskin.machine.record import DISKS, SERVER_LOG, ProcessId, open_log
 
-READY_SECONDS = 60.0
+READY_SECONDS, READY_SECONDS_MAX = 60.0, 240.0  # the longer one as long as it was not stopped by a signal
+LOOK_SECONDS = 0.5  # after so long it is looked again whether it is at it
 END_SECONDS = 60.0  # it flushes the disks
 RESTARTS_MAX, WITHIN_SECONDS = 5, 60.0
 TELL_LISTENING = "--tell-listening"
@@ -129,6 +130,7 @@ class DiskServer:
             os.close(log)
         self.process = ProcessId.of(pid)
         self._output, self._deadline = output, time.monotonic() + READY_SECONDS
+        self._deadline_max = time.monotonic() + READY_SECONDS_MAX
         self._is_listening = False
 
     def wait_listening(self) -> None:
@@ -190,12 +192,21 @@ class DiskServer:
         poll = select.poll()
         poll.register(self._output.fileno(), select.POLLIN)
         line = b""
-        while not line.endswith(b"\n") and poll.poll(max(0.0, self._deadline - time.monotonic()) * 1000):
+        while not line.endswith(b"\n") and self._has_more(poll):
             part = os.read(self._output.fileno(), 1)  # so that nothing of the line behind it is taken
             if not part:
                 break
             line += part
         return line
+
+    def _has_more(self, poll: select.poll) -> bool:
+        """Wait for its output or its end, or return False where both took too long. On a busy host it may have no turn."""
+        while not poll.poll(max(0.0, self._deadline - time.monotonic()) * 1000):
+            now = time.monotonic()
+            if now >= self._deadline_max or not self.is_at_it:
+                return False
+            self._deadline = min(now + LOOK_SECONDS, self._deadline_max)
+        return True
 
     def restart(self) -> None:
         """Start it again after its end.

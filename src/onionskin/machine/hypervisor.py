@@ -268,8 +268,11 @@ class Process(Protocol):
     def resume(self) -> None:
         """Let it go on."""
 
-    def wake(self) -> None:
-        """Wake a guest that sleeps (S3): its machine is not stopped, and may not let itself be stopped."""
+    def wake(self) -> bool:
+        """Wake a guest that sleeps (S3): its machine is not stopped, and may not let itself be stopped.
+
+        Return whether the machine runs then.
+        """
 
     @property
     def is_paused(self) -> bool:

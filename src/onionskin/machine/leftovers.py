@@ -19,10 +19,14 @@ if TYPE_CHECKING:
 
 
 def drop_leftovers(store: "Store", gone: Iterable[bytes]) -> None:
-    """Drop the RAM files whose layers are gone, wiped as their policy says, and the directories of these machines."""
+    """Drop the RAM files whose layers are gone, wiped as their policy says, and the directories of these machines.
+
+    Beside that, copies of RAM in memory that no process has any more, of whatever store.
+    """
     opened = store._opened
     with suppress(OSError):
         RamFiles(opened).sweep()
+    orphans.drop_forgotten_copies()
     for machine in gone:
         remove_directory(directory_of(opened.layout.root, machine))
 

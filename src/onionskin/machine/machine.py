@@ -18,6 +18,7 @@ from onionskin.base.files import CANNOT_LOOK
 from onionskin.base.held import held
 from onionskin.base.signals import DeferredInterrupt
 from onionskin.base.sockets import connect_unix
+from onionskin.control.client import is_stopped
 from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.machine import daemon, disk_server, orphans, pool, pool_leftovers, record
 from onionskin.machine import fork as fork_process
@@ -43,7 +44,10 @@ if TYPE_CHECKING:
 
 ORPHAN_SECONDS = 10.0
 TIMEOUT_SECONDS_MAX = 1_000_000
-STARTING_SECONDS = 30.0  # that one who finds a machine between its lock and its socket waits
+# So long one who finds a machine between its lock and its socket waits; and so long where who has it says that it begins or
+# ends it, and is alive: on a busy host each may take a minute. A start itself has as long.
+STARTING_SECONDS = 30.0
+STARTING_SECONDS_MAX = daemon.START_SECONDS
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -379,7 +383,7 @@ class Machine:
         OSError
             A file could not be read or written. Revert it again, or stop it.
         """
-        deadline = time.monotonic() + STARTING_SECONDS
+        deadline = time.monotonic() + STARTING_SECONDS_MAX
         while True:
             with self._supervisor() as control:
                 if control is not None:
@@ -745,7 +749,7 @@ class Machine:
         """End forks that were made, and leave nothing of them, also where their start is under way: Ctrl-C ended the call."""
         if not forks:
             return
-        deadline = time.monotonic() + STARTING_SECONDS
+        deadline = time.monotonic() + STARTING_SECONDS_MAX
         while True:
             with ExitStack() as stack:  # where one cannot be ended, the others are
                 for fork in forks:
@@ -813,7 +817,7 @@ class Machine:
             yield control
 
     def _find(self) -> MachineControl | None:
-        deadline = time.monotonic() + STARTING_SECONDS
+        begun = time.monotonic()
         while True:
             if (control := MachineControl.find(self._directory / record.CONTROL, self._name)) is not None:
                 return control
@@ -823,8 +827,9 @@ class Machine:
                 self._end_leftovers(found)
                 return None
             # Somebody starts it or ends it just now, or did until a moment ago.
-            if time.monotonic() > deadline:
-                raise self._silent(found)
+            waited = time.monotonic() - begun
+            if waited > STARTING_SECONDS and not (waited < STARTING_SECONDS_MAX and self._is_under_way()):
+                raise self._silent(found, waited)
             if is_there and found is not None and (found.supervisor is None or not found.supervisor.is_alive):
                 if found.is_waiting and not machine_forks.is_taken(self._row):
                     self._end_orphans()  # no fork can take it from its pool any more
@@ -832,6 +837,11 @@ class Machine:
                 self._take_over()  # it is looked for again however long that took
             else:
                 time.sleep(0.02)
+
+    def _is_under_way(self) -> bool:
+        """Whether who begins or ends it just now is alive, and was not stopped by a signal."""
+        who = record.who_is_under_way(self._directory)
+        return who is not None and not is_stopped(who.pid)
 
     def _take_over(self) -> None:
         """Have a supervisor take over what runs."""
@@ -841,7 +851,7 @@ class Machine:
             if not machines.is_running(self._store._opened, self._row):
                 raise
 
-    def _silent(self, found: Record | None) -> StateError:
+    def _silent(self, found: Record | None, waited: float) -> StateError:
         """Say that somebody has the machine who cannot be reached, and what ends that."""
         supervisor = (
             found.supervisor if found is not None else None
@@ -853,7 +863,7 @@ class Machine:
                 f"{self._directory / record.CONTROL}; 'kill {pid}' has its guest shut down"
             )
         said = machines.said_to_run(self._store._opened, self._row)
-        return StateError(f"{said}; it has answered nobody for {STARTING_SECONDS:.0f} s")
+        return StateError(f"{said}; it has answered nobody for {waited:.0f} s")
 
     def _end_orphans(self) -> bool:
         """End what a killed supervisor left, also where it answers nothing. Return whether there was anything."""

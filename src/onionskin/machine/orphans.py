@@ -7,10 +7,16 @@ the log that it has open still.
 
 What must hold: only who has the machine (its RAM volume, open for writing) ends anything here, since the processes of a
 machine that somebody starts just now are not recorded either.
+
+A copy of RAM goes with its supervisor, or with whoever finds the machine. Where the directory is gone too, nobody finds that:
+so each copy has a lock, which its supervisor and its hypervisor have as long as either lives, and each start that makes a
+copy drops those of all machines, of whatever store, which nobody has.
 """
 
+import fcntl
 import os
 import socket
+import stat
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -27,12 +33,47 @@ END_SECONDS = 10.0
 _CONNECT_SECONDS = 1.0
 _CREDENTIALS = struct.Struct("3i")
 _SHARED_MEMORY = Path("/dev/shm")
+_NAME, _LOCKED = "onionskin-", ".locked.ram"  # those of an older onionskin, which are not locked, end in .ram alone
 _DELETED = " (deleted)"  # as the kernel says of a file: the directory of a machine may have been removed by hand
 
 
 def copy_of_ram(directory: Path, pid: int) -> Path:
     """Return where a process keeps the RAM of a machine that writes to it, in memory."""
-    return _SHARED_MEMORY / f"{_prefix(directory)}{pid}.ram"
+    return _SHARED_MEMORY / f"{_prefix(directory)}{pid}{_LOCKED}"
+
+
+def make_copy(path: Path) -> int:
+    """Make an empty file for a copy of RAM, and return its descriptor: as long as any process has that, the copy stays."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            if os.fstat(descriptor).st_nlink:
+                return descriptor
+        except BaseException:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # somebody found it before it was locked
+
+
+def drop_forgotten_copies() -> None:
+    """Drop the copies of RAM of all machines that no process has. Nobody may know of those machines any more."""
+    for path in _SHARED_MEMORY.glob(f"{_NAME}*{_LOCKED}"):
+        with suppress(OSError):  # somebody has it, or it is another user's
+            _drop_if_forgotten(path)
+
+
+def _drop_if_forgotten(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        found = os.fstat(descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        now = path.stat(follow_symlinks=False)
+        if stat.S_ISREG(found.st_mode) and (now.st_dev, now.st_ino) == (found.st_dev, found.st_ino):
+            path.unlink()
+    finally:
+        os.close(descriptor)
 
 
 def are_there(directory: Path) -> bool:
@@ -103,7 +144,7 @@ def _copies(directory: Path) -> Iterator[Path]:
 
 def _prefix(directory: Path) -> str:
     """Return how the names of its copies begin. A copy of a store has machines of the same id in other directories."""
-    return f"onionskin-{directory.name}.{directory.stat().st_ino:x}."
+    return f"{_NAME}{directory.name}.{directory.stat().st_ino:x}."
 
 
 def _listener(path: Path) -> ProcessId | None:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from onionskin.base.files import CANNOT_LOOK, data_ranges, read_all, write_all
 from onionskin.base.sizes import format_size
 from onionskin.base.sockets import connect_unix
+from onionskin.control.client import is_stopped
 from onionskin.errors import StateError
 from onionskin.kernels._ram import PageTracker
 from onionskin.machine import qemu_command
@@ -34,7 +35,7 @@ from onionskin.machine.agent import GuestAgent
 from onionskin.machine.device_state import empty_file
 from onionskin.machine.hypervisor import Configuration, Identity, Recorded
 from onionskin.machine.monitor import JOB_PREFIX, Monitor, MonitorError, MonitorTimeout, Standstill
-from onionskin.machine.orphans import copy_of_ram
+from onionskin.machine.orphans import copy_of_ram, drop_forgotten_copies, make_copy
 from onionskin.machine.preload import Preload, library
 from onionskin.machine.record import open_log
 from onionskin.machine.session import Session, say
@@ -43,7 +44,7 @@ from onionskin.storage.locks import start_ticks
 if TYPE_CHECKING:
     from onionskin.machine.ram import GuestRam
 
-START_SECONDS = 60.0
+START_SECONDS, START_SECONDS_MAX = 60.0, 240.0  # the longer one as long as it was not stopped by a signal
 _ENDING_SECONDS = 5.0
 STOP_SECONDS = 10.0
 STOP_SECONDS_MAX = (
@@ -125,7 +126,7 @@ class QemuHypervisor:
         if ram_file is None:
             ram_file = _empty_ram(directory, configuration.memory_bytes)
 
-        def start(ram: Path, *, is_tracked: bool) -> QemuProcess:
+        def start(ram: Path, *, is_tracked: bool, kept: Sequence[int] = ()) -> QemuProcess:
             command = qemu_command.command(
                 _find(configuration.program),
                 configuration,
@@ -136,7 +137,9 @@ class QemuHypervisor:
                 disks=disks,
                 identity=identity,
             )
-            return _start(command, name, directory, ram, self._on_event, beside_its_start, is_tracked=is_tracked)
+            return _start(
+                command, name, directory, ram, self._on_event, beside_its_start, is_tracked=is_tracked, kept=kept
+            )
 
         process = _start_tracked(start, ram_file, directory) or _start_compared(start, ram_file, directory)
         try:
@@ -178,12 +181,15 @@ def _start_tracked(start: "Callable[..., QemuProcess]", ram_file: Path, director
 
 def _start_compared(start: "Callable[..., QemuProcess]", ram_file: Path, directory: Path) -> "QemuProcess":
     """Start a machine that writes to a copy of its RAM file, which goes with it."""
-    copied = _copy(ram_file, directory)
+    copied, descriptor = _copy(ram_file, directory)
     try:
-        return start(copied, is_tracked=False)
+        process = start(copied, is_tracked=False, kept=(descriptor,))
     except BaseException:
         copied.unlink(missing_ok=True)
+        os.close(descriptor)
         raise
+    process.keep_copy(descriptor)
+    return process
 
 
 class QemuProcess:
@@ -230,6 +236,7 @@ class QemuProcess:
         self._is_tracked = is_tracked
         self._preload: Preload | None = None
         self._tracker: PageTracker | None = None
+        self._copy = -1  # the descriptor of the copy of its RAM
         self._nodes = 0
         self._prepared: tuple[str, Path] | None = None
         self._status: int | None = None
@@ -291,21 +298,35 @@ class QemuProcess:
         self._preload = Preload(self.directory / qemu_command.PRELOAD)
 
     def _connect(self, on_event: OnEvent | None) -> Monitor:
-        deadline = time.monotonic() + START_SECONDS
+        begun = time.monotonic()
         while True:
             try:
                 return Monitor(self.directory / qemu_command.QMP, self.name, on_event=on_event)
             except (FileNotFoundError, ConnectionRefusedError):
                 if self.wait(0.002) is not None:
-                    raise StateError(f"QEMU of machine {self.name!r} did not start: {self._said()}") from None
-                if time.monotonic() > deadline:
                     raise StateError(
-                        f"QEMU of machine {self.name!r} did not answer within {START_SECONDS:g} s: {self._said()}"
+                        f"QEMU of machine {self.name!r} did not start: {self._why_not_started()}"
+                    ) from None
+                waited = time.monotonic() - begun
+                if waited > START_SECONDS and (waited > START_SECONDS_MAX or is_stopped(self.pid)):
+                    raise StateError(
+                        f"QEMU of machine {self.name!r} did not answer within {waited:.0f} s: {self._said()}"
                     ) from None
             except MonitorError:
                 if self.wait(_ENDING_SECONDS) is not None:  # it closes its sockets before it has ended
-                    raise StateError(f"QEMU of machine {self.name!r} did not start: {self._said()}") from None
+                    raise StateError(
+                        f"QEMU of machine {self.name!r} did not start: {self._why_not_started()}"
+                    ) from None
                 raise
+
+    def _why_not_started(self) -> str:
+        said = self._said()
+        if qemu_command.NOT_SAVED_SAID in said:
+            said += (
+                "; QEMU cannot save the state of that, so no snapshot of the machine could be taken while it runs: make the "
+                "machine without it"
+            )
+        return said
 
     def _said(self) -> str:
         """Return the last that QEMU wrote, for an error."""
@@ -402,8 +423,10 @@ class QemuProcess:
         """Let it go on."""
         self.monitor.execute("cont")
 
-    def wake(self) -> None:
+    def wake(self) -> bool:
         """Wake a guest that sleeps (S3): QEMU before 9.0 does not stop its machine, nor let it go on.
+
+        Return whether the machine runs then.
 
         Raises
         ------
@@ -411,7 +434,7 @@ class QemuProcess:
             It does not wake.
         """
         deadline = time.monotonic() + WAKE_SECONDS
-        while self.status == _SLEEPS:
+        while (status := self.status) == _SLEEPS:
             self.monitor.execute("system_wakeup")
             if time.monotonic() > deadline:
                 raise StateError(
@@ -419,6 +442,7 @@ class QemuProcess:
                     "machine stop --force', and revert it or start it then"
                 )
             time.sleep(0.01)
+        return status == "running"
 
     def power_down(self) -> None:
         """Ask the guest to shut down (ACPI)."""
@@ -429,6 +453,10 @@ class QemuProcess:
         lists = self.monitor.execute_all([("qom-list", {"path": path}) for path in _DEVICES])
         found = [(one["name"], _kind_of_child(one["type"])) for children in lists for one in children]
         return sorted(f"{name} ({kind})" for name, kind in found if kind)
+
+    def snapshot_blockers(self) -> list[str]:
+        """Say what QEMU takes no snapshot for now, in its words. What it knew of at its start, it refused then."""
+        return list(self.monitor.execute("query-migrate").get("blocked-reasons", []))
 
     def disk_bytes(self) -> list[int]:
         """Return how large its disks are for the guest, in their order: as they were when it was started."""
@@ -604,6 +632,10 @@ class QemuProcess:
                 self.wait(KILL_SECONDS)
             self.close()
 
+    def keep_copy(self, descriptor: int) -> None:
+        """Have a copy of its RAM, which nobody drops, until `close`; as long as the process runs, that has it too."""
+        self._copy = descriptor
+
     def close(self) -> None:
         """Close the connections. The process goes on, if it still runs."""
         self._is_closed = True
@@ -616,6 +648,9 @@ class QemuProcess:
             self._child.reap()
         if not self._is_tracked and self._status is not None:
             self.ram_file.unlink(missing_ok=True)
+        if self._copy >= 0:
+            os.close(self._copy)
+            self._copy = -1
 
     def _kill(self) -> None:
         with suppress(ProcessLookupError):
@@ -671,6 +706,7 @@ def _start(
     beside_its_start: Callable[[], None],
     *,
     is_tracked: bool,
+    kept: Sequence[int],
 ) -> QemuProcess:
     for socket in (qemu_command.QMP, qemu_command.CONSOLE, qemu_command.AGENT, qemu_command.PRELOAD):
         (directory / socket).unlink(missing_ok=True)
@@ -694,6 +730,7 @@ def _start(
                 stdout=log,
                 stderr=log,
                 umask=0o077,
+                pass_fds=kept,
                 start_new_session=True,  # Ctrl-C is for the command that started it, which ends it in order
             )
         )
@@ -770,27 +807,30 @@ def _zeros(path: Path, length: int) -> Path:
     return path
 
 
-def _copy(ram_file: Path, directory: Path) -> Path:
-    """Copy a RAM file to memory, for a machine that writes to it. Of a disk, the kernel would write it back all the time."""
+def _copy(ram_file: Path, directory: Path) -> tuple[Path, int]:
+    """Copy a RAM file to memory, for a machine that writes to it. Of a disk, the kernel would write it back all the time.
+
+    Return the copy and its descriptor, as `orphans.make_copy`.
+    """
     path = copy_of_ram(directory, os.getpid())
+    drop_forgotten_copies()
     source = os.open(ram_file, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _refuse_without_room(path.parent, os.fstat(source).st_size)
-        target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        size = os.fstat(source).st_size
+        _refuse_without_room(path.parent, size)
+        target = make_copy(path)
         try:
-            size = os.fstat(source).st_size
             os.ftruncate(target, size)
             for start, end in data_ranges(source, 0, size):
                 for at in range(start, end, 1 << 20):
                     write_all(target, read_all(source, min(1 << 20, end - at), at), at)
         except BaseException:
             path.unlink(missing_ok=True)
-            raise
-        finally:
             os.close(target)
+            raise
     finally:
         os.close(source)
-    return path
+    return path, target
 
 
 def _refuse_without_room(directory: Path, length: int) -> None:

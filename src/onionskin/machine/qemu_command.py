@@ -4,6 +4,12 @@ What must hold: names of sockets are relative to the machine's directory, in whi
 however deep the store is. No argument that the user gives can undo what a snapshot needs: those are refused by name. So are
 devices that write RAM past what notes writes, balloons, which would take it out of the file that forks share, and variable
 stores of UEFI, which no snapshot would have.
+
+What QEMU cannot save the state of is refused too, when a machine is made where it is known by name, and by QEMU itself when
+it starts (`-only-migratable`), so that it need not be known here. The least surprise is to hear of it then: a machine that
+runs for a week, and is then found to have no snapshot, cannot be helped any more. QEMU counts a directory that is shared
+with the guest (9p) only while the guest has it mounted. That is refused from the first all the same: whether a snapshot can
+be taken would be the guest's to decide, and what it writes there would be in no snapshot, and shared by forks.
 """
 
 import json
@@ -48,6 +54,13 @@ _OURS = {
     **dict.fromkeys(("-snapshot", "-replay", "-icount"), "the disks and the time of the machine are onionskin's"),
     **dict.fromkeys(("-mem-path", "-mem-prealloc"), "its RAM is onionskin's"),
     **dict.fromkeys(
+        ("-virtfs", "-fsdev"),
+        _NO_SHARE := (
+            "QEMU saves no machine whose guest has a directory of the host mounted, and a snapshot would not have what it "
+            "writes there; use a disk of the machine, or a network"
+        ),
+    ),
+    **dict.fromkeys(
         ("-chroot", "-runas", "-run-with"), "the process, its user and the files that it opens are onionskin's"
     ),
     "-pflash": "UEFI and its variable store are not supported: a snapshot would not have them; boot with SeaBIOS or kernel=",
@@ -56,6 +69,11 @@ _UEFI = re.compile(r"if=pflash|pflash[01]=|ovmf|edk2|\.fd\b", re.IGNORECASE)
 _PAST_TRACKING = re.compile(
     r"vhost-user|vhost-scsi|vfio|vdpa|pvrdma|x-pci-proxy|ivshmem|virtio-mem|virtio-pmem|pc-dimm|nvdimm|memory-backend|balloon"
 )
+# QEMU has no code to save the state of these, whatever its version; what else there is, it refuses itself at a start.
+_DRIVER = r"(?:^|driver['\"]?\s*[=:]\s*['\"]?)"
+_NOT_SAVED = re.compile(rf"{_DRIVER}(nvme|usb-mtp|usb-wacom-tablet|virtio-input-host|rocker)\b")
+_OF_SHARES = re.compile(rf"{_DRIVER}virtio-9p\b")
+NOT_SAVED_SAID = "only-migratable"  # is in what QEMU says of it then
 # These pass the guest's commands on to a disk of the host, also such as write, to a drive that is opened only to read.
 _PAST_READ_ONLY = re.compile(r"\bscsi-(block|generic)\b")
 # The host's disk writes what it reads there to RAM itself, at some time after it was told to, and no page says so.
@@ -121,6 +139,13 @@ def _refuse(option: str, value: str) -> None:
         )
     if option == "-device" and _PAST_READ_ONLY.search(value):
         raise StateError(f"the argument {option} {value} for QEMU cannot be given: {_NO_DISK}")
+    if option == "-device" and _OF_SHARES.search(value):
+        raise StateError(f"the argument {option} {value} for QEMU cannot be given: {_NO_SHARE}")
+    if option == "-device" and (found := _NOT_SAVED.search(value)):
+        raise StateError(
+            f"the argument {option} {value} for QEMU cannot be given: QEMU cannot save the state of {found[1]}, so no "
+            "snapshot of the machine could be taken while it runs; use another device, such as a disk of the machine"
+        )
     if found := _PAST_TRACKING.search(value):
         raise StateError(
             f"the argument {option} {value} for QEMU cannot be given: {found[0]} writes RAM, drops some, or has some, and "
@@ -269,6 +294,7 @@ def command(
     )
     made = [
         *(program, "-name", f"guest={_escaped(name)}", "-nodefaults", "-no-user-config", "-S", *accel),
+        "-only-migratable",
         *("-machine", f"{machine_type},memory-backend=ram,usb=off", "-cpu", configuration.cpu_model),
         *("-smp", str(configuration.cpus), "-m", f"{configuration.memory_bytes >> 20}M", "-object", memory),
         *("-chardev", f"socket,id=qmp,path={QMP},server=on,wait=off", "-mon", "chardev=qmp,mode=control"),

@@ -29,8 +29,8 @@ JSON_BYTES_MAX = 1 << 20  # what is written has the user's arguments for the hyp
 BEGINNING, DISKS_ALONE = "beginning", "disks"
 PID_END = 1 << 22  # of Linux
 KILLED_SECONDS = 10.0  # to the end of a process that was killed
-RECORD, ENDED, CONTROL, DISKS, SUPERVISOR_LOG, SERVER_LOG = (
-    *("running.json", "ended.json", "control", "nbd"),
+RECORD, ENDED, UNDER_WAY, CONTROL, DISKS, SUPERVISOR_LOG, SERVER_LOG = (
+    *("running.json", "ended.json", "under-way.json", "control", "nbd"),
     *("supervisor.log", "server.log"),
 )
 
@@ -207,6 +207,28 @@ class Record:
             raise FormatError(
                 f"{path} cannot be read; if no QEMU of that machine runs (look with ps), remove it and start the machine"
             ) from None
+
+
+def note_under_way(directory: Path) -> None:
+    """Note that this process begins or ends a machine just now, for who cannot reach it. A full disk is no error."""
+    with suppress(OSError):
+        write_json(directory / UNDER_WAY, asdict(ProcessId.of(os.getpid())))
+
+
+def note_reachable(directory: Path) -> None:
+    """Note that it is reachable from here on, or has ended."""
+    with suppress(OSError):
+        (directory / UNDER_WAY).unlink(missing_ok=True)
+
+
+def who_is_under_way(directory: Path) -> ProcessId | None:
+    """Return the process that begins or ends a machine just now, or None."""
+    try:
+        value: Any = read_json(directory / UNDER_WAY)
+        found = ProcessId.checked(value)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return found if found.is_alive else None
 
 
 def _home(directory: Path) -> str:

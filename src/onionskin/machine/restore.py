@@ -7,8 +7,8 @@ the machine, which copies its ROMs over RAM. A machine that is between two state
 
 import threading
 import uuid
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
@@ -235,16 +235,19 @@ def revert(running: Running, snapshot: str, *, stays: bool = False) -> None:
         running.open_ram_again()
         saved = find_saved(running.store, running.machine, snapshot)
         compare(saved.recorded, running.recorded)
-        _refuse_resized(running, snapshot)
         running.refuse_altered_ram("nothing was changed")
-        running.refuse_other_devices("nothing was changed")
         going_back = machine_tree.RevertInPlace(running.store._opened, running.name, snapshot)
         with (
             open_layer(running.store, saved.volume, saved.layer) as view,
             _state_of(view, saved) as state,
-            running.process.loading(state.path) as load_state,
+            _VolumesGoingBack(running, going_back) as volumes,
+            # A guest that runs keeps the hypervisor from answering for milliseconds each time, and it is thrown away.
             _stopped_to_revert(running, stays) as stop,
+            ExitStack() as opened,
         ):
+            _refuse_resized(running, snapshot)
+            running.refuse_other_devices("nothing was changed")
+            load_state = opened.enter_context(running.process.loading(state.path))
             elsewhere = _changed_between(running, saved)
             if isinstance(running.guest_ram, GuestRam):
                 running.guest_ram.note_written()
@@ -252,14 +255,15 @@ def revert(running: Running, snapshot: str, *, stays: bool = False) -> None:
                 running.guest_ram.collect()
             running.refuse_without_room(elsewhere, "nothing was changed")
             mark(running.guest_ram._unsaved, elsewhere)
-            with _unsaved_unless_done(running), _VolumesGoingBack(running, going_back) as volumes:
+            with _unsaved_unless_done(running), volumes.going():
                 _put_back(running, saved, view)
                 load_state()  # this reads no disk
                 _settle(running, view)
                 renew_generation(running)
                 volumes.wait_until_ready()
                 stop.refuse_went_on(f"a revert to {snapshot!r}")
-                volumes.finish()  # the guest may write from here on
+                # The guest may write from here on. What it would wait for in the hypervisor is done beside the transaction.
+                volumes.finish(opened.close)
             running.recorded = replace(running.recorded, guest_kernel=saved.recorded.guest_kernel)
             running.is_frozen = saved.recorded.is_frozen
             running.is_broken = False
@@ -272,36 +276,64 @@ class _NotPutBack(Exception):
 class _VolumesGoingBack:
     """The volumes of a machine are put back, in a thread of their own: the disks at once, and the RAM volume by `finish`.
 
-    All of that is done before which need not wait for the machine, which is between two states now. A context manager,
-    whose end waits for the thread. Where `finish` was not called until then, the RAM volume stays as it is.
+    All of that is done before which need not wait for the machine, which is between two states from `going` on. A context
+    manager, whose end waits for the thread. Where `going` was not entered until then, nothing is put back; where `finish`
+    was not called, the RAM volume stays as it is.
     """
 
     def __init__(self, running: Running, going_back: machine_tree.RevertInPlace) -> None:
         self._running, self._going_back = running, going_back
-        self._is_ready, self._is_told = threading.Event(), threading.Event()
-        self._goes_on = False
+        self._is_begun, self._is_ready, self._is_told = threading.Event(), threading.Event(), threading.Event()
+        self._is_changed = threading.Event()
+        self._goes = self._goes_on = self._has_changed = False
         self._thread = ThreadPoolExecutor(1, "onionskin revert")
-        was_broken, running.is_broken = running.is_broken, True
         try:
             self._work = self._thread.submit(self._put_back)
         except RuntimeError as error:  # no thread can be started now
-            running.is_broken = was_broken
             raise StateError(
                 f"machine {running.name!r} cannot be put back now: {error}; nothing was changed; try again"
             ) from None
-        self._work.add_done_callback(lambda _: self._is_ready.set())  # also where it failed
+        self._work.add_done_callback(lambda _: self._end_waiting())  # also where it failed
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._is_begun.set()
         self._is_told.set()
         self._thread.shutdown()
+        # The machine is back, and goes on already.
+        if self._has_changed and (why := self._work.exception()) is not None:
+            _log.warning("machine %r: its RAM volume is to be opened again: %s", self._running.name, why)
+
+    def _end_waiting(self) -> None:
+        self._is_ready.set()
+        self._is_changed.set()
+
+    def _note_changed(self) -> None:
+        self._has_changed = True
+        self._is_changed.set()
+
+    @contextmanager
+    def going(self) -> Iterator[None]:
+        """Put the disks back. Behind the block the volumes stay as they are: the machine may go on, or stays stopped."""
+        self._running.is_broken = self._goes = True
+        self._is_begun.set()
+        try:
+            yield
+        finally:
+            self._is_told.set()
+            if not self._has_changed:
+                wait([self._work])
 
     def _put_back(self) -> None:
         store = self._running.store
+        self._is_begun.wait()
+        if not self._goes:
+            return
         self._going_back.put_disks_back(store._put_back_together, store._put_back)
-        self._going_back.put_ram_back(self._running.ram_volume._opened.to_write(), self._wait)
+        ram = self._running.ram_volume._opened.to_write()
+        self._going_back.put_ram_back(ram, self._wait, self._note_changed)
 
     def _wait(self) -> None:
         self._is_ready.set()
@@ -315,11 +347,19 @@ class _VolumesGoingBack:
         if self._work.done():
             self._work.result()
 
-    def finish(self) -> None:
-        """Put the RAM volume back: the machine is."""
+    def finish(self, beside: Callable[[], None] = lambda: None) -> None:
+        """Put the RAM volume back: the machine is. `beside` is done meanwhile.
+
+        On return that is durable. What the volume was is given up behind it, while the guest begins to run.
+        """
         self._goes_on = True
         self._is_told.set()
-        self._work.result()
+        try:
+            beside()
+        finally:
+            self._is_changed.wait()
+            if not self._has_changed:
+                self._work.result()
 
 
 def _refuse_resized(running: Running, snapshot: str) -> None:
@@ -424,8 +464,8 @@ def _source_of(running: Running, saved: Saved) -> Source:
 def _stopped_to_revert(running: Running, stays: bool) -> Iterator[Stop]:
     """Stop a machine for the time of the block. It goes on behind that, unless it is between two states then."""
     was_broken = running.is_broken
-    running.process.wake()  # one that sleeps might wake, and write to disks that are being put back
-    with stopped(running.process) as stop:
+    # One that sleeps might wake, and write to disks that are being put back.
+    with stopped(running.process, wakes=True) as stop:
         had_ended = not stop.ran and not stays and running.process.guest_has_ended
         running.goes_on = stop.ran or had_ended or (was_broken and running.goes_on)
         try:

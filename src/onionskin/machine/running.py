@@ -259,14 +259,16 @@ def source_of(store: "Store", volume: "VolumeRow", layer: bytes, length: int) ->
 
 
 @contextmanager
-def stopped(process: "Process") -> Iterator["Stop"]:
+def stopped(process: "Process", *, wakes: bool = False) -> Iterator["Stop"]:
     """Stop a machine for the time of the block, or until `Stop.end`. One that was stopped before stays so.
+
+    With `wakes`, one whose guest sleeps (S3) is woken before; else it cannot be stopped.
 
     What the block fails with is raised also where the machine does not answer when it is to go on: that is why.
     """
     stop = Stop(process)
     try:
-        stop.begin()
+        stop.begin(wakes=wakes)
         yield stop
     except BaseException:
         try:
@@ -295,10 +297,10 @@ class Stop:
         self.seconds: float = 0.0
         self.ran: bool = False
 
-    def begin(self) -> None:
-        """Stop it."""
+    def begin(self, *, wakes: bool = False) -> None:
+        """Stop it. See `stopped`."""
         self._standstill = self._process.watch(stands=True)
-        self.ran = not self._process.is_paused
+        self.ran = self._process.wake() if wakes else not self._process.is_paused
         self._begun = time.monotonic()
         if self.ran:
             self._standstill = self._process.watch(stands=False)

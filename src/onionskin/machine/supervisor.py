@@ -62,7 +62,7 @@ GO_ON_TRIES, GO_ON_SECONDS = 3, 60.0  # so often a machine whose disk had an err
 # After so long another thread of this process has its turn, instead of 5 ms: while one computes, the others wait for answers
 # of the hypervisor and of the server of the disks, and the guest stands still for that.
 SWITCH_SECONDS = 0.0005
-_ENDED = "ended"
+_ENDED, _UNKNOWN = "ended", "unknown: "
 
 
 class Supervisor:
@@ -134,6 +134,7 @@ class Supervisor:
         volume = self._store._open_ram(row)
         self._ends.callback(lambda: (self.running.ram_volume if hasattr(self, "running") else volume).close())
         self._directory = record.make_directory(self._store._opened.layout.root, row.id)
+        record.note_under_way(self._directory)
         found = Record.read(self._directory)
         disks = [one.name for one in machines.volumes_of(self._store._opened.catalog, row)[:-1]]
         is_there = found is not None and found.hypervisor is not None and found.hypervisor.is_alive
@@ -155,6 +156,7 @@ class Supervisor:
         self.running.has_server = bool(self._server.uris)
         self._process.are_disks_served = self._are_disks_served
         self._listen()
+        record.note_reachable(self._directory)
 
     def _start(
         self, machine: bytes, volume: "Volume", paused: bool, only_from: str | None, keep_served: Callable[[], None]
@@ -646,11 +648,16 @@ class Supervisor:
 
     def end(self) -> None:
         """Give all up: the hypervisor, if it still runs; the disks, which are flushed; the machine."""
+        is_there = hasattr(self, "_directory") and not self._moved
+        if is_there:
+            record.note_under_way(self._directory)  # the disks are flushed now, which may take long
         try:
             self._ends.close()
-            if hasattr(self, "_directory") and self._is_recorded and not self._moved:
+            if is_there and self._is_recorded and not self._moved:
                 (self._directory / record.RECORD).unlink(missing_ok=True)
         finally:
+            if is_there and not self._moved:
+                record.note_reachable(self._directory)
             self._ended.set()
             if hasattr(self, "_control"):
                 self._control.join(QUIT_SECONDS)  # what waits for the end is answered
@@ -686,14 +693,24 @@ class Supervisor:
             "unsaved_pages": self.running.guest_ram.unsaved_pages,
             "server_restarts": self._server.restarts,
             "untold": self._untold,
+            "no_snapshot": self._blockers(said),
         }
+
+    def _blockers(self, said: str) -> list[str]:
+        """Return why the hypervisor would take no snapshot now: who looks hears it before they want one."""
+        if said == _ENDED or said.startswith(_UNKNOWN):
+            return []
+        try:
+            return self._process.snapshot_blockers()
+        except MonitorError:  # it has ended since, or answers no more: the next look says so
+            return []
 
     def _ask_status(self) -> str:
         """Return what the hypervisor says of itself, or why it says nothing."""
         try:
             return self._process.status
         except MonitorTimeout as error:
-            return f"unknown: {error}"
+            return f"{_UNKNOWN}{error}"
         except MonitorError:  # one that was killed gives up its connection a moment before it has ended
             self.wake()  # where it has not, `run` connects again
             within(DYING_SECONDS, lambda: self._process.wait(0) is not None or not self._process.is_disconnected)
@@ -702,7 +719,7 @@ class Supervisor:
         try:
             return self._process.status
         except MonitorError as error:
-            return f"unknown: {error}"
+            return f"{_UNKNOWN}{error}"
 
     @property
     def _moved(self) -> str:
@@ -866,7 +883,7 @@ class Supervisor:
                     told=told,
                     is_frozen=is_frozen,
                 )
-            if not self._process.is_paused:
+            if self.running.is_frozen and not self._process.is_paused:  # it answers late while its guest begins to run
                 self._thaw()
 
     def tell(self, has_gone: Callable[[], None], hostname: str | None, clock: bool) -> list[str]:

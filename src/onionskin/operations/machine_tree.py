@@ -210,11 +210,16 @@ class RevertInPlace:
         machines.note_reverting(self._store, machine.id, row.id)
         _put_back_each(self._disks, machine, self._snapshot, put_back)
 
-    def put_ram_back(self, ram: OpenHead, when_ready: Callable[[], None] = lambda: None) -> None:
+    def put_ram_back(
+        self,
+        ram: OpenHead,
+        when_ready: Callable[[], None] = lambda: None,
+        when_changed: Callable[[], None] = lambda: None,
+    ) -> None:
         """Put the RAM volume back. The disks are, and the guest may write from here on.
 
         `when_ready` is called when all is done that can be done before the guest may write. Where it raises, the RAM volume
-        stays as it is.
+        stays as it is. `when_changed` is called when the guest may write.
         """
         part, catalog = self._ram, self._store.catalog
         assert part is not None
@@ -224,7 +229,9 @@ class RevertInPlace:
             machines.write_running(catalog, self._machine.id)
 
         target = Target(ram, part.snapshot, part.guid)
-        revert_together([target], for_machine=self._machine.id, then=note, when_ready=when_ready)
+        revert_together(
+            [target], for_machine=self._machine.id, then=note, when_ready=when_ready, when_changed=when_changed
+        )
 
 
 def _at_once(calls: Sequence[Callable[[], None]]) -> None:

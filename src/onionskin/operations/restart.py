@@ -94,12 +94,16 @@ def restart_on(volume: OpenHead, layer_id: bytes, also: Callable[[], None]) -> N
 
 
 def restart_together(
-    heads: Sequence[tuple[OpenHead, bytes]], also: Callable[[], None], when_ready: Callable[[], None] = lambda: None
+    heads: Sequence[tuple[OpenHead, bytes]],
+    also: Callable[[], None],
+    when_ready: Callable[[], None] = lambda: None,
+    when_changed: Callable[[], None] = lambda: None,
 ) -> None:
     """Replace heads by empty children of layers, all in one transaction; `also` runs in it, before layers are freed.
 
-    In an operation of each volume. `when_ready` is called when all is done that can be done before that transaction. Where it
-    raises, nothing has changed.
+    In an operation of each volume. `when_ready` is called when all is done that can be done before that transaction. Where
+    it raises, nothing has changed. `when_changed` is called when it is durable, and must not raise. What is left then is to
+    go on with the new data paths, and to close the old ones.
     """
     restarts = [_Restart(volume) for volume, _ in heads]
     try:
@@ -110,14 +114,14 @@ def restart_together(
                 prepare = [partial(one.prepare_on, layer) for one, (_, layer) in zip(restarts, heads, strict=True)]
                 beside.run(prepare)
         when_ready()
-        _change(restarts, also)
+        _change(restarts, also, when_changed)
     except BaseException:
         for one in restarts:
             one.give_up()
         raise
 
 
-def _change(restarts: Sequence[_Restart], also: Callable[[], None]) -> None:
+def _change(restarts: Sequence[_Restart], also: Callable[[], None], when_changed: Callable[[], None]) -> None:
     if not restarts:
         return
     store = restarts[0].volume.store
@@ -134,4 +138,5 @@ def _change(restarts: Sequence[_Restart], also: Callable[[], None]) -> None:
             stack.enter_context(one.volume.resolving(one.resolve))
             one.is_begun = True
         store.change(change)
+        when_changed()
     reclaim.work_soon(store)

@@ -5,6 +5,7 @@ process may name or clone a layer at any time. The work after it (folding and fr
 opening does it.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import groupby, takewhile
@@ -32,6 +33,9 @@ from onionskin.operations.seal import Check, Part, RemoteHead, RemoteProcess, se
 from onionskin.storage.open_head import OpenDisk, OpenHead
 from onionskin.storage.open_store import OpenStore
 
+# So long a guest that goes back has the processors and the disk to itself, until it speaks: the files of what it had written
+# are removed behind that, which takes tens of milliseconds of both. Not where the room of those may be missed meanwhile.
+GUEST_SECONDS, GUEST_ROOM_BYTES = 0.25, 1 << 30
 OPERATION_SECONDS = 10.0  # for which a group waits for each of its volumes, where others hold some of them too
 
 
@@ -229,10 +233,11 @@ def revert_together(
     for_machine: bytes | None = None,
     then: Callable[[], None] = lambda: None,
     when_ready: Callable[[], None] = lambda: None,
+    when_changed: Callable[[], None] = lambda: None,
 ) -> None:
     """Put volumes of one store back, all in one transaction, in which `then` is called. As for `revert`.
 
-    `when_ready` is called before that transaction, as `restart_together` does.
+    `when_ready` is called before that transaction, and `when_changed` behind it, as `restart_together` does.
     """
     from onionskin.operations.hidden_blocks import free_hidden
     from onionskin.operations.restart import restart_together
@@ -256,9 +261,16 @@ def revert_together(
             then()
 
         heads = [(target.volume, layer) for target, layer in zip(targets, layers, strict=True)]
-        restart_together(heads, check, when_ready)
+        if for_machine is not None and _has_room_for_a_guest(targets[0].volume.store):
+            targets[0].volume.store.rest(GUEST_SECONDS)
+        restart_together(heads, check, when_ready, when_changed)
         for target, unnamed in zip(targets, around, strict=True):
             free_hidden(target.volume, unnamed)
+
+
+def _has_room_for_a_guest(store: OpenStore) -> bool:
+    found = os.statvfs(store.layout.root)
+    return found.f_bavail * found.f_frsize >= GUEST_ROOM_BYTES
 
 
 @held

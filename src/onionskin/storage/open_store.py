@@ -285,6 +285,10 @@ class OpenStore:
         """Let the background look for work."""
         self._background.wake()
 
+    def rest(self, seconds: float) -> None:
+        """Have the background begin nothing for so long, unless somebody waits for it."""
+        self._background.rest(seconds)
+
     def finish_work(self) -> None:
         """Wait until the background has done its work."""
         self._background.finish()

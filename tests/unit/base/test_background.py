@@ -145,3 +145,40 @@ def test_a_handler_that_raises_in_a_caller_stops_nobody_else(verb: str, handlers
             break
         event += 1
     assert event
+
+
+def test_what_rests_begins_when_somebody_waits_for_it_or_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    rests, begun = threading.Event(), threading.Event()
+    background = Background(begun.set, "test")
+    wait = background._changed.wait
+
+    def waits(seconds: float | None = None) -> bool:
+        if seconds is not None and seconds > 1000:
+            rests.set()
+        return wait(seconds)
+
+    monkeypatch.setattr(background._changed, "wait", waits)
+    background.rest(3600)
+    background.wake()
+    assert rests.wait(300)
+    background.wake()  # which is no reason to begin
+    assert not begun.is_set()
+    background.finish()
+    assert begun.is_set()
+    background.end()
+
+    begun.clear()
+    other = Background(begun.set, "test")
+    other.rest(0.01)
+    other.wake()
+    assert begun.wait(300)
+    other.end()
+
+
+def test_what_rests_is_done_when_all_ends() -> None:
+    done: list[int] = []
+    background = Background(lambda: done.append(1), "test")
+    background.rest(3600)
+    background.wake()
+    background.end()
+    assert done

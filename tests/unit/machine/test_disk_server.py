@@ -31,6 +31,32 @@ def test_a_server_is_waited_for_where_it_is_needed_and_not_where_it_is_begun(tmp
     os.close(said)
 
 
+def test_a_server_that_is_slow_and_was_not_stopped_is_waited_for(
+    tmp_path: Path, said: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_server, "READY_SECONDS", 0.0)
+    monkeypatch.setattr(disk_server, "LOOK_SECONDS", 0.01)
+    looks = []
+
+    def is_at_it(server: DiskServer) -> bool:
+        looks.append(server)
+        if len(looks) == 3:
+            os.write(said, b'{"listening": true}\n')
+        return True
+
+    monkeypatch.setattr(DiskServer, "is_at_it", property(is_at_it))
+    server = DiskServer(tmp_path, ["web"], tmp_path)
+    server.begin()
+    server.wait_listening()
+    assert len(looks) >= 3
+    monkeypatch.setattr(DiskServer, "is_at_it", False)
+    monkeypatch.setattr(DiskServer, "end", lambda server, seconds: None)  # this process stands in for it
+    with pytest.raises(StateError, match="cannot be served"):
+        server.wait_ready()
+    server._close_output()
+    os.close(said)
+
+
 def test_who_waits_for_the_disks_alone_hears_that_the_server_listens_too(tmp_path: Path, said: int) -> None:
     server = DiskServer(tmp_path, ["web"], tmp_path)
     server.begin()

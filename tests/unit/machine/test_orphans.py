@@ -1,5 +1,7 @@
 """What a killed supervisor left that no record names, and what ends it."""
 
+import fcntl
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -107,3 +109,50 @@ def test_copies_of_the_ram_of_this_machine_alone_are_dropped(tmp_path: Path) -> 
     finally:
         for copy in copies:
             copy.unlink(missing_ok=True)
+
+
+def test_a_copy_of_ram_that_no_process_has_is_dropped_though_its_directory_is_gone(tmp_path: Path) -> None:
+    directory = tmp_path / "machine-of-test"
+    directory.mkdir()
+    copies = [orphans.copy_of_ram(directory, number) for number in (1, 2, 3)]
+    others = copies[0].with_name(f"{copies[0].name}.not"), copies[0].with_name("onionskin-of-test.locked.ram")
+    directory.rmdir()
+    mine, forgotten, its = (orphans.make_copy(copy) for copy in copies)
+    try:
+        others[0].touch()
+        others[1].symlink_to(tmp_path / "elsewhere")
+        with subprocess.Popen(["sleep", "1000"], pass_fds=[its]) as hypervisor:
+            os.close(forgotten)
+            os.close(its)
+            orphans.drop_forgotten_copies()
+            assert [copy.exists() for copy in copies] == [True, False, True]
+            hypervisor.kill()
+        orphans.drop_forgotten_copies()
+        assert [copy.exists() for copy in copies] == [True, False, False]
+        assert others[0].exists() and others[1].is_symlink()
+    finally:
+        os.close(mine)
+        for copy in (*copies, *others):
+            copy.unlink(missing_ok=True)
+
+
+def test_a_copy_of_ram_that_somebody_drops_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "machine-of-test").mkdir()
+    copy = orphans.copy_of_ram(tmp_path / "machine-of-test", 1)
+    flock, locked = fcntl.flock, []
+
+    def lock(descriptor: int, how: int) -> None:
+        locked.append(how)
+        if len(locked) == 1:
+            orphans._drop_if_forgotten(copy)
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    descriptor = orphans.make_copy(copy)
+    try:
+        assert copy.stat().st_ino == os.fstat(descriptor).st_ino
+    finally:
+        copy.unlink()
+        os.close(descriptor)

@@ -3,6 +3,8 @@
 import subprocess
 import threading
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,7 @@ from onionskin.machine.monitor import MonitorTimeout
 from onionskin.machine.preload import RefusedError
 from onionskin.machine.ram import GuestRam
 from onionskin.machine.running import Running
-from onionskin.operations import machine_tree, machines
+from onionskin.operations import machine_tree, machines, restart, snapshots
 from onionskin.operations.machine_snapshots import MachineCut
 
 
@@ -298,6 +300,78 @@ def test_the_ram_volume_is_made_ready_while_the_devices_are_loaded_and_put_back_
     process.load_state = load_when_ready  # type: ignore[method-assign]
     restore.revert(running, "a")
     assert opened.head != before and is_at(running, process, "a", ram)
+
+
+def test_a_guest_that_goes_back_is_stopped_before_its_hypervisor_is_asked_and_goes_on_behind_that(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hypervisor answers late while its guest runs, and the guest waits for it."""
+    snapshot(running, process, "a", {1: 1})
+    asked = []
+
+    def note(name: str) -> None:
+        call = getattr(process, name)
+
+        def noted(*given: object, **named: object) -> object:
+            asked.append(name)
+            return call(*given, **named)
+
+        monkeypatch.setattr(process, name, noted)
+
+    @contextmanager
+    def loading(path: Path) -> Iterator[Callable[[], None]]:
+        asked.append("opens the state")
+        yield lambda: process.load_state(path)
+        asked.append("lets go of it")
+
+    for name in ("pause", "plugged", "disk_bytes", "load_state", "resume"):
+        note(name)
+    monkeypatch.setattr(process, "loading", loading)
+    restore.revert(running, "a")
+    assert asked[0] == "pause" and asked[-2:] == ["lets go of it", "resume"]
+    assert sorted(asked[1:-2]) == ["disk_bytes", "load_state", "opens the state", "plugged"]
+
+
+@pytest.mark.parametrize("room_bytes", [0, 1 << 62])
+def test_the_background_rests_behind_a_revert_unless_room_may_be_missed_meanwhile(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch, room_bytes: int
+) -> None:
+    snapshot(running, process, "a", {1: 1})
+    rests = []
+    monkeypatch.setattr(running.store._opened, "rest", rests.append)
+    monkeypatch.setattr(snapshots, "GUEST_ROOM_BYTES", room_bytes)
+    restore.revert(running, "a")
+    assert bool(rests) is not bool(room_bytes)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_guest_goes_on_while_the_ram_volume_lets_go_of_what_it_was(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    ram = snapshot(running, process, "a", {1: 1})
+    snapshot(running, process, "b", {1: 2})
+    goes_on, resume, resolve = threading.Event(), process.resume, restart._Restart.resolve
+
+    def resume_and_say_so() -> None:
+        resume()
+        goes_on.set()
+
+    def resolve_when_it_goes_on(one: restart._Restart) -> None:
+        if one.volume is running.ram_volume._opened and not goes_on.is_set():
+            assert goes_on.wait(300)
+            if fails:
+                raise OSError(5, "cannot be closed")
+        resolve(one)
+
+    monkeypatch.setattr(restart._Restart, "resolve", resolve_when_it_goes_on)
+    process.resume = resume_and_say_so  # type: ignore[method-assign]
+    restore.revert(running, "a")
+    assert not running.is_broken and is_at(running, process, "a", ram)
+    monkeypatch.undo()
+    process.write(1, 3)
+    capture.snapshot(running, "c")  # the volume is opened again, if it has to be
+    restore.revert(running, "a")
+    assert is_at(running, process, "a", ram)
 
 
 def test_a_machine_goes_on_as_it_was_where_no_thread_can_be_started_for_a_revert(

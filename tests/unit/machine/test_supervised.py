@@ -547,3 +547,59 @@ def test_a_program_that_runs_a_machine_in_the_foreground_has_its_threads_as_befo
     with pytest.raises(StateError):
         supervisor_module.supervise(store, machine.name, log=print, ready=lambda: None)
     assert (during, sys.getswitchinterval()) == ([pytest.approx(supervisor_module.SWITCH_SECONDS)], before)
+
+
+@pytest.mark.parametrize("says_so", [True, False])
+def test_who_says_that_it_begins_or_ends_a_machine_is_waited_for_as_long_as_that_takes(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch, says_so: bool
+) -> None:
+    lab = store.create_machine("lab", disks=["web"], memory="1M")
+    directory = record.make_directory(store._opened.layout.root, lab._id)
+    has = store._open_ram(lab._row)
+    monkeypatch.setattr("onionskin.machine.machine.STARTING_SECONDS", 0.0)
+    looks = []
+
+    def look(path: Path, name: str) -> None:
+        looks.append(path)
+        if len(looks) == 5:
+            has.close()
+
+    monkeypatch.setattr(MachineControl, "find", look)
+    if says_so:
+        record.note_under_way(directory)
+        assert lab.state == "off"
+        record.note_reachable(directory)
+        assert record.who_is_under_way(directory) is None
+    else:
+        with pytest.raises(StateError, match="nobody can reach"):
+            _ = lab.state
+        has.close()
+
+
+def test_who_begins_a_machine_and_was_stopped_or_killed_is_not_waited_for(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = store.create_machine("lab", disks=["web"], memory="1M")
+    directory = record.make_directory(store._opened.layout.root, lab._id)
+    monkeypatch.setattr("onionskin.machine.machine.STARTING_SECONDS", 0.0)
+    with subprocess.Popen(["sleep", "1000"]) as other, store._open_ram(lab._row):
+        pid = os.getpid()
+        monkeypatch.setattr(os, "getpid", lambda: other.pid)
+        record.note_under_way(directory)
+        monkeypatch.setattr(os, "getpid", lambda: pid)
+        assert lab._is_under_way()
+        other.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, other.pid, os.WSTOPPED | os.WNOWAIT)
+        with pytest.raises(StateError, match="nobody can reach"):
+            _ = lab.state
+        other.kill()
+        os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+        assert record.who_is_under_way(directory) is None
+        with pytest.raises(StateError, match="nobody can reach"):
+            _ = lab.state
+
+
+def test_a_note_of_who_begins_a_machine_that_cannot_be_read_is_none(tmp_path: Path) -> None:
+    for text in ("", "[]", "7", '{"pid": 1}', '{"pid": "1", "ticks": 1, "boot": "a"}'):
+        (tmp_path / record.UNDER_WAY).write_text(text)
+        assert record.who_is_under_way(tmp_path) is None
