@@ -27,6 +27,7 @@
 #define SIZE_BYTES (8u << 20)
 #define CLIENTS 3
 #define ROUNDS 300
+#define ASKING 8
 
 /* ---- bytes ---- */
 
@@ -230,11 +231,63 @@ static void check_threads_that_are_kept(void) {
         CHECK(onion_nbd_new(&options, &server) == 0);
         for (int at = 0; at < CLIENTS; at++)
             CHECK(pthread_create(&threads[at], NULL, come_and_go, server) == 0);
+        if (i / 2 % 2)
+            onion_nbd_begin_threads(server, i); /* also as it is stopped */
         while (i % 2 && onion_nbd_connections(server, NULL, 0) < 2)
             sched_yield();
         if (i % 2)
             CHECK(onion_nbd_stop(server, i % 3) == 0);
         for (int at = 0; at < CLIENTS; at++)
+            pthread_join(threads[at], NULL);
+        onion_nbd_free(server);
+    }
+}
+
+/* Tells all who wait that what they want was found. */
+static int find_for_all(void *context, const char *name, uint32_t length) {
+    struct onion_nbd_server *server = *(struct onion_nbd_server **)context;
+    const char *names[2 * ASKING];
+    uint64_t until;
+    size_t count = 0;
+    char *asked;
+    int64_t bytes = onion_nbd_asked(server, &asked, &until);
+    CHECK(bytes >= 0 && length == strlen("export-0") && !memcmp(name, "export-", 7));
+    for (int64_t at = 0; at < bytes; at += (int64_t)strlen(asked + at) + 1)
+        names[count++] = asked + at;
+    onion_nbd_found(server, names, count, until);
+    free(asked);
+    return 1;
+}
+
+static void *ask_again_and_again(void *argument) {
+    const struct client *client = argument;
+    char text[] = "export-0";
+    text[7] = (char)('0' + client->number % 3);
+    for (int i = 0; i < 10 * ROUNDS; i++) {
+        struct onion_nbd_string name = {text, (uint32_t)strlen(text)};
+        CHECK(onion_nbd_ask(client->server, &name) == 1);
+    }
+    return NULL;
+}
+
+/* They are told that their exports were found, get the turn, and give up waiting, all at the same moments. A turn that were
+ * lost would be waited for without an end. */
+static void check_turns(void) {
+    struct onion_nbd_server *server;
+    struct onion_nbd_options options = {.connections_max = 64,
+                                        .request_bytes_max = 1 << 20,
+                                        .bytes_in_flight_max = 1 << 20,
+                                        .hooks = {.find_export = find_for_all, .context = &server}};
+    for (uint32_t i = 0; i < 4; i++) {
+        struct client clients[ASKING];
+        pthread_t threads[ASKING];
+        options.turn_ms = i % 2 ? 1000000000 : i / 2;
+        CHECK(onion_nbd_new(&options, &server) == 0);
+        for (uint32_t at = 0; at < ASKING; at++) {
+            clients[at] = (struct client){server, at};
+            CHECK(pthread_create(&threads[at], NULL, ask_again_and_again, &clients[at]) == 0);
+        }
+        for (int at = 0; at < ASKING; at++)
             pthread_join(threads[at], NULL);
         onion_nbd_free(server);
     }
@@ -301,6 +354,7 @@ int main(void) {
     check_requests();
     check_clients_side_by_side();
     check_threads_that_are_kept();
+    check_turns();
     check_stop_while_a_replacement_waits();
     puts("nbd: all holds");
     return 0;
