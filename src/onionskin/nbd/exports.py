@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 VIEW_IDLE_SECONDS = 30.0
 NAME_WAIT_SECONDS = 0.05  # a volume that is renamed or has just been opened is in the table soon
-TOGETHER_MAX = 48  # the clients of some forks are answered while the next ones are opened
+TOGETHER_MAX = 128  # of very many, the others have the next turn
 IDLE_VIEWS_MAX = 16  # a client that lists all exports opens one after the other
 
 
