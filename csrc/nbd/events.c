@@ -1,8 +1,12 @@
 /* events.c: events, the clock and counters, which all other files of the server use. */
 #define _GNU_SOURCE
+#define _GNU_SOURCE
+#include <errno.h>
+#include <linux/futex.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -49,6 +53,23 @@ uint32_t onion_nbd_next_event(struct onion_nbd_server *server, char out[ONION_NB
         count = 0;
     pthread_mutex_unlock(&server->event_lock);
     return length;
+}
+
+/* ---- words that a thread waits for ---- */
+
+uint32_t onion_nbd_await(uint32_t *word, uint32_t than, const struct timespec *until) {
+    uint32_t found;
+    while ((found = __atomic_load_n(word, __ATOMIC_ACQUIRE)) == than)
+        if (syscall(SYS_futex, word, FUTEX_WAIT_BITSET_PRIVATE, than, until, NULL, FUTEX_BITSET_MATCH_ANY) < 0 &&
+            errno == ETIMEDOUT)
+            return __atomic_load_n(word, __ATOMIC_ACQUIRE);
+    return found;
+}
+
+void onion_nbd_say(uint32_t *word, uint32_t what) {
+    __atomic_store_n(word, what, __ATOMIC_RELEASE);
+    /* The thread may have read it and gone: whoever uses the address now looks at what it waits for, and waits on. */
+    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
 }
 
 /* ---- the clock, and counters ---- */

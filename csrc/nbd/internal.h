@@ -177,6 +177,7 @@ struct onion_nbd_server {
     pid_t process;               /* that has its threads: the child of a fork has none */
     struct onion_nbd_kept *kept; /* threads that wait for a client; the last one to begin is the first */
     uint32_t kept_count;
+    uint32_t ready_max;              /* so many wait without an end */
     uint32_t thread_count;           /* those with a client included */
     struct onion_nbd_asking *asking; /* connections that wait for their turn, first come first */
     uint64_t askings;                /* how many have waited so far, those of `asking` included */
@@ -208,18 +209,28 @@ int onion_nbd_ask(struct onion_nbd_server *server, const struct onion_nbd_string
 
 /* Whether threads are left that use the server. In the child of a fork there are none. The caller holds the lock. */
 int onion_nbd_has_threads(const struct onion_nbd_server *server);
-/* Gives a connection to a thread that waits for one. Returns whether there is one. The caller holds the server's lock. */
-int onion_nbd_hand_over(struct onion_nbd_server *server, struct onion_nbd_connection *connection);
+/* Gives a connection to a thread that waits for one. Returns it, or NULL if there is none. The caller holds the server's
+ * lock, and calls onion_nbd_wake_kept when it has given that up: until then the thread does not begin. */
+struct onion_nbd_kept *onion_nbd_hand_over(struct onion_nbd_server *server, struct onion_nbd_connection *connection);
+void onion_nbd_wake_kept(struct onion_nbd_kept *kept);
 /* Starts a thread, which has to call onion_nbd_next_connection until that returns NULL. The caller does not hold the
  * lock. 0 or -errno. */
 int onion_nbd_start_thread(struct onion_nbd_server *server, void *(*run)(void *), void *argument);
-/* Waits for a later client, for the time of the options. NULL: the thread has to end, and the server may be freed. */
+/* Whether fewer threads are there than are to be ready for clients. */
+int onion_nbd_wants_thread(struct onion_nbd_server *server);
+/* Waits for a later client, for the time of the options; without an end where few wait. NULL: the thread has to end, and the server may be freed. */
 struct onion_nbd_connection *onion_nbd_next_connection(struct onion_nbd_server *server);
 /* Has all threads that wait end. The server is stopping, and the caller holds its lock. */
 void onion_nbd_end_kept_threads(struct onion_nbd_server *server);
 
 /* ---- events.c ---- */
 
+/* Waits until a word is another than this, or until a time by the clock of onion_nbd_now_ns (NULL: for ever), and returns
+ * what it is. What was written before it was said is seen then. No lock is needed: who is woken under a lock would wait for
+ * that at once. */
+uint32_t onion_nbd_await(uint32_t *word, uint32_t than, const struct timespec *until);
+/* Changes the word of another thread, and wakes it. The word may be gone as soon as it is changed. */
+void onion_nbd_say(uint32_t *word, uint32_t what);
 void onion_nbd_event(struct onion_nbd_server *server, const char *format, ...) __attribute__((format(printf, 2, 3)));
 int64_t onion_nbd_now_ns(void);
 /* A condition whose waits with a limit go by the clock of onion_nbd_now_ns, as onion_nbd_in_ms does. */

@@ -116,15 +116,32 @@ static void run_connection(struct onion_nbd_connection *connection) {
 
 /* A thread serves one client, and then later ones. It holds nothing of a former one: the connection is freed, and the
  * place of its last error is forgotten. */
-static void *run_thread(void *argument) {
-    struct onion_nbd_connection *connection = argument;
-    struct onion_nbd_server *server = connection->server;
+static void serve_clients(struct onion_nbd_server *server, struct onion_nbd_connection *connection) {
     (void)onion_turns_take_short(); /* a client waits for each of its turns; the helper gets them too */
-    do {
+    for (; connection; connection = onion_nbd_next_connection(server)) {
         run_connection(connection);
         onion_site_clear();
-    } while ((connection = onion_nbd_next_connection(server)));
+    }
+}
+
+static void *run_thread(void *argument) {
+    struct onion_nbd_connection *connection = argument;
+    serve_clients(connection->server, connection);
     return NULL;
+}
+
+static void *run_ready_thread(void *argument) {
+    struct onion_nbd_server *server = argument;
+    serve_clients(server, onion_nbd_next_connection(server));
+    return NULL;
+}
+
+void onion_nbd_begin_threads(struct onion_nbd_server *server, uint32_t count) {
+    pthread_mutex_lock(&server->lock);
+    server->ready_max = count < ONION_NBD_KEPT_MAX ? count : ONION_NBD_KEPT_MAX;
+    pthread_mutex_unlock(&server->lock);
+    while (onion_nbd_wants_thread(server) && onion_nbd_start_thread(server, run_ready_thread, server) == 0)
+        ;
 }
 
 static struct onion_nbd_connection *new_connection(struct onion_nbd_server *server, int fd, const char *peer, int flags,
@@ -188,16 +205,18 @@ int64_t onion_nbd_serve(struct onion_nbd_server *server, int fd, const char *pee
     pthread_mutex_lock(&server->lock);
     int room = has_room(server); /* it may be stopped while it waits */
     int64_t id = server->stopping ? -ESHUTDOWN : room ? (int64_t)++server->next_id : -EMFILE;
-    int is_taken = 0;
+    struct onion_nbd_kept *taken_by = NULL;
     if (id > 0) {
         connection->id = (uint64_t)id;
         link_connection(server, connection);
-        is_taken = onion_nbd_hand_over(server, connection); /* it may have ended as soon as the lock is given up */
+        taken_by = onion_nbd_hand_over(server, connection);
     }
     pthread_mutex_unlock(&server->lock);
     if (id < 0) {
         free_connection(connection);
-    } else if (!is_taken) {
+    } else if (taken_by) {
+        onion_nbd_wake_kept(taken_by); /* from now on, the connection may have ended */
+    } else {
         /* Without the lock, for which the new thread would wait first of all. */
         int status = onion_nbd_start_thread(server, run_thread, connection);
         if (status < 0) {

@@ -134,9 +134,9 @@ int onion_nbd_add_export(struct onion_nbd_server *server, const char *name, stru
  * bytes that they sent. The caller frees them. Returns their length, or -ENOMEM. `until` is set to a moment: all that wait
  * now have asked before it. */
 int64_t onion_nbd_asked(struct onion_nbd_server *server, char **out, uint64_t *until);
-/* Tells those clients that asked before that moment that an export of that name was added. They do not call find_export.
- * Who asked later still does: what the caller knows of the name may be older than that question. */
-void onion_nbd_found(struct onion_nbd_server *server, const char *name, uint64_t until);
+/* Tells those clients that asked before that moment that exports of these names were added. They do not call find_export.
+ * Who asked later still does: what the caller knows of a name may be older than that question. */
+void onion_nbd_found(struct onion_nbd_server *server, const char *const *names, size_t count, uint64_t until);
 /* Makes the export of that name the one that clients get by the empty name. -ENOENT. */
 int onion_nbd_set_default(struct onion_nbd_server *server, const char *name);
 /* Connections that have the export open go on. Later clients ask for the new name. -ENOENT, -EEXIST, -EINVAL. */
@@ -174,6 +174,11 @@ int64_t onion_nbd_serve(struct onion_nbd_server *server, int fd, const char *pee
  * the error of accept; one for whom there is no room, memory or thread is sent away, with an event. It returns when none
  * waits any more, and soon where more and more come or one had to wait for room: the caller may want to end. */
 int onion_nbd_accept(struct onion_nbd_server *server, int listener);
+
+/* Starts threads until `count` are there, for clients that come, and keeps as many however long none comes: a hundred
+ * that come at once would wait for each other's threads to be started. Where the system gives no more of them, it has begun
+ * fewer. */
+void onion_nbd_begin_threads(struct onion_nbd_server *server, uint32_t count);
 
 /* Returns the number of connections, and describes as many of them as fit. */
 uint32_t onion_nbd_connections(struct onion_nbd_server *server, struct onion_nbd_connection_info *infos,

@@ -1,5 +1,6 @@
 /* threads.c: the threads that serve clients. To begin and to end one takes as long as the handshake of a client, so one
- * whose client has gone waits for a later one.
+ * whose client has gone waits for a later one. Some are begun before there is a client, and those that wait do so without
+ * an end as long as they are no more than these.
  *
  * What must hold: a connection that was given to a thread is served, whatever comes between: so the thread looks for one
  * before it ends, under the lock under which it was given. No client waits for a thread that another one has. */
@@ -12,27 +13,28 @@
 
 #define STACK_BYTES (512 << 10)
 
-/* A thread that waits, in its own stack. The server's lock guards it. */
+/* A thread that waits, in its own stack. The server's lock guards it, as long as it is in the list. */
 struct onion_nbd_kept {
     struct onion_nbd_kept *next;
-    struct onion_nbd_connection *connection; /* NULL: none was given to it yet */
-    pthread_cond_t changed;
+    struct onion_nbd_connection *connection; /* NULL: none was given to it, and it is in the list */
+    uint32_t is_woken;
 };
 
 int onion_nbd_has_threads(const struct onion_nbd_server *server) {
     return server->thread_count && server->process == getpid();
 }
 
-int onion_nbd_hand_over(struct onion_nbd_server *server, struct onion_nbd_connection *connection) {
+struct onion_nbd_kept *onion_nbd_hand_over(struct onion_nbd_server *server, struct onion_nbd_connection *connection) {
     struct onion_nbd_kept *kept = server->kept;
     if (!kept || !onion_nbd_has_threads(server))
-        return 0;
+        return NULL;
     server->kept = kept->next;
     server->kept_count--;
     kept->connection = connection;
-    pthread_cond_signal(&kept->changed); /* under the lock: behind it, the thread may be gone already */
-    return 1;
+    return kept;
 }
+
+void onion_nbd_wake_kept(struct onion_nbd_kept *kept) { onion_nbd_say(&kept->is_woken, 1); }
 
 static void take_out(struct onion_nbd_server *server, const struct onion_nbd_kept *own) {
     struct onion_nbd_kept **at = &server->kept;
@@ -42,38 +44,53 @@ static void take_out(struct onion_nbd_server *server, const struct onion_nbd_kep
     server->kept_count--;
 }
 
-/* The caller holds the lock. */
+/* The caller holds the lock, which is given up if a connection is returned. */
 static struct onion_nbd_connection *wait_for_connection(struct onion_nbd_server *server) {
     struct timespec until = onion_nbd_in_ms(server->options.kept_ms);
     struct onion_nbd_kept own = {.next = server->kept};
-    int status = 0;
-    onion_nbd_init_condition(&own.changed);
+    int is_over = 0;
     server->kept = &own;
     server->kept_count++;
-    while (!own.connection && !server->stopping && status != ETIMEDOUT)
-        status = pthread_cond_timedwait(&own.changed, &server->lock, &until);
-    if (!own.connection)
+    while (!own.connection && !server->stopping && !(is_over && server->kept_count > server->ready_max)) {
+        pthread_mutex_unlock(&server->lock);
+        if (onion_nbd_await(&own.is_woken, 0, is_over ? NULL : &until) && own.connection)
+            return own.connection;
+        is_over = 1;
+        pthread_mutex_lock(&server->lock);
+    }
+    if (!own.connection) {
         take_out(server, &own);
-    pthread_cond_destroy(&own.changed);
+        return NULL;
+    }
+    pthread_mutex_unlock(&server->lock);
+    onion_nbd_await(&own.is_woken, 0, NULL); /* it was given one just now, and is about to be woken */
     return own.connection;
 }
 
 struct onion_nbd_connection *onion_nbd_next_connection(struct onion_nbd_server *server) {
     struct onion_nbd_connection *connection = NULL;
     pthread_mutex_lock(&server->lock);
-    if (server->options.kept_ms && server->kept_count < ONION_NBD_KEPT_MAX && !server->stopping)
+    int is_kept = server->kept_count < (server->options.kept_ms ? ONION_NBD_KEPT_MAX : server->ready_max);
+    if (is_kept && !server->stopping)
         connection = wait_for_connection(server);
-    if (!connection) {
-        server->thread_count--;
-        pthread_cond_broadcast(&server->closed);
-    }
+    if (connection)
+        return connection;
+    server->thread_count--;
+    pthread_cond_broadcast(&server->closed);
     pthread_mutex_unlock(&server->lock);
-    return connection;
+    return NULL;
 }
 
 void onion_nbd_end_kept_threads(struct onion_nbd_server *server) {
     for (struct onion_nbd_kept *at = onion_nbd_has_threads(server) ? server->kept : NULL; at; at = at->next)
-        pthread_cond_signal(&at->changed);
+        onion_nbd_say(&at->is_woken, 1); /* the lock keeps it there */
+}
+
+int onion_nbd_wants_thread(struct onion_nbd_server *server) {
+    pthread_mutex_lock(&server->lock);
+    int wants = !server->stopping && server->process == getpid() && server->thread_count < server->ready_max;
+    pthread_mutex_unlock(&server->lock);
+    return wants;
 }
 
 static void count_thread(struct onion_nbd_server *server, uint32_t by) {

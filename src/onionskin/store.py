@@ -105,6 +105,12 @@ def _finish(head: OpenHead) -> None:
     finish(head)
 
 
+def _work_soon(store: OpenStore) -> None:
+    from onionskin.operations import reclaim
+
+    reclaim.work_soon(store)
+
+
 def _work_in_background(store: OpenStore) -> None:
     from onionskin.operations import reclaim
 
@@ -532,10 +538,8 @@ class Store:
 
     def _unwritten_head(self, row: VolumeRow, head: "LayerRow", opened: "OpenChain", lock: VolumeLock) -> OpenHead:
         """Make the handle of a head that nothing was written to, from the view that it is read through."""
-        from onionskin.operations import reclaim
-
         assert head.parent is not None
-        how = Unwritten(head, head.parent, self._open_for_first_write, self._after_first_write, reclaim.work_soon)
+        how = Unwritten(head, head.parent, self._open_for_first_write, self._after_first_write, _work_soon)
         return OpenHead(self._opened, row, opened, volume_lock=lock, finish=_finish, unwritten=how)
 
     def _is_on_its_base(self, opened: "OpenChain") -> bool:

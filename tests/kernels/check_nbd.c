@@ -27,6 +27,7 @@
 #define SIZE_BYTES (8u << 20)
 #define CLIENTS 3
 #define ROUNDS 300
+#define ASKING 8
 
 /* ---- bytes ---- */
 
@@ -230,6 +231,8 @@ static void check_threads_that_are_kept(void) {
         CHECK(onion_nbd_new(&options, &server) == 0);
         for (int at = 0; at < CLIENTS; at++)
             CHECK(pthread_create(&threads[at], NULL, come_and_go, server) == 0);
+        if (i / 2 % 2)
+            onion_nbd_begin_threads(server, i); /* also as it is stopped */
         while (i % 2 && onion_nbd_connections(server, NULL, 0) < 2)
             sched_yield();
         if (i % 2)
@@ -238,6 +241,100 @@ static void check_threads_that_are_kept(void) {
             pthread_join(threads[at], NULL);
         onion_nbd_free(server);
     }
+}
+
+/* Tells all who wait that what they want was found. */
+static void tell_all(struct onion_nbd_server *server) {
+    const char *names[2 * ASKING];
+    uint64_t until;
+    size_t count = 0;
+    char *asked;
+    int64_t bytes = onion_nbd_asked(server, &asked, &until);
+    CHECK(bytes >= 0);
+    for (int64_t at = 0; at < bytes; at += (int64_t)strlen(asked + at) + 1)
+        names[count++] = asked + at;
+    onion_nbd_found(server, names, count, until);
+    free(asked);
+}
+
+static int find_for_all(void *context, const char *name, uint32_t length) {
+    CHECK(length == 8 && !memcmp(name, "export-", 7));
+    if (name[7] == '0')
+        tell_all(*(struct onion_nbd_server **)context);
+    return 1;
+}
+
+static void *ask(void *argument) {
+    const struct client *client = argument;
+    char text[] = "export-0";
+    text[7] = (char)('0' + client->number % 3);
+    struct onion_nbd_string name = {text, (uint32_t)strlen(text)};
+    CHECK(onion_nbd_ask(client->server, &name) == 1);
+    return NULL;
+}
+
+/* They get the turn, are told that their exports were found, also by somebody who has no turn, and give up waiting, all at
+ * the same moments. Where they do not give up, a turn that got lost would be waited for without an end. */
+static void check_turns(void) {
+    struct onion_nbd_server *server;
+    struct onion_nbd_options options = {.connections_max = 64,
+                                        .request_bytes_max = 1 << 20,
+                                        .bytes_in_flight_max = 1 << 20,
+                                        .hooks = {.find_export = find_for_all, .context = &server}};
+    for (uint32_t i = 0; i < 2 * ROUNDS; i++) {
+        struct client clients[ASKING];
+        pthread_t threads[ASKING];
+        options.turn_ms = i % 4 ? 1000000000 : i / 4 % 2;
+        CHECK(onion_nbd_new(&options, &server) == 0);
+        for (uint32_t at = 0; at < ASKING; at++) {
+            clients[at] = (struct client){server, at};
+            CHECK(pthread_create(&threads[at], NULL, ask, &clients[at]) == 0);
+        }
+        for (uint32_t at = 0; at < i % 5; at++)
+            tell_all(server);
+        for (int at = 0; at < ASKING; at++)
+            pthread_join(threads[at], NULL);
+        onion_nbd_free(server);
+    }
+}
+
+static uint32_t asking_in(struct onion_nbd_server *server) {
+    char *asked;
+    uint64_t until, count = 0;
+    int64_t bytes = onion_nbd_asked(server, &asked, &until);
+    for (int64_t at = 0; at < bytes; at++)
+        count += !asked[at];
+    free(asked);
+    return (uint32_t)count;
+}
+
+/* The turn was passed to the first one that waits, which has not looked yet when it is told that its export was found. So it
+ * does not take the turn, and the next one has to get it. */
+static void check_turn_of_one_that_is_found(void) {
+    struct onion_nbd_server *server;
+    struct onion_nbd_options options = {.connections_max = 64,
+                                        .request_bytes_max = 1 << 20,
+                                        .bytes_in_flight_max = 1 << 20,
+                                        .turn_ms = 1000000000,
+                                        .hooks = {.find_export = find_for_all, .context = &server}};
+    struct client clients[2];
+    pthread_t threads[2];
+    const char *name = "export-1";
+    CHECK(onion_nbd_new(&options, &server) == 0);
+    server->is_asked = 1;
+    for (uint32_t at = 0; at < 2; at++) {
+        clients[at] = (struct client){server, at + 1};
+        CHECK(pthread_create(&threads[at], NULL, ask, &clients[at]) == 0);
+        while (asking_in(server) <= at)
+            sched_yield();
+    }
+    pthread_mutex_lock(&server->lock);
+    server->is_asked = 0;
+    pthread_mutex_unlock(&server->lock);
+    onion_nbd_found(server, &name, 1, UINT64_MAX);
+    for (int at = 0; at < 2; at++)
+        pthread_join(threads[at], NULL);
+    onion_nbd_free(server);
 }
 
 struct waiting_replacement {
@@ -301,6 +398,8 @@ int main(void) {
     check_requests();
     check_clients_side_by_side();
     check_threads_that_are_kept();
+    check_turns();
+    check_turn_of_one_that_is_found();
     check_stop_while_a_replacement_waits();
     puts("nbd: all holds");
     return 0;

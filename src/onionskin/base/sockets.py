@@ -13,7 +13,7 @@ import select
 import socket
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from onionskin.base.held import held
@@ -99,6 +99,15 @@ class UnixListener:
         ) != self._identity:  # some file systems in user space have an inode for each name
             os.unlink(path)  # noqa: PTH108 - likewise
             raise OSError(errno.EMLINK, os.strerror(errno.EMLINK), str(path))
+
+    def add_names(self, paths: Sequence[FilePath]) -> set[FilePath]:
+        """Give the socket more names by one call. Returns those that it has: `add_name` says what is wrong with others."""
+        from onionskin.kernels._names import link_all
+
+        if self._inode < 0:
+            self._inode = self._open_inode()
+        errors = link_all(self._inode, paths, replaces=True)
+        return {path for path, error in zip(paths, errors, strict=True) if not error}
 
     def _open_inode(self) -> int:
         """Open the file of the socket, which is not at its first name any more where somebody replaced that."""

@@ -191,7 +191,7 @@ def printable(text: str) -> str:
 
 def cell(text: str) -> str:
     """Make one line of a text from elsewhere, without anything that a terminal would obey."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> str:

@@ -102,9 +102,19 @@ class ControlSocket:
     is_shared : bool
         Whether the path may be one more name of a socket that other volumes of the store have too. Callers of another
         version may not know that, so what is served from the start has a socket of its own.
+    listens : bool
+        Whether it listens at once. Otherwise `listen_together` has it listen.
     """
 
-    def __init__(self, path: FilePath, served: Served, log: Callable[[str], None], *, is_shared: bool = False) -> None:
+    def __init__(
+        self,
+        path: FilePath,
+        served: Served,
+        log: Callable[[str], None],
+        *,
+        is_shared: bool = False,
+        listens: bool = True,
+    ) -> None:
         self._path = path.absolute()
         self._held: Served | None = served
         self._log = log
@@ -119,7 +129,8 @@ class ControlSocket:
             _listening[self._path] = self
         self._listener: _Listener | _SharedListener | None = None
         try:
-            self._listener = shared_listener(self._path, log) if is_shared else _Listener(self, self._path)
+            if listens:
+                self._listener = shared_listener(self._path, log) if is_shared else _Listener(self, self._path)
         except BaseException:
             self.close()
             raise
@@ -326,6 +337,28 @@ def shared_listener(path: FilePath, log: Callable[[str], None]) -> "_SharedListe
         return made
 
 
+def listen_together(controls: Sequence[ControlSocket]) -> list[ControlSocket]:
+    """Have the sockets of volumes of one store listen, which do not yet, as names of the one that they share.
+
+    Returns those that do not: something is in the way.
+    """
+    with _sharing_guard:
+        found = _shared.get(controls[0]._path.parent) if controls else None
+        joined = found.join_all([one._path for one in controls]) if found else set()
+        for one in controls:
+            if one._path in joined:
+                one._listener = found
+    failed = []
+    for one in controls:
+        if one._listener is None:
+            try:
+                one._listener = shared_listener(one._path, one._log)
+            except (OnionskinError, OSError, RuntimeError) as error:
+                one._log(f"control: {one._path}: {error}")
+                failed.append(one)
+    return failed
+
+
 class _SharedListener:
     """One socket with a name for each of several volumes of a store. A caller says which of them it means.
 
@@ -357,6 +390,20 @@ class _SharedListener:
             self._paths.discard(path)
             return False
         return True
+
+    def join_all(self, paths: Sequence[FilePath]) -> set[FilePath]:
+        """Listen at several more paths. Returns those at which it does, as `join` would. The caller holds the guard."""
+        if os.getpid() != self._process or not self._paths:
+            return set()
+        self._paths.update(paths)  # first, as in `join`
+        added: set[FilePath] = set()
+        try:
+            added = self._listener.add_names(paths)
+        except OSError:
+            pass
+        finally:
+            self._paths -= {*paths} - added
+        return added
 
     def leave(self, path: FilePath) -> None:
         """Listen no more at a path."""

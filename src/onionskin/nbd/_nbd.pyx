@@ -70,7 +70,7 @@ cdef extern from "nbd/server.h" nogil:
         ONION_NBD_TO_READ
         ONION_NBD_UNWRITTEN
     int onion_nbd_add_export(onion_nbd_server *, const char *, onion_volume *, onion_nbd_access, const char *)
-    void onion_nbd_found(onion_nbd_server *, const char *, uint64_t)
+    void onion_nbd_found(onion_nbd_server *, const char **, size_t, uint64_t)
     int64_t onion_nbd_asked(onion_nbd_server *, char **, uint64_t *)
     int onion_nbd_set_default(onion_nbd_server *, const char *)
     int onion_nbd_rename_export(onion_nbd_server *, const char *, const char *, const char *)
@@ -84,6 +84,7 @@ cdef extern from "nbd/server.h" nogil:
     int onion_nbd_list(onion_nbd_listing *, const char *, const char *)
     int64_t onion_nbd_serve(onion_nbd_server *, int, const char *, int, uint32_t)
     int onion_nbd_accept(onion_nbd_server *, int)
+    void onion_nbd_begin_threads(onion_nbd_server *, uint32_t)
     uint32_t onion_nbd_connections(onion_nbd_server *, onion_nbd_connection_info *, uint32_t)
     void onion_nbd_count(onion_nbd_server *, onion_nbd_counters *)
     int onion_nbd_count_export(onion_nbd_server *, const char *, onion_nbd_counters *)
@@ -481,12 +482,22 @@ cdef class NbdServer:
                 pass  # nothing here could be called so
         return [name for name in names if name], until
 
-    def found(self, name, until):
-        """Tell the clients that wait for their turn, and want this export, that it was added: they go on at once.
+    def found(self, names, until):
+        """Tell the clients that wait for their turn, and want one of these exports, that it was added: they go on at once.
 
-        Only those that had asked when `asked` returned `until`. The name may have got another meaning before others asked.
+        Only those that had asked when `asked` returned `until`. A name may have got another meaning before others asked.
         """
-        onion_nbd_found(self._server, _encoded(name), until)
+        cdef list encoded = [_encoded(name) for name in names]
+        cdef size_t count = len(encoded), i
+        cdef uint64_t c_until = until
+        cdef const char **at = <const char **>malloc((count + 1) * sizeof(char *))
+        if at == NULL:
+            raise MemoryError(f"no memory for {count} names")
+        for i in range(count):
+            at[i] = <bytes>encoded[i]
+        with nogil:
+            onion_nbd_found(self._server, at, count, c_until)
+        free(at)
 
     def set_default(self, name):
         """Make an export answer to the empty name, too."""
@@ -665,6 +676,15 @@ cdef class NbdServer:
             status = onion_nbd_accept(self._server, c_listener)
         if status < 0:
             raise OSError(-status, os.strerror(-status))
+
+    def begin_threads(self, count):
+        """Start threads for clients that come, until so many are there, and keep as many. At most 128.
+
+        To start one takes as long as a handshake. Where the system gives no more of them, there are fewer.
+        """
+        cdef uint32_t c_count = count
+        with nogil:
+            onion_nbd_begin_threads(self._server, c_count)
 
     def connections(self):
         """Return a dict for each open connection: id, peer, export (None: negotiating), tls, and its `counters`."""

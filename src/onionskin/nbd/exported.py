@@ -134,6 +134,8 @@ class ServedVolume(Exported):
         Whether the label stays, whatever the volume is called.
     is_found : bool
         Whether it is served since a client asked for it. A server has many of those, and they share what they can.
+    listens : bool
+        As for its `ControlSocket`.
     """
 
     def __init__(
@@ -147,6 +149,7 @@ class ServedVolume(Exported):
         log: Callable[[str], None],
         is_fixed: bool = False,
         is_found: bool = False,
+        listens: bool = True,
     ) -> None:
         super().__init__(volume)
         self.is_fixed = is_fixed
@@ -166,7 +169,7 @@ class ServedVolume(Exported):
             if not is_found:  # else what is there is replaced as one that a process has left which is gone
                 with suppress(FileNotFoundError):
                     path.unlink()  # this process holds the volume, so the process that made the socket is gone
-            self.control = ControlSocket(path, self, log, is_shared=is_found)
+            self.control = ControlSocket(path, self, log, is_shared=is_found, listens=listens)
         except BaseException:
             if not self._is_refused:
                 with suppress(KeyError, StateError):

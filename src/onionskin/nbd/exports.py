@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from onionskin.base.closing import call_all
 from onionskin.base.paths import FilePath
 from onionskin.catalog import VolumeRow
-from onionskin.control.server import is_listening
+from onionskin.control.server import is_listening, listen_together
 from onionskin.errors import OnionskinError, StateError, VolumeNotFoundError
 from onionskin.nbd._nbd import NbdServer
 from onionskin.nbd.changed_blocks import ChangedBlocks
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 VIEW_IDLE_SECONDS = 30.0
 NAME_WAIT_SECONDS = 0.05  # a volume that is renamed or has just been opened is in the table soon
-TOGETHER_MAX = 48  # the clients of some forks are answered while the next ones are opened
+TOGETHER_MAX = 128  # of very many, the others have the next turn
 IDLE_VIEWS_MAX = 16  # a client that lists all exports opens one after the other
 
 
@@ -117,6 +117,11 @@ class Exports:
     def uris(self) -> list[str]:
         """The addresses that clients connect to."""
         return self._uris()
+
+    @property
+    def has_whole_stores(self) -> bool:
+        """Whether volumes of a store are served that were not there at the start, such as forks."""
+        return bool(self._whole_stores)
 
     # ---- what is served ----
 
@@ -198,6 +203,35 @@ class Exports:
                 return served
         served.close()
         raise StateError("the server is stopping")
+
+    def _offer_together(self, volumes: dict[str, Volume]) -> list[str]:
+        """Export open volumes of one store, of which the caller makes the labels. Returns those that are served.
+
+        The others are closed.
+        """
+        made: dict[str, ServedVolume] = {}
+        closing: dict[str, Callable[[], None]] = {called: volume.close for called, volume in volumes.items()}
+        try:
+            for called, volume in volumes.items():
+                del closing[called]  # it is closed where it cannot be served
+                with suppress(OnionskinError, OSError):  # its client is told in its turn
+                    made[called] = ServedVolume(
+                        *(self, self._nbd, volume, called),
+                        guard=self.table.guard,
+                        log=self._log,
+                        is_found=True,
+                        listens=False,
+                    )
+                    closing[called] = made[called].close
+            unheard = listen_together([served.control for served in made.values()])
+            with self.table.guard:
+                for called, served in made.items():
+                    if not (self._stopping.is_set() or served.control in unheard):
+                        self.table.served[called] = served
+                        del closing[called]
+        finally:
+            call_all(list(closing.values()))
+        return [called for called in made if called not in closing]
 
     def names(self) -> list[str]:
         """Return the names of all exports that clients can ask for."""
@@ -360,10 +394,12 @@ class Exports:
             return False
         served: set[str] = set()
 
-        def serve(called: str, volume: Volume) -> None:
-            self._offer(volume, called, is_found=True)
-            self._nbd.found(called, until)
-            served.add(called)
+        def serve(volumes: dict[str, Volume]) -> None:
+            offered = self._offer_together(volumes)
+            self._nbd.found(offered, until)
+            served.update(offered)
+            if self._stopping.is_set():
+                raise StateError("the server is stopping")
 
         with suppress(OnionskinError, OSError, ValueError), self.table.being_made_together(wanted) as mine:
             open_beside(first.volume, mine, serve)

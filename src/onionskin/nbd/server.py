@@ -29,6 +29,7 @@ from onionskin.operations import load_all
 
 TIDY_SECONDS = 5.0
 LINES_SECONDS = 0.05  # a line of the log may be so late: openings of exports would wait for it otherwise
+READY_THREADS = 96  # begun before there are clients, where forks are made and served: a hundred may come at once
 TURN_SECONDS = 0.2  # so long a client waits at most while the export of another one is opened
 
 
@@ -130,6 +131,8 @@ class Server:
         try:
             accepting.start()
             ready()
+            if self.exports.has_whole_stores:
+                self._nbd.begin_threads(min(READY_THREADS, self._limits.connections_max))
             while not self._stopping.is_set():
                 self._tidying.clear()
                 self.exports.tidy()

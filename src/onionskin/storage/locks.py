@@ -20,7 +20,7 @@ import os
 import stat
 import struct
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from errno import EACCES, EBADF, EDQUOT, ELOOP, ENOSPC, EROFS
 from functools import lru_cache
@@ -406,6 +406,21 @@ class VolumeLock:
             _refuse_held(self._path, self._volume_name)
         _write_holder(self._descriptor)
 
+    @staticmethod
+    def make_files_together(locks: "Sequence[VolumeLock]", shared: "SharedFile") -> "list[VolumeLock]":
+        """Do what `make_file` does for volumes that were just locked, by one call for all of them.
+
+        The caller listens at their control sockets next, in place of what a server that was killed has left there.
+        Returns those for which it could not be done so: `make_file` does it, or says what is in the way.
+        """
+        for lock in locks:
+            lock._shared = shared  # first, as in `make_file`
+        added = shared.add_all([lock._path for lock in locks])
+        left = [lock for lock in locks if lock._path not in added]
+        for lock in left:
+            lock._shared = None
+        return left
+
     def close(self) -> None:
         """Give the volume up. Further calls do nothing."""
         descriptor, self._descriptor = self._descriptor, -1
@@ -504,6 +519,19 @@ class SharedFile:
             if not is_added:
                 self.remove(path)
             return is_added
+
+    def add_all(self, paths: "Sequence[FilePath]") -> set[FilePath]:
+        """Let the file stand for the lock files of several more volumes. Returns those for which it does, as `add` would."""
+        from onionskin.kernels._names import link_all
+
+        with self._guard:
+            if self._descriptor < 0:  # the first one makes the file
+                return set(filter(self.add, paths))
+            self._paths.update(paths)  # first, as in `add`
+            refused = [path for path, error in zip(paths, link_all(self._descriptor, paths), strict=True) if error]
+            for path in refused:
+                self.remove(path)
+            return {*paths}.difference(refused)
 
     def _link(self, path: FilePath) -> bool:
         """Give the file one more name. False: who looks there does not find the locked file."""

@@ -12,7 +12,7 @@ import threading
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from errno import EINVAL
 from typing import TYPE_CHECKING, TypeVar
@@ -31,7 +31,7 @@ from onionskin.storage.open_store import OpenStore
 from onionskin.storage.shared_paths import OpenChain, closed_path
 
 if TYPE_CHECKING:
-    from onionskin.catalog import LayerRow
+    from onionskin.catalog import LayerRow, SegmentRow
     from onionskin.kernels._volume import DataPath
     from onionskin.storage.locks import BaseLock, ByteLocks, ReadersLock, VolumeLock
 
@@ -295,6 +295,28 @@ def is_unwritten(store: OpenStore, volume: bytes, head: "LayerRow") -> bool:
     return not (
         head.map_frames or bytes_in(layout.dirty_path(volume)) or bytes_in(layout.map_path(head.map_id)) > HEADER_BYTES
     )
+
+
+def unwritten(store: OpenStore, heads: "Sequence[tuple[bytes, LayerRow, Sequence[SegmentRow]]]") -> "list[LayerRow]":
+    """Return those of several heads for which `is_unwritten` holds, and whose segments are empty.
+
+    Each comes with its volume's id and its segments. All files are looked at by one call.
+    """
+    from onionskin.kernels._names import sizes_of
+
+    layout = store.layout
+    files: list[str] = []
+    for volume, head, segments in heads:
+        files += (layout.map_path(head.map_id), layout.dirty_path(volume))
+        files += [layout.segment_path(segment.id) for segment in segments]
+    sizes, at = sizes_of(files), 0
+    found = []
+    for _, head, segments in heads:
+        end = at + 2 + len(segments)
+        if not head.map_frames and sizes[at] <= HEADER_BYTES and not any(sizes[at + 1 : end]):
+            found.append(head)
+        at = end
+    return found
 
 
 class Unwritten(NamedTuple):

@@ -16,6 +16,7 @@ from onionskin.base.waiting import within
 from onionskin.nbd._nbd import NbdServer
 
 KEPT_MAX = 128
+FUTEX_WAIT_BITSET = 9
 
 
 @pytest.fixture
@@ -69,6 +70,12 @@ def _is_asleep(thread: int) -> bool:
     return Path(f"/proc/self/task/{thread}/stat").read_text().rpartition(")")[2].split()[0] == "S"
 
 
+def _waits_for_client(thread: int) -> bool:
+    """Whether it waits as `onion_nbd_await` does: for a lock, which it takes before that, a thread waits in another way."""
+    what = Path(f"/proc/self/task/{thread}/syscall").read_text().split()
+    return len(what) > 2 and int(what[2], 16) & 0x7F == FUTEX_WAIT_BITSET
+
+
 def test_clients_that_say_nothing_keep_no_thread_from_others(web: Volume) -> None:
     with _server(web) as (server, asked), ExitStack() as stack:
         _come_and_go(server)
@@ -94,6 +101,57 @@ def test_no_more_than_so_many_threads_wait(web: Volume) -> None:
         assert len(_threads() - before) == KEPT_MAX + 20
         stack.close()
         assert within(300, lambda: len(_threads() - before) == KEPT_MAX)
+
+
+def test_threads_that_were_begun_before_serve_the_clients_that_come(web: Volume) -> None:
+    with _server(web) as (server, asked), ExitStack() as stack:
+        before = _threads()
+        server.begin_threads(6)
+        begun = _threads() - before
+        assert len(begun) == 6
+        server.begin_threads(6)  # they are there
+        assert _threads() - before == begun
+        assert within(300, lambda: all(map(_waits_for_client, begun)))
+        for _ in range(6):
+            stack.enter_context(NbdClient(_connected(server), "web"))
+        assert {*asked} == begun
+        stack.enter_context(NbdClient(_connected(server), "web"))  # and one more gets a thread of its own
+        assert len({*asked}) == 7
+
+
+@pytest.mark.parametrize("seconds", [0, 0.01])
+def test_so_many_threads_as_are_to_be_ready_wait_however_long_no_client_comes(web: Volume, seconds: float) -> None:
+    with _server(web, kept_seconds=seconds) as (server, _), ExitStack() as stack:
+        before = _threads()
+        server.begin_threads(3)
+        for _ in range(9):
+            stack.enter_context(NbdClient(_connected(server), "web"))
+        assert len(_threads() - before) >= 9  # and one for each client that came before all of the three waited
+        stack.close()
+        assert within(300, lambda: len(_threads() - before) == 3)  # the time of the last one is over, and so is theirs
+        left = _threads() - before
+        for _ in range(3):
+            assert within(300, lambda: all(map(_waits_for_client, left)))
+            _come_and_go(server)
+        assert _threads() - before == left
+
+
+def test_a_stopped_server_and_the_child_of_a_fork_begin_no_threads(web: Volume) -> None:
+    with _server(web) as (server, _):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            try:
+                server.begin_threads(3)
+                os._exit(len(_threads()) != 1)
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        server.begin_threads(3)
+        server.stop()
+        before = _threads()
+        server.begin_threads(3)
+        assert not _threads() - before
 
 
 def test_a_stop_ends_the_threads_that_wait_and_refuses_later_clients(web: Volume) -> None:

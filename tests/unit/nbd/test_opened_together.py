@@ -1,5 +1,6 @@
 """Forks of one snapshot that clients ask for at once are opened together, and only those that can be."""
 
+import errno
 import fcntl
 import os
 import socket
@@ -47,7 +48,7 @@ def store(at: Path) -> Iterator[Store]:
 def open_beside(first: Volume, names: Iterable[str]) -> dict[str, Volume]:
     """Return what is opened, once all of it is."""
     opened: dict[str, Volume] = {}
-    opening.open_beside(first, names, opened.__setitem__)
+    opening.open_beside(first, names, opened.update)
     return opened
 
 
@@ -158,7 +159,7 @@ def test_an_interrupt_leaves_what_was_given_and_holds_none_of_the_others(
     with store.open("first") as first:
         monkeypatch.setattr(store, "_unwritten_head", interrupt_third)
         with pytest.raises(KeyboardInterrupt):
-            opening.open_beside(first, NAMES, given.__setitem__)
+            opening.open_beside(first, NAMES, given.update)
         monkeypatch.undo()
         assert len(given) == 2
         for name in NAMES:
@@ -170,15 +171,16 @@ def test_an_interrupt_leaves_what_was_given_and_holds_none_of_the_others(
 def test_where_one_cannot_be_taken_those_behind_it_are_left_to_others(store: Store) -> None:
     taken: dict[str, Volume] = {}
 
-    def take(name: str, volume: Volume) -> None:
-        if len(taken) == 2:
-            volume.close()
+    def take(volumes: dict[str, Volume]) -> None:
+        if taken:
+            for volume in volumes.values():
+                volume.close()
             raise StateError("the server is stopping")
-        taken[name] = volume
+        taken.update(volumes)
 
     with store.open("first") as first:
         opening.open_beside(first, NAMES, take)
-        assert len(taken) == 2
+        assert len(taken) == 1
         for name in NAMES:
             (taken.get(name) or store.open(name)).close()
     assert not store._opened.views._open
@@ -211,7 +213,7 @@ def test_a_client_is_answered_while_the_fork_of_the_next_one_is_opened(
 
 
 def _read_when_all_wait(
-    server: Server, asked: list[str], then: Callable[[str], object] = lambda name: None
+    server: Server, asked: list[str], then: Callable[[str], object] = lambda name: None, *, may_fail: bool = False
 ) -> dict[str, bytes]:
     """Read from exports for which all clients wait at once. What was read is followed by `then`."""
     found: dict[str, bytes] = {}
@@ -224,7 +226,11 @@ def _read_when_all_wait(
         return within(300, lambda: len(nbd.asked()[0]) == len(asked) - 1) and find(name)
 
     def read(name: str) -> None:
-        found[name] = _read(server, name)
+        try:
+            found[name] = _read(server, name)
+        except OSError:
+            if not may_fail:
+                raise
         then(name)
 
     nbd.on_unknown_export = find_when_all_wait
@@ -302,6 +308,104 @@ def renaming(at: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
             store.fork("web@later", names=["later-1"])
         assert _read(server, "first") == b"a" * 4096
         yield server
+
+
+@pytest.mark.parametrize("suffix", ["lock", "control"])
+def test_what_is_in_the_way_of_a_file_of_one_keeps_none_of_the_others_from_being_opened_together(
+    renaming: Server, by_themselves: list[str], suffix: str
+) -> None:
+    store = renaming.exports._whole_stores[0]
+    in_the_way = Path(store._opened.layout.volumes, f"{store._opened.catalog.volume('job-3').id.hex()}.{suffix}")
+    in_the_way.mkdir()
+    by_themselves.clear()
+    found = _read_when_all_wait(renaming, NAMES, may_fail=True)
+    assert found == {name: b"a" * 4096 for name in NAMES if name != "job-3"}
+    assert by_themselves == ["job-3"]
+    for name in found:
+        with onionskin.connect(store.path, name) as live:
+            live.snapshot("mine")
+    in_the_way.rmdir()
+    assert _read(renaming, "job-3") == b"a" * 4096
+
+
+def test_where_the_lock_of_one_cannot_be_made_all_others_are_opened_by_the_same_call(store: Store) -> None:
+    Path(store._opened.layout.volume_lock(store._opened.catalog.volume("job-3").id)).mkdir()
+    with store._open_to_write("first", is_one_of_many=True) as first, ExitStack() as stack:
+        opened = open_beside(first, NAMES)
+        for volume in opened.values():
+            stack.callback(volume.close)
+        assert opened.keys() == {*NAMES} - {"job-3"}
+
+
+def test_where_the_control_socket_of_one_cannot_be_made_all_others_are_served_by_the_same_call(
+    renaming: Server,
+) -> None:
+    table, store = renaming.exports.table, renaming.exports._whole_stores[0]
+    store._opened.layout.volume_control(store._opened.catalog.volume("job-3").id).mkdir()
+    volumes = open_beside(table.served["first"].volume, NAMES)
+    assert (
+        {*renaming.exports._offer_together(volumes)} == {*NAMES} - {"job-3"} == table.served.keys() - {"web", "first"}
+    )
+    assert [name for name, volume in volumes.items() if volume.closed] == ["job-3"]
+    table.served.pop("first").close()  # the socket that all share is left by the one that made it
+    for name in {*NAMES} - {"job-3"}:
+        with onionskin.connect(store.path, name) as live:
+            live.snapshot("mine")
+
+
+def test_what_a_killed_server_left_at_the_control_sockets_of_some_is_replaced(
+    renaming: Server, by_themselves: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = renaming.exports._whole_stores[0]
+    monkeypatch.chdir(store._opened.layout.volumes)  # the path of a socket is short
+    for name in ("job-1", "job-5"):
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(f"{store._opened.catalog.volume(name).id.hex()}.control")
+    by_themselves.clear()
+    assert _read_when_all_wait(renaming, NAMES) == dict.fromkeys(NAMES, b"a" * 4096)
+    assert not by_themselves
+    for name in NAMES:
+        with onionskin.connect(store.path, name) as live:
+            live.snapshot("mine")
+
+
+def test_no_name_of_a_file_is_left_of_what_was_opened_together_and_closed(renaming: Server) -> None:
+    store = renaming.exports._whole_stores[0]
+    assert _read_when_all_wait(renaming, NAMES) == dict.fromkeys(NAMES, b"a" * 4096)
+    volumes = Path(store._opened.layout.volumes)
+    suffixes = [path.suffix for path in volumes.iterdir()]
+    assert suffixes.count(".lock") == suffixes.count(".control") == len(NAMES) + 2  # and `first` and `web`
+    renaming.close()
+    assert not [path for path in volumes.iterdir() if path.suffix == ".control" or path.stat().st_nlink > 1]
+
+
+def test_where_a_file_system_makes_another_file_of_a_second_name_each_has_files_of_its_own(
+    renaming: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, paths: list[str], *, replaces: bool = False) -> list[int]:
+        return [errno.EMLINK] * len(paths)
+
+    monkeypatch.setattr("onionskin.kernels._names.link_all", refuse)
+    assert _read_when_all_wait(renaming, NAMES) == dict.fromkeys(NAMES, b"a" * 4096)
+    for name in NAMES:
+        with onionskin.connect(renaming.exports._whole_stores[0].path, name) as live:
+            live.snapshot("mine")
+
+
+def test_threads_wait_for_the_clients_of_a_whole_store_before_there_are_any(
+    at: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[set[str]] = []
+    server = Server(limits=Limits(connections_max=9), allow_revert=False, log=lambda line: None)
+    server.exports.add_store(at)
+
+    def stop() -> None:
+        threads.append({*os.listdir("/proc/self/task")})
+        server.stop()
+
+    monkeypatch.setattr(server.exports, "tidy", stop)
+    server.run(lambda: threads.append({*os.listdir("/proc/self/task")}))
+    assert len(threads[1] - threads[0]) >= 9
 
 
 class _Asking(threading.Thread):

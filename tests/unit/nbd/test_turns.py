@@ -113,7 +113,7 @@ def test_who_is_told_that_an_export_was_found_goes_on_while_another_one_has_the_
             for other in ("one", "two", "three"):
                 server.add_export(other, web._path, read_only=True)
             for other in {"one", "two", "three"} - {name}:
-                server.found(other, server.asked()[1])
+                server.found([other], server.asked()[1])
             assert within(300, lambda: len(got) == 2)
             has_read.set()
         return True
@@ -134,7 +134,7 @@ def test_who_asks_behind_what_was_found_asks_by_itself(web: Volume) -> None:
             begun.set()
             assert within(300, lambda: server.asked()[0] == ["web"])
             server.add_export("web", web._path, read_only=True)
-            server.found("web", before)
+            server.found(["web"], before)
             assert server.asked()[0] == ["web"]
         return name == "web"
 
