@@ -200,10 +200,11 @@ def device(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """Make a loop device over a file, which is full of ones."""
     made: list[str] = []
 
-    def make(size_bytes: int, file: Path = tmp_path / "backing") -> Path:
+    def make(size_bytes: int, file: Path = tmp_path / "backing", *options: str) -> Path:
         if not file.exists():
             file.write_bytes(b"\1" * size_bytes)
-        attached = subprocess.run(["losetup", "--find", "--show", file], check=True, capture_output=True, text=True)
+        command = ["losetup", "--find", "--show", *options, file]
+        attached = subprocess.run(command, check=True, capture_output=True, text=True)
         made.append(attached.stdout.strip())
         return Path(made[-1])
 
@@ -321,6 +322,45 @@ def test_a_block_device_over_a_base_or_a_file_of_the_store_is_not_written(
     refused = run("export", f"{vms}/web", device(0, vms / "reserve"), "--yes")
     assert refused.exit_code == 2
     assert "a file of the store itself" in refused.stderr
+
+
+@pytest.mark.parametrize("verb", ["export {vms}/web -", "export {vms}/web /dev/stdout", "delta {vms}/web@a"])
+def test_a_stdout_that_is_a_block_device_over_a_base_is_not_written(
+    run: Run, vms: Path, tmp_path: Path, device: Callable[..., Path], verb: str
+) -> None:
+    base = tmp_path / "base"
+    target = device(1 << 20, base)
+    assert run("create", f"{vms}/over", "--base", base).exit_code == 0
+    assert run("snapshot", f"{vms}/web@a").exit_code == 0
+    refused = shell(f"os {verb} > {{target}}", vms=vms, target=target)
+    assert (refused.returncode, refused.stdout) == (5, b"")
+    assert refused.stderr.startswith(f"onionskin: stdout stands on {base}, a base that volumes stand on".encode())
+    assert set(base.read_bytes()) == {1}
+
+
+def test_a_stdout_that_is_a_block_device_in_use_is_not_written(
+    vms: Path, tmp_path: Path, device: Callable[..., Path]
+) -> None:
+    target = device(4 << 20)
+    descriptor = os.open(target, os.O_RDONLY | os.O_EXCL)  # as a mount claims it
+    try:
+        refused = shell("os export {vms}/web - > {target}", vms=vms, target=target)
+    finally:
+        os.close(descriptor)
+    assert (refused.returncode, refused.stderr[:33]) == (5, b"onionskin: stdout is in use: it i")
+    written = shell("os export {vms}/web - > {target}", vms=vms, target=target)
+    assert (written.returncode, written.stderr) == (0, b"")
+    assert target.read_bytes()[: 1 << 20] == b"clean" + bytes((1 << 20) - 5)
+
+
+def test_a_block_device_that_is_read_only_is_refused_before_anybody_is_asked(
+    run: Run, vms: Path, tmp_path: Path, device: Callable[..., Path]
+) -> None:
+    target = device(1 << 20, tmp_path / "backing", "--read-only")
+    for words in [], ["--yes"]:
+        refused = run("export", f"{vms}/web", target, *words)
+        assert refused.exit_code == 5
+        assert f"{target} is read-only; choose another device" in refused.stderr
 
 
 def test_a_block_device_is_no_base_and_that_is_said_with_the_reason(

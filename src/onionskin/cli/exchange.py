@@ -363,11 +363,19 @@ def apply(name: Name, file: "FilePath", as_json: bool) -> None:
 
 
 def _refuse_stdout_in(store: "Store") -> None:
-    """Refuse to write to stdout if that is a file which a disk of the store reads."""
-    from onionskin.operations.export import refuse_open_file
+    """Refuse to write to stdout if that is a file which a disk of the store reads, or a device over one, or in use."""
+    from onionskin.operations.export import refuse_file_below, refuse_open_file
 
     try:
         descriptor = sys.stdout.fileno()
     except OSError:  # a program has put an object of its own there
         return
-    refuse_open_file(store._opened, descriptor, "stdout")
+    found = os.fstat(descriptor)
+    if not stat.S_ISBLK(found.st_mode):
+        refuse_open_file(store._opened, descriptor, "stdout")
+        return
+    from onionskin.exchange.block_devices import files_below, refuse_in_use
+
+    for file in files_below(found.st_rdev, "stdout"):
+        refuse_file_below(store._opened, "stdout", file)
+    refuse_in_use(descriptor, "stdout")
