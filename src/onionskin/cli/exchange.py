@@ -6,7 +6,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 import click
 
@@ -34,6 +34,7 @@ from onionskin.exchange.image_formats import KNOWN, READ, SUFFIXES, refuse_optio
 if TYPE_CHECKING:
     from onionskin.base.paths import FilePath
     from onionskin.delta import Delta, Readable
+    from onionskin.images import ImageKind
     from onionskin.store import Store
 
 FORMAT = click.Choice(READ)
@@ -55,7 +56,7 @@ _GOALS = {"stdout": "stdout", "stream": "a pipe", "device": "a block device"}
 def import_(
     image: "FilePath",
     name: Name,
-    image_format: str | None,
+    image_format: "ImageKind | None",
     block_size: int | None,
     wipe: Literal["release", "zero"] | None,
     as_json: bool,
@@ -129,7 +130,7 @@ def _image_to_read(image: "FilePath") -> "Iterator[FilePath | IO[bytes]]":
 def export(
     name: Name,
     image: "FilePath",
-    image_format: str | None,
+    image_format: "ImageKind | None",
     compress: bool,
     options: tuple[str, ...],
     yes: bool,
@@ -163,7 +164,7 @@ def export(
     output.tell(as_json, value, lambda: f"wrote {image}: {output.size(size_bytes)}, {kind}")
 
 
-def _format_by_suffix(image: "FilePath") -> str:
+def _format_by_suffix(image: "FilePath") -> "ImageKind":
     """Return the format that a file's name promises: a raw image under the name of another format would deceive."""
     suffix = image.suffix[1:].lower()
     kind = SUFFIXES.get(suffix, suffix)
@@ -171,7 +172,7 @@ def _format_by_suffix(image: "FilePath") -> str:
         raise click.UsageError(
             f"{image} has the name of a {kind} file, which is not written here: give --format, one of {', '.join(READ)}"
         )
-    return kind if kind in READ else "raw"
+    return cast("ImageKind", kind) if kind in READ else "raw"
 
 
 def _goal(image: "FilePath") -> Literal["file", "stdout", "stream", "device"]:
