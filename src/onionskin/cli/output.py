@@ -287,6 +287,7 @@ def confirm_loss(question: str, loss: str, *, yes: bool, advice: str = "drop the
     try:
         agreed = click.confirm(cell(question), err=True)
     except click.Abort as ended:
+        click.echo(err=True)  # the line of the question has not ended
         if isinstance(ended.__context__, KeyboardInterrupt):  # click makes one of Ctrl-C and of the end of the input
             raise KeyboardInterrupt from None
         raise
