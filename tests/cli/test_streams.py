@@ -1,5 +1,6 @@
 """Images that come from stdin or a FIFO and go to stdout, a FIFO or a block device."""
 
+import bz2
 import contextlib
 import errno
 import fcntl
@@ -65,6 +66,13 @@ def test_a_stream_of_zstd_that_wants_more_memory_is_not_called_damaged(run: Run,
     assert "unpack it by hand, with that option" in refused.stderr
 
 
+def test_a_stream_of_bzip2_that_was_cut_short_is_refused_with_what_is_wrong(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(bz2.compress(DISK)[:4000])
+    refused = run("import", tmp_path / "image", f"{tmp_path}/vms/web")
+    assert refused.exit_code == 6
+    assert "bzip2 could not unpack it: bzip2: Compressed file ends unexpectedly; fetch it again" in refused.stderr
+
+
 @pytest.mark.parametrize("name", ["-", "/dev/stdin"])
 def test_a_closed_stdin_is_no_image_and_makes_no_store(tmp_path: Path, name: str) -> None:
     done = shell("os import {name} {vms}/new <&-", name=name, vms=tmp_path / "vms")
@@ -94,6 +102,39 @@ def test_only_a_raw_image_goes_to_a_fifo(run: Run, vms: Path, tmp_path: Path) ->
     refused = run("export", f"{vms}/web", tmp_path / "fifo", "--format", "qcow2")
     assert refused.exit_code == 2
     assert "only a raw image can be written to a pipe" in refused.stderr
+
+
+def test_a_delta_is_written_to_stdout_where_its_output_is_called_so(run: Run, vms: Path) -> None:
+    assert run("snapshot", f"{vms}/web@a").exit_code == 0
+    stream = run("delta", f"{vms}/web@a").stdout_bytes
+    assert len(stream) > 4096
+    for line in "os delta {vms}/web@a -o - | cat", "os delta {vms}/web@a -o /dev/stdout | cat":
+        assert len(shell(line, vms=vms).stdout) == len(stream)
+
+
+def test_a_delta_to_what_is_no_file_is_refused_and_nobody_is_told_to_remove_it(
+    run: Run, vms: Path, tmp_path: Path, device: Callable[..., Path]
+) -> None:
+    assert run("snapshot", f"{vms}/web@a").exit_code == 0
+    os.mkfifo(tmp_path / "fifo")
+    for path, what in (tmp_path / "fifo", "a pipe"), (device(1 << 20), "a block device"):
+        refused = run("delta", f"{vms}/web@a", "-o", path)
+        assert refused.exit_code == 2
+        assert f"{path} is {what}, and not a new file: leave out --output, and write '> {path}'" in refused.stderr
+
+
+def test_a_block_device_that_does_not_fit_is_refused_before_any_of_it_is_written(
+    run: Run, vms: Path, device: Callable[..., Path]
+) -> None:
+    source = device((1 << 20) + 512)
+    refused = shell("os write {vms}/web 0 < {source}", vms=vms, source=source)
+    assert refused.returncode == 2
+    assert run("read", f"{vms}/web", 0, 5).stdout == "clean"
+    written = shell(
+        "{{ dd bs=512 count=1 status=none of=/dev/null; os write {vms}/web 0; }} < {source}", vms=vms, source=source
+    )
+    assert (written.returncode, written.stderr) == (0, b"")
+    assert run("read", f"{vms}/web", 0, 5).stdout == "\1" * 5
 
 
 def overwrite(base: Path) -> None:

@@ -255,7 +255,7 @@ def _export_to_device(name: Name, image: "FilePath", *, as_json: bool, yes: bool
 
 @click.command()
 @click.argument("names", type=SNAPSHOT, nargs=-1, required=True, metavar="[STORE/VOLUME@A] STORE/VOLUME@B")
-@click.option("-o", "--output", "path", type=PLAIN_FILE, help="Write to this new file and not to stdout.")
+@click.option("-o", "--output", "path", type=PLAIN_FILE, help="Write to this new file, and not to stdout (-).")
 @click.option("--dry-run", is_flag=True, help="Write nothing, and say how much the stream would hold at most.")
 @trust_option
 @json_option
@@ -280,6 +280,12 @@ def delta(names: tuple[Name, ...], path: "FilePath | None", dry_run: bool, as_js
     if dry_run:
         _tell_estimate(names, start, as_json=as_json)
         return
+    if str(path) in _STDOUT:
+        path = None
+    elif path is not None and _goal(path) != "file":
+        raise click.UsageError(
+            f"{path} is {_GOALS[_goal(path)]}, and not a new file: leave out --output, and write '> {path}'"
+        )
     if path is None and sys.stdout.isatty():
         raise click.UsageError("the stream is not for a terminal: pipe it to apply, or give --output FILE")
     with (
