@@ -40,10 +40,18 @@ def tell(as_json: bool, value: Any, draw: Draw) -> None:
     """Print what was done, as `show` does.
 
     Where no stdout was given nothing is printed, since nobody asked for it, and what was done is done: a status other than 0
-    would say that it was not. What was asked for, `show` prints, and that fails there.
+    would say that it was not. What was asked for, `show` prints, and that fails there. Where printing fails, the error says
+    that it is done: nobody shall do it twice.
     """
-    if is_heard():
+    if not is_heard():
+        return
+    try:
         show(as_json, value, draw)
+    except OSError as error:
+        if error.errno is None or error.errno == errno.EPIPE:  # who read it has gone, and wants no word
+            raise
+        what = f"{error.strerror}; what was asked for is done, and only this could not be said"
+        raise OSError(error.errno, what, error.filename) from None
 
 
 def is_heard() -> bool:
