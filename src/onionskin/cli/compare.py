@@ -40,8 +40,8 @@ class SideType(click.ParamType):  # type: ignore[type-arg]
                 return path
             if path.exists() and not path.is_dir():
                 self.fail(
-                    f"{value} is neither a file nor a block device, and is not compared: write what it holds to a file, or give "
-                    "it to 'onionskin import -', first",
+                    f"{value} is neither a file nor a block device, and is not compared: write what it holds to a file, or "
+                    "give it to 'onionskin import -', first",
                     param,
                     ctx,
                 )
