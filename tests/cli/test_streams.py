@@ -137,6 +137,20 @@ def test_a_block_device_that_does_not_fit_is_refused_before_any_of_it_is_written
     assert run("read", f"{vms}/web", 0, 5).stdout == "\1" * 5
 
 
+def test_a_pipe_that_does_not_wait_for_its_reader_gets_all_of_a_long_output(vms: Path) -> None:
+    verb = "map {vms}/web --columns 200 --rows 50 --json"
+    whole = shell(f"os {verb}", vms=vms).stdout
+    reader, writer = os.pipe()
+    size = fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)  # so much does the pipe hold
+    os.set_blocking(writer, False)
+    command = [os.sys.executable, "-m", "onionskin", *verb.format(vms=vms).split()]  # type: ignore[attr-defined]
+    with open(reader, "rb") as read, subprocess.Popen(command, stdout=writer) as process:
+        os.close(writer)
+        assert read.read() == whole
+    assert process.returncode == 0
+    assert len(whole) > size
+
+
 def overwrite(base: Path) -> None:
     with open(base, "r+b") as file:
         file.write(b"later")

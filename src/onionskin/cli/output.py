@@ -68,8 +68,23 @@ def is_heard() -> bool:
 
 def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
     """Print a text; an error names the output as its cause."""
-    with naming("stderr" if err else "stdout"):
-        click.echo(text, err=err, nl=nl)
+    name, stream = ("stderr", sys.stderr) if err else ("stdout", sys.stdout)
+    with naming(name):
+        if _waits(stream):
+            click.echo(text, err=err, nl=nl)
+            return
+        whole = (text if stream.isatty() else click.unstyle(text)) + "\n" * nl
+        out = StandardStream(name, stream.buffer)
+        out.write(whole.encode(stream.encoding, stream.errors or "strict"))
+        out.flush()
+
+
+def _waits(stream: Any) -> bool:
+    """Whether a write to it waits for its reader. Into a pipe that does not, click writes what fits, and the rest is lost."""
+    try:
+        return os.get_blocking(stream.fileno())
+    except (OSError, ValueError):  # it has no descriptor, or that is gone, which printing says
+        return True
 
 
 @contextlib.contextmanager
