@@ -57,7 +57,13 @@ nitpick_ignore = [
             "Array",
             "Bytes",
             "ExtentArray",
+            "LayerKind",
+            "MachineState",
+            "OpenMode",
             "ReadableBuffer",
+            "RecordedMode",
+            "Severity",
+            "SnapshotMode",
             "WipePolicy",
             "WritableBuffer",
         ),  # onionskin.base.annotations

@@ -43,7 +43,17 @@ if TYPE_CHECKING:
 
     import numpy.typing
 
-    from onionskin.base.annotations import AnyPath, Bytes, ExtentArray, ReadableBuffer, WipePolicy, WritableBuffer
+    from onionskin.base.annotations import (
+        AnyPath,
+        Bytes,
+        ExtentArray,
+        MachineState,
+        OpenMode,
+        ReadableBuffer,
+        SnapshotMode,
+        WipePolicy,
+        WritableBuffer,
+    )
     from onionskin.catalog import Defaults
     from onionskin.machine.taken import MachineSnapshot
     from onionskin.operations.chain_members import ChainLayer
@@ -236,7 +246,7 @@ class Store:
 
     @_twin_of(onionskin.store.Store.open)
     def open(
-        self, name: str, *, snapshot: str | None = None, verify: bool = False, mode: str = "w"
+        self, name: str, *, snapshot: str | None = None, verify: bool = False, mode: "OpenMode" = "w"
     ) -> "Opening[Volume]":
         """Await `onionskin.Store.open`, or use it with ``async with``."""
         return self._opening(partial(self.sync.open, name, snapshot=snapshot, verify=verify, mode=mode))
@@ -1037,7 +1047,7 @@ class Machine:
     # ---- looking ----
 
     @_twin_of(onionskin.machine.machine.Machine.state)
-    async def state(self) -> str:
+    async def state(self) -> "MachineState":
         """Await the property `onionskin.Machine.state`."""
         return await self._run(lambda: self._sync.state)
 
@@ -1097,7 +1107,7 @@ class Machine:
 
     @_twin_of(onionskin.machine.machine.Machine.snapshot)
     async def snapshot(
-        self, name: str | None = None, note: str = "", *, mode: str | None = None, freeze: bool = False
+        self, name: str | None = None, note: str = "", *, mode: "SnapshotMode | None" = None, freeze: bool = False
     ) -> "MachineSnapshot":
         """Await `onionskin.Machine.snapshot`."""
         return await self._run(self._sync.snapshot, name, note, mode=mode, freeze=freeze)

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from onionskin.volume import Volume
 
 AnyPath = str | os.PathLike[str]
+ImageKind = Literal["raw", "qcow2", "vmdk", "vhd", "vhdx", "vdi"]
 FORMATS = READ
 _CHUNK_BYTES = 4 << 20
 ZERO_UNIT_BYTES = 4096  # a multiple of the sectors of all devices
@@ -89,7 +90,7 @@ def import_image(
     path: AnyPath | IO[bytes],
     name: str,
     *,
-    format: str | None = None,
+    format: ImageKind | None = None,
     block_size: int | None = None,
     wipe: Literal["release", "zero"] | None = None,
     progress: Progress | None = None,
@@ -403,7 +404,7 @@ def export_image(
     volume: "Volume",
     path: AnyPath,
     *,
-    format: str = "raw",
+    format: ImageKind = "raw",
     progress: Progress | None = None,
     compress: bool = False,
     options: Sequence[str] = (),

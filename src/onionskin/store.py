@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import onionskin
-    from onionskin.base.annotations import AnyPath, ExtentArray, WipePolicy
+    from onionskin.base.annotations import AnyPath, ExtentArray, OpenMode, WipePolicy
     from onionskin.catalog.rows import LayerRow
     from onionskin.operations import forks
     from onionskin.operations.chain_members import ChainLayer
@@ -361,7 +361,7 @@ class Store:
                 store.change(lambda: volumes.remove_volumes(store, [id], recursive=False))
                 volumes.unlink_files(store, [id])
 
-    def open(self, name: str, *, snapshot: str | None = None, verify: bool = False, mode: str = "w") -> "Volume":
+    def open(self, name: str, *, snapshot: str | None = None, verify: bool = False, mode: "OpenMode" = "w") -> "Volume":
         """Open a volume for writing, or a read-only view of one of its snapshots, or of its head.
 
         Any thread may call it. A process that died may have left data that was not flushed. Every opening of the head

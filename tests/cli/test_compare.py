@@ -135,3 +135,13 @@ def test_a_path_that_cannot_be_looked_at_is_no_difference(run: Run, vms: Path) -
     failed = run("compare", "a" * 300, f"{vms}/web")
     assert failed.exit_code == 2
     assert "File name too long" in failed.stderr
+
+
+def test_what_is_no_file_and_no_device_with_blocks_is_not_taken_for_a_volume(
+    run: Run, vms: Path, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in "/dev/null", tmp_path / "fifo":
+        refused = run("compare", f"{vms}/web", path)
+        assert refused.exit_code == 2
+        assert f"{path} is neither a file nor a block device, and is not compared" in refused.stderr

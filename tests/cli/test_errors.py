@@ -499,6 +499,8 @@ def fill_but(directory: Path, room: int) -> None:
         ("tree {s} -o - >/dev/full", 7, "stdout: No space left on device; free space there"),
         ("--help >/dev/full", 7, "stdout: No space left on device; free space there"),
         ("list {s} >/dev/full 2>/dev/full", 7, ""),
+        ("snapshot {s}/web@n >/dev/full", 7, "stdout: No space left on device; what was asked for is done"),
+        ("rename {s}/other o --json >/dev/full", 7, "and only this could not be said"),
     ],
 )
 def test_a_stream_that_is_closed_or_full_is_named(run: Run, vms: Path, command: str, status: int, said: str) -> None:

@@ -64,6 +64,17 @@ def test_without_a_terminal_it_wants_a_yes_and_then_gives_back_what_was_said(run
     assert held - held_bytes(grown) == bytes_freed
 
 
+@pytest.mark.parametrize("words", [["0", "--force"], ["65T"], ["+64T"], ["4096"]], ids=" ".join)
+def test_a_dry_run_of_a_resize_is_refused_in_the_words_in_which_the_resize_is(
+    run: Run, grown: Path, words: list[str]
+) -> None:
+    refused = run("resize", f"{grown}/web", *words)  # also before anybody is asked
+    would_be = run("resize", f"{grown}/web", *words, "--dry-run")
+    assert refused.exit_code in (2, 5)
+    assert "nothing else holds" not in refused.stderr
+    assert (would_be.exit_code, would_be.stderr) == (refused.exit_code, refused.stderr)
+
+
 def held_bytes(vms: Path) -> int:
     with Store(vms, create=False) as store:
         return sum(row.bytes_held for name in store for row in store.usage(name))

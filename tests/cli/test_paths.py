@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,29 @@ def test_a_name_that_the_locale_cannot_write_is_told_with_what_it_can(spawn: Spa
     assert (process.returncode, errors) == (0, b"")
     assert b"not ? utf-8" in out
     assert image.exists()
+
+
+def test_a_base_whose_path_is_no_text_is_refused_with_the_reason(run: Run, vms: Path, tmp_path: Path) -> None:
+    image = tmp_path / os.fsdecode(b"not \xff utf-8")
+    image.write_bytes(bytes(1 << 20))
+    refused = run("create", f"{vms}/over", "--base", image)
+    assert refused.exit_code == 2
+    assert "cannot be a base: the catalog keeps its path, which is not text that UTF-8 can hold" in refused.stderr
+    assert run("info", f"{vms}/over").exit_code == 3
+
+
+def test_a_command_that_an_error_names_can_be_typed_as_it_stands(run: Run, vms: Path) -> None:
+    assert run("rename", f"{vms}/web", "it's new").exit_code == 0
+    refused = run("discard", f"{vms}/it's new@none", "--yes")
+    assert refused.exit_code == 3
+    _, _, command = refused.stderr.strip().partition("list them with: ")
+    assert shlex.split(command) == ["onionskin", "snapshots", f"{vms}/it's new"]
+
+
+def test_an_empty_name_comes_from_a_variable_that_is_not_set(run: Run) -> None:
+    refused = run("info", "")
+    assert refused.exit_code == 2
+    assert "the name is empty" in refused.stderr
 
 
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))

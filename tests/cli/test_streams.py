@@ -1,5 +1,6 @@
 """Images that come from stdin or a FIFO and go to stdout, a FIFO or a block device."""
 
+import bz2
 import contextlib
 import errno
 import fcntl
@@ -65,6 +66,13 @@ def test_a_stream_of_zstd_that_wants_more_memory_is_not_called_damaged(run: Run,
     assert "unpack it by hand, with that option" in refused.stderr
 
 
+def test_a_stream_of_bzip2_that_was_cut_short_is_refused_with_what_is_wrong(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(bz2.compress(DISK)[:4000])
+    refused = run("import", tmp_path / "image", f"{tmp_path}/vms/web")
+    assert refused.exit_code == 6
+    assert "bzip2 could not unpack it: bzip2: Compressed file ends unexpectedly; fetch it again" in refused.stderr
+
+
 @pytest.mark.parametrize("name", ["-", "/dev/stdin"])
 def test_a_closed_stdin_is_no_image_and_makes_no_store(tmp_path: Path, name: str) -> None:
     done = shell("os import {name} {vms}/new <&-", name=name, vms=tmp_path / "vms")
@@ -94,6 +102,53 @@ def test_only_a_raw_image_goes_to_a_fifo(run: Run, vms: Path, tmp_path: Path) ->
     refused = run("export", f"{vms}/web", tmp_path / "fifo", "--format", "qcow2")
     assert refused.exit_code == 2
     assert "only a raw image can be written to a pipe" in refused.stderr
+
+
+def test_a_delta_is_written_to_stdout_where_its_output_is_called_so(run: Run, vms: Path) -> None:
+    assert run("snapshot", f"{vms}/web@a").exit_code == 0
+    stream = run("delta", f"{vms}/web@a").stdout_bytes
+    assert len(stream) > 4096
+    for line in "os delta {vms}/web@a -o - | cat", "os delta {vms}/web@a -o /dev/stdout | cat":
+        assert len(shell(line, vms=vms).stdout) == len(stream)
+
+
+def test_a_delta_to_what_is_no_file_is_refused_and_nobody_is_told_to_remove_it(
+    run: Run, vms: Path, tmp_path: Path, device: Callable[..., Path]
+) -> None:
+    assert run("snapshot", f"{vms}/web@a").exit_code == 0
+    os.mkfifo(tmp_path / "fifo")
+    for path, what in (tmp_path / "fifo", "a pipe"), (device(1 << 20), "a block device"):
+        refused = run("delta", f"{vms}/web@a", "-o", path)
+        assert refused.exit_code == 2
+        assert f"{path} is {what}, and not a new file: leave out --output, and write '> {path}'" in refused.stderr
+
+
+def test_a_block_device_that_does_not_fit_is_refused_before_any_of_it_is_written(
+    run: Run, vms: Path, device: Callable[..., Path]
+) -> None:
+    source = device((1 << 20) + 512)
+    refused = shell("os write {vms}/web 0 < {source}", vms=vms, source=source)
+    assert refused.returncode == 2
+    assert run("read", f"{vms}/web", 0, 5).stdout == "clean"
+    written = shell(
+        "{{ dd bs=512 count=1 status=none of=/dev/null; os write {vms}/web 0; }} < {source}", vms=vms, source=source
+    )
+    assert (written.returncode, written.stderr) == (0, b"")
+    assert run("read", f"{vms}/web", 0, 5).stdout == "\1" * 5
+
+
+def test_a_pipe_that_does_not_wait_for_its_reader_gets_all_of_a_long_output(vms: Path) -> None:
+    verb = "map {vms}/web --columns 200 --rows 50 --json"
+    whole = shell(f"os {verb}", vms=vms).stdout
+    reader, writer = os.pipe()
+    size = fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)  # so much does the pipe hold
+    os.set_blocking(writer, False)
+    command = [os.sys.executable, "-m", "onionskin", *verb.format(vms=vms).split()]  # type: ignore[attr-defined]
+    with open(reader, "rb") as read, subprocess.Popen(command, stdout=writer) as process:
+        os.close(writer)
+        assert read.read() == whole
+    assert process.returncode == 0
+    assert len(whole) > size
 
 
 def overwrite(base: Path) -> None:
@@ -200,10 +255,11 @@ def device(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """Make a loop device over a file, which is full of ones."""
     made: list[str] = []
 
-    def make(size_bytes: int, file: Path = tmp_path / "backing") -> Path:
+    def make(size_bytes: int, file: Path = tmp_path / "backing", *options: str) -> Path:
         if not file.exists():
             file.write_bytes(b"\1" * size_bytes)
-        attached = subprocess.run(["losetup", "--find", "--show", file], check=True, capture_output=True, text=True)
+        command = ["losetup", "--find", "--show", *options, file]
+        attached = subprocess.run(command, check=True, capture_output=True, text=True)
         made.append(attached.stdout.strip())
         return Path(made[-1])
 
@@ -321,6 +377,45 @@ def test_a_block_device_over_a_base_or_a_file_of_the_store_is_not_written(
     refused = run("export", f"{vms}/web", device(0, vms / "reserve"), "--yes")
     assert refused.exit_code == 2
     assert "a file of the store itself" in refused.stderr
+
+
+@pytest.mark.parametrize("verb", ["export {vms}/web -", "export {vms}/web /dev/stdout", "delta {vms}/web@a"])
+def test_a_stdout_that_is_a_block_device_over_a_base_is_not_written(
+    run: Run, vms: Path, tmp_path: Path, device: Callable[..., Path], verb: str
+) -> None:
+    base = tmp_path / "base"
+    target = device(1 << 20, base)
+    assert run("create", f"{vms}/over", "--base", base).exit_code == 0
+    assert run("snapshot", f"{vms}/web@a").exit_code == 0
+    refused = shell(f"os {verb} > {{target}}", vms=vms, target=target)
+    assert (refused.returncode, refused.stdout) == (5, b"")
+    assert refused.stderr.startswith(f"onionskin: stdout stands on {base}, a base that volumes stand on".encode())
+    assert set(base.read_bytes()) == {1}
+
+
+def test_a_stdout_that_is_a_block_device_in_use_is_not_written(
+    vms: Path, tmp_path: Path, device: Callable[..., Path]
+) -> None:
+    target = device(4 << 20)
+    descriptor = os.open(target, os.O_RDONLY | os.O_EXCL)  # as a mount claims it
+    try:
+        refused = shell("os export {vms}/web - > {target}", vms=vms, target=target)
+    finally:
+        os.close(descriptor)
+    assert (refused.returncode, refused.stderr[:33]) == (5, b"onionskin: stdout is in use: it i")
+    written = shell("os export {vms}/web - > {target}", vms=vms, target=target)
+    assert (written.returncode, written.stderr) == (0, b"")
+    assert target.read_bytes()[: 1 << 20] == b"clean" + bytes((1 << 20) - 5)
+
+
+def test_a_block_device_that_is_read_only_is_refused_before_anybody_is_asked(
+    run: Run, vms: Path, tmp_path: Path, device: Callable[..., Path]
+) -> None:
+    target = device(1 << 20, tmp_path / "backing", "--read-only")
+    for words in [], ["--yes"]:
+        refused = run("export", f"{vms}/web", target, *words)
+        assert refused.exit_code == 5
+        assert f"{target} is read-only; choose another device" in refused.stderr
 
 
 def test_a_block_device_is_no_base_and_that_is_said_with_the_reason(

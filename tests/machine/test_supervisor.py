@@ -443,7 +443,7 @@ def test_a_server_that_dies_again_and_again_is_given_up_and_that_is_said(
 
 
 def test_a_stop_with_a_dead_server_ends_with_an_error_in_bounded_time_and_the_machine_goes_on(
-    lab: Machine,
+    lab: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
     lab.start()
     with console(lab) as screen:
@@ -457,6 +457,9 @@ def test_a_stop_with_a_dead_server_ends_with_an_error_in_bounded_time_and_the_ma
             os.kill(server, signal.SIGCONT)
         screen.wait_ticks(5)
     assert lab.state == "running"
+    assert [record.getMessage() for record in caplog.records if record.name == "onionskin.machine.control"] == [
+        f"waiting for process {server}, which serves the disks of machine 'lab': it is stopped; kill -CONT lets it go on"
+    ]
 
 
 def test_a_machine_whose_supervisor_was_killed_is_taken_over_by_the_next_command(lab: Machine) -> None:

@@ -5,10 +5,12 @@ Never run: tools/check_typing.py hands it to mypy and to pyright.
 
 import mmap
 from pathlib import Path
+from typing import Literal
 
 import numpy
 
 import onionskin
+from onionskin.images import export_image, import_image
 
 with onionskin.Store(Path("vms")) as store:
     store.create("a", size="1G", wipe="zero")
@@ -24,6 +26,7 @@ with onionskin.Store(Path("vms")) as store:
     store.create("g", size="1G", wipe=volume.wipe, block_size=volume.block_size)
     store.create("h", size="1G", wipe=store.info("a").wipe)
     store.set_defaults(wipe=store.defaults().wipe)
+    store.set_defaults(wipe=store.store_info().default_wipe)
     volume.block_size = 8192  # wrong
     volume.write(0, b"bytes")
     volume.write(0, bytearray(4096))
@@ -45,3 +48,16 @@ with onionskin.Store(Path("vms")) as store:
     name: str = volume.usage()[0].nothing  # wrong
     first: numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.uint8]] = volume.read_blocks([0])
     text: str = volume.read(0, 1)  # wrong
+
+    store.open("a", mode="r").close()
+    store.open("a", mode="rw")  # wrong
+    machine = store.open_machine("lab")
+    machine.snapshot("b", mode="live")
+    machine.snapshot("c", mode="off")  # wrong
+    state: Literal["off", "running", "paused", "failed"] = machine.state
+    import_image(store, "x", "v", format="qcow2")
+    import_image(store, "x", "v", format="qed")  # wrong
+    export_image(volume, "out.vmdk", format="vmdk")
+    export_image(volume, "out.vmdk", format="vmkd")  # wrong
+    severities: list[Literal["error", "notice"]] = [problem.severity for problem in store.check()]
+    kinds: list[Literal["head", "snapshot", "layer", "base"]] = [node.kind for node in store.tree()]

@@ -17,6 +17,12 @@ AnyPath: TypeAlias = str | os.PathLike[str]
 # NumPy's stubs say that an array is a buffer from Python 3.12 on only.
 ReadableBuffer: TypeAlias = Buffer | numpy.typing.NDArray[Any]
 WipePolicy: TypeAlias = Literal["release", "zero"]
+OpenMode: TypeAlias = Literal["w", "r"]
+SnapshotMode: TypeAlias = Literal["live", "pause"]
+RecordedMode: TypeAlias = Literal["live", "pause", "off"]
+MachineState: TypeAlias = Literal["off", "running", "paused", "failed"]
+Severity: TypeAlias = Literal["error", "notice"]
+LayerKind: TypeAlias = Literal["head", "snapshot", "layer", "base"]
 # memoryview is one of them: whether it is of a writable object only the program knows.
 WritableBuffer: TypeAlias = bytearray | memoryview | array.array[Any] | mmap.mmap | numpy.typing.NDArray[Any]
 Bytes: TypeAlias = numpy.typing.NDArray[numpy.uint8]

@@ -258,6 +258,8 @@ class VolumeOrStoreType(NameType):
         """
         if not isinstance(value, str):
             return super().convert(value, param, ctx)
+        if value == "":
+            self.fail("the name is empty", param, ctx)
         if is_store(FilePath(value)):
             return FilePath(value)
         directory, slash, last = value.rstrip("/").rpartition("/")

@@ -66,8 +66,8 @@ def write(name: Name, offset: int, as_json: bool) -> None:
 
     The data is durable when the command succeeds.
 
-    If stdin is a file, data that would not fit is refused before any of it is written. From a pipe, the data that
-    fits is written first.
+    If stdin is a file or a block device, data that would not fit is refused before any of it is written. From a pipe,
+    the data that fits is written first.
     """
     if sys.stdin.isatty():
         raise click.UsageError("write takes its data from stdin: pipe something to it")
@@ -85,9 +85,14 @@ def write(name: Name, offset: int, as_json: bool) -> None:
 
 
 def _length_of_file(source: output.StandardStream) -> int:
-    """Return the bytes left in a file; 0 for a pipe, whose length is not known."""
+    """Return the bytes left in a file or a block device; 0 for a pipe, whose length is not known."""
     try:
         status = os.fstat(source.fileno())
+        if stat.S_ISBLK(status.st_mode):
+            at = os.lseek(source.fileno(), 0, os.SEEK_CUR)
+            end = os.lseek(source.fileno(), 0, os.SEEK_END)
+            os.lseek(source.fileno(), at, os.SEEK_SET)
+            return end - at
         return max(0, status.st_size - source.tell()) if stat.S_ISREG(status.st_mode) else 0
     except OSError:
         return 0

@@ -20,9 +20,11 @@ def find_snapshot(snapshots: "list[Snapshot]", name: Name) -> "Snapshot":
     for snapshot in snapshots:
         if snapshot.name == name.snapshot:
             return snapshot
+    import shlex
+
     raise SnapshotNotFoundError(
         f"volume {name.volume!r} has no snapshot {name.snapshot!r}; "
-        f"list them with: onionskin snapshots {name.store}/{name.volume}"
+        f"list them with: onionskin snapshots {shlex.quote(f'{name.store}/{name.volume}')}"
     )
 
 

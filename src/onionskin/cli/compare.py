@@ -38,6 +38,13 @@ class SideType(click.ParamType):  # type: ignore[type-arg]
         try:
             if path.is_file() or path.is_block_device():
                 return path
+            if path.exists() and not path.is_dir():
+                self.fail(
+                    f"{value} is neither a file nor a block device, and is not compared: write what it holds to a file, or "
+                    "give it to 'onionskin import -', first",
+                    param,
+                    ctx,
+                )
         except OSError as error:  # its status would be that of a difference
             self.fail(f"{value}: {error.strerror}; check the path", param, ctx)
         if "/" not in value:

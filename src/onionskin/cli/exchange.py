@@ -6,7 +6,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 import click
 
@@ -34,6 +34,7 @@ from onionskin.exchange.image_formats import KNOWN, READ, SUFFIXES, refuse_optio
 if TYPE_CHECKING:
     from onionskin.base.paths import FilePath
     from onionskin.delta import Delta, Readable
+    from onionskin.images import ImageKind
     from onionskin.store import Store
 
 FORMAT = click.Choice(READ)
@@ -55,7 +56,7 @@ _GOALS = {"stdout": "stdout", "stream": "a pipe", "device": "a block device"}
 def import_(
     image: "FilePath",
     name: Name,
-    image_format: str | None,
+    image_format: "ImageKind | None",
     block_size: int | None,
     wipe: Literal["release", "zero"] | None,
     as_json: bool,
@@ -129,7 +130,7 @@ def _image_to_read(image: "FilePath") -> "Iterator[FilePath | IO[bytes]]":
 def export(
     name: Name,
     image: "FilePath",
-    image_format: str | None,
+    image_format: "ImageKind | None",
     compress: bool,
     options: tuple[str, ...],
     yes: bool,
@@ -163,7 +164,7 @@ def export(
     output.tell(as_json, value, lambda: f"wrote {image}: {output.size(size_bytes)}, {kind}")
 
 
-def _format_by_suffix(image: "FilePath") -> str:
+def _format_by_suffix(image: "FilePath") -> "ImageKind":
     """Return the format that a file's name promises: a raw image under the name of another format would deceive."""
     suffix = image.suffix[1:].lower()
     kind = SUFFIXES.get(suffix, suffix)
@@ -171,7 +172,7 @@ def _format_by_suffix(image: "FilePath") -> str:
         raise click.UsageError(
             f"{image} has the name of a {kind} file, which is not written here: give --format, one of {', '.join(READ)}"
         )
-    return kind if kind in READ else "raw"
+    return cast("ImageKind", kind) if kind in READ else "raw"
 
 
 def _goal(image: "FilePath") -> Literal["file", "stdout", "stream", "device"]:
@@ -254,7 +255,7 @@ def _export_to_device(name: Name, image: "FilePath", *, as_json: bool, yes: bool
 
 @click.command()
 @click.argument("names", type=SNAPSHOT, nargs=-1, required=True, metavar="[STORE/VOLUME@A] STORE/VOLUME@B")
-@click.option("-o", "--output", "path", type=PLAIN_FILE, help="Write to this new file and not to stdout.")
+@click.option("-o", "--output", "path", type=PLAIN_FILE, help="Write to this new file, and not to stdout (-).")
 @click.option("--dry-run", is_flag=True, help="Write nothing, and say how much the stream would hold at most.")
 @trust_option
 @json_option
@@ -279,6 +280,12 @@ def delta(names: tuple[Name, ...], path: "FilePath | None", dry_run: bool, as_js
     if dry_run:
         _tell_estimate(names, start, as_json=as_json)
         return
+    if str(path) in _STDOUT:
+        path = None
+    elif path is not None and _goal(path) != "file":
+        raise click.UsageError(
+            f"{path} is {_GOALS[_goal(path)]}, and not a new file: leave out --output, and write '> {path}'"
+        )
     if path is None and sys.stdout.isatty():
         raise click.UsageError("the stream is not for a terminal: pipe it to apply, or give --output FILE")
     with (
@@ -363,11 +370,19 @@ def apply(name: Name, file: "FilePath", as_json: bool) -> None:
 
 
 def _refuse_stdout_in(store: "Store") -> None:
-    """Refuse to write to stdout if that is a file which a disk of the store reads."""
-    from onionskin.operations.export import refuse_open_file
+    """Refuse to write to stdout if that is a file which a disk of the store reads, or a device over one, or in use."""
+    from onionskin.operations.export import refuse_file_below, refuse_open_file
 
     try:
         descriptor = sys.stdout.fileno()
     except OSError:  # a program has put an object of its own there
         return
-    refuse_open_file(store._opened, descriptor, "stdout")
+    found = os.fstat(descriptor)
+    if not stat.S_ISBLK(found.st_mode):
+        refuse_open_file(store._opened, descriptor, "stdout")
+        return
+    from onionskin.exchange.block_devices import files_below, refuse_in_use
+
+    for file in files_below(found.st_rdev, "stdout"):
+        refuse_file_below(store._opened, "stdout", file)
+    refuse_in_use(descriptor, "stdout")

@@ -481,7 +481,7 @@ def usage(name: Name, as_json: bool) -> None:
 @click.option("--freeze", is_flag=True, help="Have the agent in the guest freeze its file systems meanwhile.")
 @trust_option
 @json_option
-def snapshot(name: Name, note: str, mode: str | None, freeze: bool, as_json: bool) -> None:
+def snapshot(name: Name, note: str, mode: Literal["live", "pause"] | None, freeze: bool, as_json: bool) -> None:
     """Take a snapshot of a machine: RAM, devices and disks.
 
     They are of one instant, and the configuration is kept, too. The machine runs on if it ran, and stays paused if it

@@ -40,10 +40,18 @@ def tell(as_json: bool, value: Any, draw: Draw) -> None:
     """Print what was done, as `show` does.
 
     Where no stdout was given nothing is printed, since nobody asked for it, and what was done is done: a status other than 0
-    would say that it was not. What was asked for, `show` prints, and that fails there.
+    would say that it was not. What was asked for, `show` prints, and that fails there. Where printing fails, the error says
+    that it is done: nobody shall do it twice.
     """
-    if is_heard():
+    if not is_heard():
+        return
+    try:
         show(as_json, value, draw)
+    except OSError as error:
+        if error.errno is None or error.errno == errno.EPIPE:  # who read it has gone, and wants no word
+            raise
+        what = f"{error.strerror}; what was asked for is done, and only this could not be said"
+        raise OSError(error.errno, what, error.filename) from None
 
 
 def is_heard() -> bool:
@@ -60,8 +68,23 @@ def is_heard() -> bool:
 
 def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
     """Print a text; an error names the output as its cause."""
-    with naming("stderr" if err else "stdout"):
-        click.echo(text, err=err, nl=nl)
+    name, stream = ("stderr", sys.stderr) if err else ("stdout", sys.stdout)
+    with naming(name):
+        if _waits(stream):
+            click.echo(text, err=err, nl=nl)
+            return
+        whole = (text if stream.isatty() else click.unstyle(text)) + "\n" * nl
+        out = StandardStream(name, stream.buffer)
+        out.write(whole.encode(stream.encoding, stream.errors or "strict"))
+        out.flush()
+
+
+def _waits(stream: Any) -> bool:
+    """Whether a write to it waits for its reader. Into a pipe that does not, click writes what fits, and the rest is lost."""
+    try:
+        return os.get_blocking(stream.fileno())
+    except (OSError, ValueError):  # it has no descriptor, or that is gone, which printing says
+        return True
 
 
 @contextlib.contextmanager
@@ -287,6 +310,7 @@ def confirm_loss(question: str, loss: str, *, yes: bool, advice: str = "drop the
     try:
         agreed = click.confirm(cell(question), err=True)
     except click.Abort as ended:
+        click.echo(err=True)  # the line of the question has not ended
         if isinstance(ended.__context__, KeyboardInterrupt):  # click makes one of Ctrl-C and of the end of the input
             raise KeyboardInterrupt from None
         raise

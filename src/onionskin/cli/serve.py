@@ -355,7 +355,10 @@ def mount(name: Name, directory: "Path", as_json: bool) -> None:
     text = f"{name.store.absolute()}/{name.volume}@{name.required_snapshot}"
     path = mount_it(text, directory, f"{name.volume}@{name.required_snapshot}.raw", trust=is_trusted())
     value = {"path": str(path), "size_bytes": size_bytes}
-    output.tell(as_json, value, lambda: f"{name} is {path} now; end it with: onionskin umount {directory}")
+    import shlex
+
+    end = f"onionskin umount {shlex.quote(str(directory))}"
+    output.tell(as_json, value, lambda: f"{name} is {path} now; end it with: {end}")
 
 
 @click.command()

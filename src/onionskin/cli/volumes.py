@@ -178,15 +178,16 @@ def resize(name: Name, wanted: NewSize, force: bool, yes: bool, dry_run: bool, a
 def _lost_by_shrinking(store: "Store", name: Name, volume: "Volume | LiveVolume", size: int, *, force: bool) -> "Loss":
     """Say what a resize drops, or refuse it as it would be refused itself."""
     from onionskin.operations.losses import Loss, of_shrinking
+    from onionskin.operations.resize import refuse_cut, refuse_size
 
+    refuse_size(size)
     if size >= volume.size_bytes:
         return Loss((), (), 0, False)
     if not isinstance(volume, onionskin.Volume):
         raise StateError(
             f"volume {name.volume!r} is being served and its clients may write up to its end; stop the server to shrink it"
         )
-    if not force:
-        raise StateError(f"resize would cut {name.volume!r} and lose what lies behind; pass force if that is meant")
+    refuse_cut(name.volume, volume.size_bytes, size, force=force)
     volume.flush()
     return of_shrinking(store._opened, name.volume, size)
 

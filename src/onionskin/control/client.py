@@ -124,6 +124,20 @@ def is_stopped(pid: int) -> bool:
     return state in (b"T", b"t")
 
 
+def say_whom_one_waits_for(connection: socket.socket, pid: int, what_it_does: str) -> None:
+    """Wait for the first byte of a reply, and log a warning if it takes long."""
+    arrives = select.poll()
+    arrives.register(connection, select.POLLIN)
+    if connection.gettimeout() is not None and not arrives.poll(frames.WORD_SECONDS * 1000):
+        _log.warning(
+            "waiting for process %s, which %s: it is %s (at most %.0f s)",
+            pid,
+            what_it_does,
+            "stopped; kill -CONT lets it go on" if is_stopped(pid) else "silent, and may hang on its disk",
+            connection.gettimeout(),
+        )
+
+
 def _silent(name: str, pid: int, seconds: float | None = None) -> str:
     who = f"process {pid}" if pid else "the process"
     waited = seconds or frames.SILENCE_SECONDS
@@ -241,7 +255,7 @@ class LiveVolume:
     def _receive(self, deadline: float | None = None) -> dict[str, Any]:
         """Wait for one frame; `deadline`, by the monotonic clock, is for all of it."""
         began = time.monotonic()
-        self._say_whom_it_waits_for()
+        say_whom_one_waits_for(self._connection, self._pid, f"serves volume {self.name!r}")
         try:
             reply = frames.receive(self._connection, bytes_max=frames.REPLY_BYTES_MAX, deadline=deadline)
         except TimeoutError:
@@ -250,19 +264,6 @@ class LiveVolume:
         if reply is None:
             raise StateError(f"the server of volume {self.name!r} went away; its log says why")
         return reply
-
-    def _say_whom_it_waits_for(self) -> None:
-        """Wait for the first byte of a reply, and log a warning if it takes long."""
-        arrives = select.poll()
-        arrives.register(self._connection, select.POLLIN)
-        if self._connection.gettimeout() is not None and not arrives.poll(frames.WORD_SECONDS * 1000):
-            _log.warning(
-                "waiting for process %s, which serves volume %r: it is %s (at most %.0f s)",
-                self._pid,
-                self.name,
-                "stopped; kill -CONT lets it go on" if is_stopped(self._pid) else "silent, and may hang on its disk",
-                self._connection.gettimeout(),
-            )
 
     # ---- looking ----
 

@@ -18,6 +18,7 @@ from onionskin.errors import StateError
 if TYPE_CHECKING:
     from pathlib import Path
 
+_BLKROGET: Final = 0x125E
 _BLKSSZGET: Final = 0x1268
 _BLKZEROOUT: Final = 0x127F
 
@@ -32,7 +33,7 @@ class BlockDevice:
     Raises
     ------
     StateError
-        It is in use.
+        It is in use, or read-only.
     OSError
         It cannot be opened.
     """
@@ -45,14 +46,16 @@ class BlockDevice:
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
-            raise StateError(
-                f"{path} is in use: it is mounted, swapped to, or part of another device; end that first"
-            ) from None
+            raise _in_use(path) from None
         try:
             found = os.fstat(self._descriptor)
             if not stat.S_ISBLK(found.st_mode):
                 raise StateError(f"{path} is no block device any more; look at it, and try again")
             self._number = found.st_rdev
+            if fcntl.ioctl(self._descriptor, _BLKROGET, bytes(4)) != bytes(
+                4
+            ):  # it is opened nevertheless, and refuses writes
+                raise StateError(f"{path} is read-only; choose another device, or make it writable: blockdev --setrw")
             self.size_bytes = os.lseek(self._descriptor, 0, os.SEEK_END)
             (self._sector_bytes,) = struct.unpack("i", fcntl.ioctl(self._descriptor, _BLKSSZGET, bytes(4)))
         except BaseException:  # it would stay claimed
@@ -97,29 +100,47 @@ class BlockDevice:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def files_below(self) -> "list[Path]":
-        """Return the backing files of all loop devices among this device and the devices below it.
+        """Return the backing files of this device: see `files_below`."""
+        return files_below(self._number, self.path)
 
-        Raises
-        ------
-        StateError
-            The system does not say what it stands on.
-        """
-        from pathlib import Path
 
-        found = []
-        directory = Path(f"/sys/dev/block/{os.major(self._number)}:{os.minor(self._number)}")
-        if not directory.exists():
-            raise StateError(
-                f"what {self.path} stands on cannot be seen, since {directory} is not there, and it might be a file that is "
-                "needed; mount /sys, and try again"
-            )
-        pending = [directory.resolve()]
-        while pending:
-            directory = pending.pop()
-            if (directory / "partition").exists():
-                directory = directory.parent
-            with contextlib.suppress(FileNotFoundError):
-                found.append(Path(os.fsdecode((directory / "loop/backing_file").read_bytes().rstrip(b"\n"))))
-            with contextlib.suppress(FileNotFoundError):
-                pending += [below.resolve() for below in (directory / "slaves").iterdir()]
-        return found
+def files_below(number: int, called: "str | os.PathLike[str]") -> "list[Path]":
+    """Return the backing files of all loop devices among a device and the devices below it.
+
+    Raises
+    ------
+    StateError
+        The system does not say what it stands on.
+    """
+    from pathlib import Path
+
+    found = []
+    directory = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    if not directory.exists():
+        raise StateError(
+            f"what {called} stands on cannot be seen, since {directory} is not there, and it might be a file that is "
+            "needed; mount /sys, and try again"
+        )
+    pending = [directory.resolve()]
+    while pending:
+        directory = pending.pop()
+        if (directory / "partition").exists():
+            directory = directory.parent
+        with contextlib.suppress(FileNotFoundError):
+            found.append(Path(os.fsdecode((directory / "loop/backing_file").read_bytes().rstrip(b"\n"))))
+        with contextlib.suppress(FileNotFoundError):
+            pending += [below.resolve() for below in (directory / "slaves").iterdir()]
+    return found
+
+
+def refuse_in_use(descriptor: int, called: str) -> None:
+    """Refuse to write to an open block device that is mounted, or in use otherwise."""
+    try:
+        os.close(os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno == errno.EBUSY:  # otherwise the caller may write to it, and not open it
+            raise _in_use(called) from None
+
+
+def _in_use(called: "str | os.PathLike[str]") -> StateError:
+    return StateError(f"{called} is in use: it is mounted, swapped to, or part of another device; end that first")

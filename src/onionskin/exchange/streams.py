@@ -165,8 +165,15 @@ def unpacked(source: Source, kind: str) -> Iterator[Source]:
         said.seek(0)
         text = said.read(1 << 16).decode(errors="replace").strip()
         if status or _LEFT_OUT in text:
-            lines = text.splitlines()[-1:] or [f"status {status}"]
-            raise FormatError(f"{source.name}: {program} could not unpack it: {lines[0]}; {_advice(text)}")
+            reason = _reason(program, text) or f"status {status}"
+            raise FormatError(f"{source.name}: {program} could not unpack it: {reason}; {_advice(text)}")
+
+
+def _reason(program: str, text: str) -> str:
+    """Return the line that says what is wrong: the last, but bzip2 says it first, and then much else."""
+    lines = text.splitlines()
+    named = [line for line in lines if line.startswith(f"{program}: ")]
+    return (named[:1] or lines[-1:] or [""])[0].strip(" ;")
 
 
 def _advice(text: str) -> str:

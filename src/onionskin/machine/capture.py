@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from onionskin.base.lazy import logger
 from onionskin.errors import OnionskinError, StateError
@@ -29,6 +29,7 @@ from onionskin.machine.taken import MachineSnapshot
 from onionskin.operations.machine_snapshots import MachineCut, cut_machine, refuse_taken_name
 
 if TYPE_CHECKING:
+    from onionskin.base.annotations import RecordedMode
     from onionskin.catalog import MachineSnapshotRow
 
 _log = logger(__name__)
@@ -151,7 +152,13 @@ def _taken_with(
         state_bytes=state_bytes,
     )
     return MachineSnapshot(
-        row.name, note, mode, pause_seconds, bytes_stored + state_stored, _names_of_disks(running, row), tuple(frozen)
+        row.name,
+        note,
+        cast("RecordedMode", mode),
+        pause_seconds,
+        bytes_stored + state_stored,
+        _names_of_disks(running, row),
+        tuple(frozen),
     )
 
 

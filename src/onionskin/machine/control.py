@@ -1,11 +1,12 @@
 """The control socket of a machine that runs: both ends. Its frames are those of the control sockets of volumes.
 
 On a connection, the supervisor greets first. Then requests and replies follow each other: {"verb", "arguments"} and
-{"result"} or {"error"}. While a verb works, its caller hears every few seconds that the supervisor lives.
+{"result"} or {"error"}. While a verb works, its caller hears every few seconds that the supervisor lives, and also which
+process is stopped that the supervisor may wait for itself.
 
 What must hold: only the user who runs the machine, and root, can connect. A request is bounded and checked before anything is
-called. A caller that hears nothing for SILENCE_SECONDS gives up, and names the process. Where the caller goes away, what it
-asked for is given up where that can be done (`has_gone`).
+called. A caller that hears nothing for WORD_SECONDS says whom it waits for, and gives up after SILENCE_SECONDS. Where the
+caller goes away, what it asked for is given up where that can be done (`has_gone`).
 """
 
 import os
@@ -18,10 +19,11 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Self
 
+from onionskin.base.lazy import logger
 from onionskin.base.sockets import UnixListener, connect_if_listening, credentials_of, has_hung_up, may_connect
 from onionskin.base.threads import SureThread
 from onionskin.control import frames
-from onionskin.control.client import is_stopped
+from onionskin.control.client import is_stopped, say_whom_one_waits_for
 from onionskin.errors import FormatError, OnionskinError, StateError
 
 VERSION = 1
@@ -38,6 +40,7 @@ ARGUMENTS: dict[str, dict[str, tuple[type, ...]]] = {
     "tell": {"hostname": (str, NoneType), "clock": (bool,)},
     "adopt": {},
 }
+_log = logger(__name__)
 
 
 class Gone(KeyboardInterrupt):
@@ -67,6 +70,8 @@ class ControlServer:
         Takes a line.
     has_ended : callable
         Whether the machine has ended. Who connects then is turned away, and finds it off a moment later.
+    who_is_stopped : callable
+        Names a process that is stopped by a signal, and that a verb may wait for; "" where there is none.
     """
 
     def __init__(
@@ -76,8 +81,10 @@ class ControlServer:
         log: Callable[[str], None],
         *,
         has_ended: Callable[[], bool] = lambda: False,
+        who_is_stopped: Callable[[], str] = lambda: "",
     ) -> None:
         self._has_ended = has_ended
+        self._who_is_stopped = who_is_stopped
         self._verbs = verbs
         self._log = log
         self._owner = os.geteuid()
@@ -161,7 +168,12 @@ class ControlServer:
 
     def _answer(self, connection: socket.socket, request: dict[str, Any]) -> dict[str, Any]:
         done = threading.Event()
-        teller = SureThread(target=_say_that_we_live, args=(connection, done), name="onionskin control", daemon=True)
+        teller = SureThread(
+            target=_say_that_we_live,
+            args=(connection, done, self._who_is_stopped),
+            name="onionskin control",
+            daemon=True,
+        )
         try:
             verb, arguments = _checked(request)
             teller.start()
@@ -176,11 +188,11 @@ class ControlServer:
                 teller.join()
 
 
-def _say_that_we_live(connection: socket.socket, done: threading.Event) -> None:
+def _say_that_we_live(connection: socket.socket, done: threading.Event, who_is_stopped: Callable[[], str]) -> None:
     while not done.wait(frames.ALIVE_SECONDS):
         with suppress(OSError, ValueError):
             if select.select([], [connection], [], 0)[1]:
-                _send(connection, {"alive": True})
+                _send(connection, {"alive": True, "stopped": who_is_stopped()})
 
 
 def _raise_if_gone(connection: socket.socket) -> None:
@@ -278,6 +290,7 @@ class MachineControl:
 
     def answer(self) -> Any:
         """Wait for the result of what was asked for, or raise its error."""
+        said = ""
         try:
             while True:
                 reply = self._receive()
@@ -285,11 +298,16 @@ class MachineControl:
                     raise frames.unpack_error(reply["error"])
                 if "result" in reply:
                     return reply["result"]
+                who = reply.get("stopped")
+                if isinstance(who, str) and who not in ("", said):
+                    said = who
+                    _log.warning("waiting for %s: it is stopped; kill -CONT lets it go on", who)
         except (KeyboardInterrupt, FormatError):
             self.close()  # so that it is given up
             raise
 
     def _receive(self) -> dict[str, Any]:
+        say_whom_one_waits_for(self._connection, self.pid, f"supervises machine {self._name!r}")
         try:
             reply = frames.receive(self._connection, bytes_max=frames.REPLY_BYTES_MAX)
         except TimeoutError:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import wraps
 from socket import socket
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from onionskin.base.files import CANNOT_LOOK
 from onionskin.base.held import held
@@ -35,7 +35,7 @@ from onionskin.operations.forks import check_wanted
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from onionskin.base.annotations import WipePolicy
+    from onionskin.base.annotations import MachineState, SnapshotMode, WipePolicy
     from onionskin.catalog import MachineSnapshotRow
     from onionskin.operations.forks import Wanted
     from onionskin.operations.machine_tree import MachineSnapshotInfo
@@ -92,9 +92,9 @@ class Machine:
     # ---- looking ----
 
     @property
-    def state(self) -> str:
+    def state(self) -> "MachineState":
         """One of "off", "running", "paused" and "failed"; `status` says why it failed."""
-        return str(self.status()["state"])
+        return cast("MachineState", str(self.status()["state"]))
 
     @property
     def configuration(self) -> Configuration:
@@ -321,7 +321,7 @@ class Machine:
 
     @_asked_again
     def snapshot(
-        self, name: str | None = None, note: str = "", *, mode: str | None = None, freeze: bool = False
+        self, name: str | None = None, note: str = "", *, mode: "SnapshotMode | None" = None, freeze: bool = False
     ) -> MachineSnapshot:
         """Take a snapshot of it: of RAM, devices, disks and configuration at one instant. It goes on if it ran.
 

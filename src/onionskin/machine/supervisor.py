@@ -30,6 +30,7 @@ from onionskin.base.lazy import logger
 from onionskin.base.os_errors import words_of
 from onionskin.base.sockets import has_hung_up
 from onionskin.base.waiting import within
+from onionskin.control.client import is_stopped
 from onionskin.errors import OnionskinError, StateError
 from onionskin.machine import capture, disk_server, orphans, qemu, qemu_command, record, restore
 from onionskin.machine.agent import kernel_of, tell_identity
@@ -384,9 +385,22 @@ class Supervisor:
         }
         verbs = {verb: self._unless_it_waits(verb, call) for verb, call in verbs.items()}
         self._control = ControlServer(
-            self._directory / record.CONTROL, verbs, self._log, has_ended=lambda: self._process.wait(0) is not None
+            self._directory / record.CONTROL,
+            verbs,
+            self._log,
+            has_ended=lambda: self._process.wait(0) is not None,
+            who_is_stopped=self._who_is_stopped,
         )
         self._ends.callback(self._control.close)
+
+    def _who_is_stopped(self) -> str:
+        """Name the hypervisor or the server of the disks where a signal stopped it: then the other one hangs, too."""
+        server = self._server.process
+        if server is not None and is_stopped(server.pid):
+            return f"process {server.pid}, which serves the disks of machine {self._name!r}"
+        if is_stopped(self._process.pid):
+            return f"process {self._process.pid}, which is QEMU of machine {self._name!r}"
+        return ""
 
     # ---- while it waits in a pool ----
 

@@ -1,6 +1,11 @@
 """A snapshot of a machine, as whoever took it is told of it. Importing this imports nothing that reads RAM."""
 
+from typing import TYPE_CHECKING
+
 from onionskin.base.records import record
+
+if TYPE_CHECKING:
+    from onionskin.base.annotations import RecordedMode
 
 
 @record
@@ -23,7 +28,7 @@ class MachineSnapshot:
 
     name: str
     note: str
-    mode: str
+    mode: "RecordedMode"
     pause_seconds: float = 0.0
     bytes_stored: int = 0
     disks: tuple[str, ...] = ()

@@ -85,9 +85,9 @@ def demonstrate(size_bytes: int, keep: Path | None, report: Callable[[Step], Non
     VerifyError
         A proof failed.
     """
-    size_bytes = size_bytes // 4096 * 4096
     if size_bytes < SIZE_BYTES_MIN:
         raise ValueError(f"a disk of {size_bytes} bytes is too small for a system; give at least 16M")
+    size_bytes = size_bytes // 4096 * 4096
     with contextlib.ExitStack() as stack:
         if keep is None:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onionskin-demo-")))

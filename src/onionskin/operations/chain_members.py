@@ -4,6 +4,7 @@ What must hold: all is read in one state of the catalog. No map is read, and not
 """
 
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 from onionskin.base.paths import FilePath
 from onionskin.base.records import record
@@ -14,6 +15,11 @@ from onionskin.storage.block_maps import read_layers
 from onionskin.storage.chain import Chain
 from onionskin.storage.layout import allocated_bytes
 from onionskin.storage.open_store import OpenStore
+
+if TYPE_CHECKING:
+    from typing import Literal
+
+    from onionskin.base.annotations import LayerKind
 
 
 @record
@@ -30,7 +36,7 @@ class ChainMember:
         In UTC: when the snapshot was taken, or the layer made. None for a base.
     """
 
-    kind: str
+    kind: "LayerKind"
     name: str
     created: datetime | None
 
@@ -54,12 +60,12 @@ class ChainLayer:
         "raw" of a base; None of a layer, which is in the store's own format.
     """
 
-    kind: str
+    kind: "LayerKind"
     name: str
     created: datetime | None
     size_bytes: int
     bytes_held: int | None
-    format: str | None
+    format: "Literal['raw'] | None"
 
 
 def chain_members(catalog: Catalog, chain: Chain) -> tuple[ChainMember, ...]:

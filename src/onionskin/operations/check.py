@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from errno import EIO, ENXIO
+from typing import TYPE_CHECKING
 
 from onionskin.base.files import CANNOT_LOOK, read_all
 from onionskin.base.limits import HEADER_BYTES
@@ -28,6 +29,9 @@ from onionskin.storage.layout import listed
 from onionskin.storage.locks import stands_for_many, volume_holder
 from onionskin.storage.open_store import OpenStore
 
+if TYPE_CHECKING:
+    from onionskin.base.annotations import Severity
+
 SEGMENTS_MAX = 0xFFFE  # the segments that a chain can have, because an index has 16 bits for their numbers
 RESTORE = "restore the file from a copy of the store"
 _RESTORE_CATALOG = "restore the catalog from a copy"
@@ -40,7 +44,7 @@ _STAGED_DIRTY_FILES = [f"dirty.{number}" for number in range(4)]
 class Problem:
     """Something that `check` found. `severity` is `error` (data is at risk) or `notice` (work is left)."""
 
-    severity: str
+    severity: "Severity"
     what: str
     where: str
     advice: str

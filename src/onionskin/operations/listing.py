@@ -23,7 +23,7 @@ from onionskin.storage.locks import volume_holder
 from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
-    from onionskin.base.annotations import WipePolicy
+    from onionskin.base.annotations import LayerKind, WipePolicy
 
 
 @record
@@ -59,7 +59,7 @@ class TreeNode:
     to one that is there.
     """
 
-    kind: str
+    kind: "LayerKind"
     name: str
     size_bytes: int
     created: datetime | None

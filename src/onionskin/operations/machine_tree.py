@@ -10,6 +10,7 @@ is off nothing reads it, so it is made anew on what stays (`reset_ram`): no RAM 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from functools import partial
+from typing import TYPE_CHECKING, cast
 
 from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.naming import check_note, some_of
@@ -23,6 +24,9 @@ from onionskin.operations.snapshots import Target, all_of_branches, refuse_disca
 from onionskin.storage.chain import NewHead
 from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
+
+if TYPE_CHECKING:
+    from onionskin.base.annotations import RecordedMode
 
 
 @record
@@ -49,7 +53,7 @@ class MachineSnapshotInfo:
     name: str
     created: datetime
     parent: str | None
-    mode: str
+    mode: "RecordedMode"
     note: str
     disks: Mapping[str, str]
     ram: str | None
@@ -93,7 +97,7 @@ def _described(
         row.name,
         when(row.created_ns),
         names.get(row.parent) if row.parent else None,
-        row.mode,
+        cast("RecordedMode", row.mode),
         row.note,
         {disk.name: _snapshot_name(catalog, bound.get(disk.position)) for disk in catalog.disks_of_machine(machine.id)},
         None if row.ram is None else _snapshot_name(catalog, row.ram),

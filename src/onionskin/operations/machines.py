@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 from onionskin.base.held import held
 from onionskin.base.limits import DISKS_MAX, MEMORY_BYTES_MAX, STATE_BYTES_MAX
@@ -37,6 +38,9 @@ from onionskin.storage.chain import NewHead
 from onionskin.storage.layout import bytes_in
 from onionskin.storage.locks import locked_to_remove, volume_holder
 from onionskin.storage.open_store import OpenStore
+
+if TYPE_CHECKING:
+    from typing import Literal
 
 BOOTS, REVERTING, RESUMES = 0, 1, 2  # `MachineRow.resumes`: what the next start begins as
 RAM_SUFFIX = ".ram"
@@ -93,7 +97,7 @@ class MachineInfo:
     """
 
     name: str
-    state: str
+    state: "Literal['off', 'running']"
     pid: int | None
     memory_bytes: int
     cpus: int

@@ -12,18 +12,28 @@ from onionskin.storage.open_head import OpenHead
 _log = logger(__name__)
 
 
-def resize(volume: OpenHead, size_bytes: int, *, force: bool) -> None:
-    """Grow or, with `force`, shrink the disk. See `Volume.resize`."""
+def refuse_size(size_bytes: int) -> None:
+    """Refuse a size that no disk can have."""
     if size_bytes < 1:
         raise ValueError("a volume has at least one byte; delete it if it is not needed")
     if size_bytes > VOLUME_BYTES_MAX:
         raise ValueError(f"a volume has at most {VOLUME_BYTES_MAX} bytes (64 TiB), not {size_bytes}")
+
+
+def refuse_cut(name: str, before_bytes: int, size_bytes: int, *, force: bool) -> None:
+    """Refuse a smaller size without `force`."""
+    if size_bytes < before_bytes and not force:
+        raise StateError(
+            f"resize would cut {name!r} from {before_bytes} to {size_bytes} bytes and lose what lies behind; pass force if "
+            "that is meant"
+        )
+
+
+def resize(volume: OpenHead, size_bytes: int, *, force: bool) -> None:
+    """Grow or, with `force`, shrink the disk. See `Volume.resize`."""
+    refuse_size(size_bytes)
     with volume.operation():
-        if size_bytes < volume.size_bytes and not force:
-            raise StateError(
-                f"resize would cut {volume.name!r} from {volume.size_bytes} to {size_bytes} bytes and lose what lies "
-                "behind; pass force if that is meant"
-            )
+        refuse_cut(volume.name, volume.size_bytes, size_bytes, force=force)
         volume.path.resize(size_bytes)
         _note_size(volume)
 

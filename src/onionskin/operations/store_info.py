@@ -6,6 +6,7 @@ being made has a row by then; and nothing is asked once for each file.
 
 from collections.abc import Callable
 from contextlib import closing, suppress
+from typing import TYPE_CHECKING
 
 from onionskin.base.paths import FilePath
 from onionskin.base.records import record
@@ -15,6 +16,9 @@ from onionskin.operations.locked_maps import locked_maps
 from onionskin.storage.block_maps import open_map
 from onionskin.storage.layout import allocated_files
 from onionskin.storage.open_store import OpenStore
+
+if TYPE_CHECKING:
+    from onionskin.base.annotations import WipePolicy
 
 
 @record
@@ -64,7 +68,7 @@ class StoreInfo:
     reserve_bytes: int
     pending_work: int
     unfinished_base_merges: int
-    default_wipe: str
+    default_wipe: "WipePolicy"
     default_block_size: int
     read_only: bool
 

@@ -58,7 +58,8 @@ def legend_of(table: LayerTable) -> Legend:
     bands = []
     for group in _groups(depths):
         first, last = members[group[0]], members[group[-1]]
-        kind, name = first.kind, first.name
+        kind: str = first.kind
+        name = first.name
         if len(group) > 1:
             kind, name = "layers", f"{first.name} to {last.name}"
         bands.append(Band(kind, name, group[0], group[-1], sum(data[depth] for depth in group)))

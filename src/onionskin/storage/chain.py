@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from onionskin.base.held import held
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.named_tuples import NamedTuple
+from onionskin.base.naming import is_text
 from onionskin.base.paths import FilePath
 from onionskin.catalog import BaseRow, Catalog, LayerRow, SegmentRow, new_id, new_ids
 from onionskin.catalog.sqlite_errors import damaged
@@ -220,6 +221,11 @@ def described_base(path: FilePath, *, digest: bool = False, vouched: bool = True
     path = path.resolve(strict=True)
     if not path.is_file():
         raise ChainError(f"{path} is not a regular file: a base is a raw image file")
+    if not is_text(str(path)):  # a link with another name to it would be followed to this one
+        raise ValueError(
+            f"{path} cannot be a base: the catalog keeps its path, which is not text that UTF-8 can hold; give the file, and "
+            "the directories that it is in, other names"
+        )
     lock = BaseLock(path)
     try:
         if not vouched:

@@ -41,6 +41,32 @@ def test_a_command_line_that_opens_nothing_imports_no_numpy(arguments: list[str]
     )
 
 
+@pytest.mark.parametrize(
+    "module",
+    ["aio", "pytest_plugin", "images", "delta", "control.client", "nbd.server", "machine.machine", "machine.pool"],
+)
+def test_a_module_that_programs_import_loads_neither_numpy_nor_rich(module: str) -> None:
+    run(
+        f"import sys, onionskin.{module}\n"
+        "loaded = {'numpy', 'rich', 'click', 'onionskin.machine.ram'} & sys.modules.keys()\n"
+        "assert not loaded, loaded\n"
+    )
+
+
+def test_a_program_with_an_event_loop_works_on_a_volume_without_numpy(tmp_path: Path) -> None:
+    run(
+        "import asyncio, sys, onionskin.aio\n"
+        "async def work():\n"
+        f"    async with onionskin.aio.Store({str(tmp_path / 'vms')!r}) as store, store.create('web', size='1M') as web:\n"
+        "        await web.write(0, b'x')\n"
+        "        await web.snapshot('clean')\n"
+        "        await store.fork('web', 'clean')\n"
+        "        await web.revert('clean')\n"
+        "asyncio.run(work())\n"
+        "assert 'numpy' not in sys.modules\n"
+    )
+
+
 UNNEEDED = {
     *("logging", "hashlib", "tempfile", "shutil", "traceback", "difflib", "click.shell_completion"),
     *("onionskin.cli.serve", "onionskin.cli.exchange", "onionskin.cli.byte_ranges", "onionskin.volume"),

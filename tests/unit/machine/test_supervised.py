@@ -248,6 +248,46 @@ def test_who_hears_nothing_any_more_is_told_that_it_may_be_done_all_the_same() -
                 control.call("snapshot", name="a", note="", mode=None, freeze=False)
 
 
+def test_who_waits_for_a_supervisor_that_says_nothing_is_told_for_whom(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(frames, "WORD_SECONDS", 0.01)
+    monkeypatch.setattr(frames, "SILENCE_SECONDS", 0.05)
+    here, there = socket.socketpair()
+    with there, pytest.raises(StateError, match="has not answered"):
+        MachineControl(here, "lab")
+    assert [record.message for record in caplog.records] == [
+        f"waiting for process {os.getpid()}, which supervises machine 'lab': "
+        "it is silent, and may hang on its disk (at most 0 s)"
+    ]
+
+
+def test_who_waits_for_a_supervisor_that_waits_itself_is_told_once_for_whom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(frames, "ALIVE_SECONDS", 0.001)
+    asked = threading.Semaphore(0)
+
+    def who_is_stopped() -> str:
+        asked.release()
+        return "process 5, which serves the disks of machine 'lab'"
+
+    def pause(has_gone: Callable[[], None]) -> bool:
+        for _ in range(4):  # so three times it was sent
+            asked.acquire()
+        return True
+
+    server = ControlServer(tmp_path / "control", {"pause": pause}, print, who_is_stopped=who_is_stopped)
+    control = MachineControl.find(tmp_path / "control", "lab")
+    assert control is not None
+    with control:
+        assert control.call("pause") is True
+    server.close()
+    assert [record.message for record in caplog.records if record.name == "onionskin.machine.control"] == [
+        "waiting for process 5, which serves the disks of machine 'lab': it is stopped; kill -CONT lets it go on"
+    ]
+
+
 def test_what_a_caller_that_has_gone_asked_for_is_given_up(tmp_path: Path) -> None:
     is_asked, may_end = threading.Event(), threading.Event()
     ended: list[str] = []
