@@ -296,7 +296,7 @@ FAULTS = [
                 "            store,\n"
                 "            parts,\n"
                 "            lambda: taken.extend(_write_names(store, namings)),\n"
-                "            check=lambda: _refuse_taken(store, namings),\n"
+                "            check=check_all,\n"
                 "        )\n",
                 "        for part, naming in zip(parts, namings, strict=True):\n"
                 "            seal_together(store, [part], lambda one=naming: taken.extend(_write_names(store, [one])))\n",

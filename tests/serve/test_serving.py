@@ -247,7 +247,7 @@ def test_what_is_written_over_tls_is_there(with_tls: Serve, certificates: Path) 
     client.flush()
     assert client.read(MIB, len(payload)) == payload
     client.close()
-    assert "TLSv1.3, 'client'" in with_tls.log.read_text()
+    with_tls.says("TLSv1.3, 'client'")
 
 
 def test_a_client_without_a_certificate_or_without_tls_is_refused(with_tls: Serve, certificates: Path) -> None:
@@ -261,7 +261,7 @@ def test_a_client_without_a_certificate_or_without_tls_is_refused(with_tls: Serv
         rude.sendall(b"\0\0\0\3" + b"IHAVEOPT\0\0\0\7\xff\xff\xff\xff")
         while rude.recv(4096):  # the server hangs up, and takes nothing of the 4 GiB
             pass
-    assert "refused" in with_tls.log.read_text()
+    with_tls.says("refused")
     assert json.loads(run_tool("nbdinfo", "--json", f"nbds://localhost:{port}/web?tls-certificates={certificates}"))
 
 
@@ -341,7 +341,7 @@ if getattr(ssl, "HAS_PSK", False):
             "qemu-img", "convert", "--object", credentials, "--image-opts", source, "-O", "raw", tmp_path / "out.raw"
         )
         assert (tmp_path / "out.raw").read_bytes() == base
-        assert "'web-client'" in server.log.read_text()
+        server.says("'web-client'")
 
     def test_a_client_with_a_wrong_key_or_an_unknown_name_is_refused(
         vms: Path, serve: Start, keys: Path, tmp_path: Path

@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import threading
 import time
@@ -16,6 +15,8 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Self
+
+from support.servers import stop_between_writes
 
 import onionskin
 from onionskin.base.sockets import connect_unix
@@ -42,9 +43,9 @@ def until(what: Callable[[], bool]) -> None:
 
 
 def stop_process(pid: int) -> None:
-    """Stop a process (SIGSTOP). On return all its threads stand still: on a busy host that is some time after the signal."""
-    os.kill(pid, signal.SIGSTOP)
-    until(lambda: all(state_of(task) in "TZX" for task in Path(f"/proc/{pid}/task").iterdir()))
+    """Stop a process, as `servers.stop` does. On return all its threads stand still."""
+    tasks = Path(f"/proc/{pid}/task")
+    stop_between_writes(pid, lambda: until(lambda: all(state_of(task) in "TZX" for task in tasks.iterdir())))
 
 
 def has_ended(pid: int) -> bool:

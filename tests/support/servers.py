@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +80,43 @@ class Serve:
     def client(self, export: str = "web") -> NbdClient:
         return NbdClient.unix(self.socket, export)
 
+    def says(self, text: str) -> None:
+        """Wait until it has written this to its log, which a thread of its own does behind what it tells of."""
+        deadline = time.monotonic() + END_SECONDS
+        while text not in (log := self.log.read_text()):
+            assert time.monotonic() < deadline, f"{text!r} is not in {log!r}"
+            time.sleep(0.01)
+
     def uri(self, export: str = "web") -> str:
         return f"nbd+unix:///{export}?socket={self.socket}"
 
 
 def stop(server: Serve) -> None:
-    """Stop a server (SIGSTOP). On return it stands still: on a busy host that is some time after the signal."""
-    server.process.send_signal(signal.SIGSTOP)
-    os.waitid(os.P_PID, server.process.pid, os.WSTOPPED | os.WNOWAIT)
+    """Stop a server (SIGSTOP), but not while it writes to a catalog, which nobody else could do meanwhile.
+
+    On return it stands still: on a busy host that is some time after the signal.
+    """
+    stands_still = partial(os.waitid, os.P_PID, server.process.pid, os.WSTOPPED | os.WNOWAIT)
+    stop_between_writes(server.process.pid, stands_still)
+
+
+def stop_between_writes(pid: int, wait_until_it_stands_still: Callable[[], object]) -> None:
+    """Stop a process, and let it go on and stop it again as long as it has SQLite's lock for writing.
+
+    A server writes to the catalog at any time: it makes files in its background.
+    """
+    while True:
+        os.kill(pid, signal.SIGSTOP)
+        wait_until_it_stands_still()
+        if not _is_writing(pid):
+            return
+        os.kill(pid, signal.SIGCONT)
+
+
+def _is_writing(pid: int) -> bool:
+    """Whether a process has byte 120 of a file locked: of those of an index of SQLite's log, that is for writing."""
+    locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    return any([lock[1], lock[3], lock[4], lock[6]] == ["POSIX", "WRITE", str(pid), "120"] for lock in locks)
 
 
 def short_socket(directory: Path) -> Path:

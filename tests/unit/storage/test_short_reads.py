@@ -57,8 +57,9 @@ def test_the_format_of_an_image_is_seen_in_parts_too(tmp_path: Path) -> None:
 def test_the_ram_of_a_machine_is_copied_as_a_whole(tmp_path: Path) -> None:
     """Where memory was nearly full, the last part of it could be missing without an error."""
     (tmp_path / "ram").write_bytes(os.urandom(3 << 20))
-    copied = qemu._copy(tmp_path / "ram", tmp_path)
+    copied, descriptor = qemu._copy(tmp_path / "ram", tmp_path)
     try:
         assert copied.read_bytes() == (tmp_path / "ram").read_bytes()
     finally:
+        os.close(descriptor)
         copied.unlink()  # it lies in /dev/shm
