@@ -21,7 +21,7 @@ from onionskin.base.paths import FilePath
 from onionskin.errors import StateError
 
 PORT = 10809
-BACKLOG = 128
+BACKLOG = 4096  # as many clients as a server lets in at most; the system may let fewer wait (net.core.somaxconn)
 _CREDENTIALS = struct.Struct("3i")
 _NOBODY_LISTENS = (errno.ECONNREFUSED, errno.ENOENT, errno.ENOTDIR, errno.ENOTSOCK)
 
