@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -27,11 +28,29 @@ static int give_name(int fd, const char *path, int replaces) {
     return link_file(fd, path);
 }
 
-/* Some file systems in user space have an inode for each name. */
-static int leads_to(int fd, const char *path) {
+/* What the kernel knows an inode by. */
+struct handle {
+    struct file_handle head;
+    unsigned char bytes[MAX_HANDLE_SZ];
+};
+
+static int get_handle(int at, const char *path, int flags, struct handle *out) {
+    int mount;
+    out->head.handle_bytes = MAX_HANDLE_SZ;
+    return name_to_handle_at(at, path, &out->head, &mount, flags);
+}
+
+int onion_leads_to(int fd, const char *path) {
     struct stat file, found;
-    return fstat(fd, &file) == 0 && fstatat(AT_FDCWD, path, &found, AT_SYMLINK_NOFOLLOW) == 0 &&
-           found.st_dev == file.st_dev && found.st_ino == file.st_ino;
+    struct handle of_file, of_name;
+    if (fstat(fd, &file) || fstatat(AT_FDCWD, path, &found, AT_SYMLINK_NOFOLLOW) || found.st_dev != file.st_dev ||
+        found.st_ino != file.st_ino)
+        return 0;
+    if (get_handle(fd, "", AT_EMPTY_PATH, &of_file) || get_handle(AT_FDCWD, path, 0, &of_name))
+        return 1; /* not every file system has them */
+    return of_file.head.handle_type == of_name.head.handle_type &&
+           of_file.head.handle_bytes == of_name.head.handle_bytes &&
+           !memcmp(of_file.head.f_handle, of_name.head.f_handle, of_file.head.handle_bytes);
 }
 
 void onion_link_names(int fd, const char *const *paths, size_t count, int replaces, int *errors) {
@@ -40,7 +59,7 @@ void onion_link_names(int fd, const char *const *paths, size_t count, int replac
         errors[i] = is_another ? EMLINK : give_name(fd, paths[i], replaces);
         if (errors[i] || is_known)
             continue;
-        is_known = leads_to(fd, paths[i]);
+        is_known = onion_leads_to(fd, paths[i]);
         is_another = !is_known;
         if (is_another) {
             errors[i] = EMLINK;

@@ -1,6 +1,5 @@
 /* events.c: events, the clock and counters, which all other files of the server use. */
 #define _GNU_SOURCE
-#define _GNU_SOURCE
 #include <errno.h>
 #include <linux/futex.h>
 #include <stdarg.h>

@@ -216,9 +216,11 @@ void onion_nbd_wake_kept(struct onion_nbd_kept *kept);
 /* Starts a thread, which has to call onion_nbd_next_connection until that returns NULL. The caller does not hold the
  * lock. 0 or -errno. */
 int onion_nbd_start_thread(struct onion_nbd_server *server, void *(*run)(void *), void *argument);
-/* Whether fewer threads are there than are to be ready for clients. */
-int onion_nbd_wants_thread(struct onion_nbd_server *server);
-/* Waits for a later client, for the time of the options; without an end where few wait. NULL: the thread has to end, and the server may be freed. */
+/* Starts threads as above, with the server as their argument, until `count` are there, and has as many wait without an end.
+ * Where the system would give the rest of the process too few after that, they are fewer, or none. */
+void onion_nbd_start_ready_threads(struct onion_nbd_server *server, uint32_t count, void *(*run)(void *));
+/* Waits for a later client, for the time of the options; without an end where few wait. NULL: the thread has to end, and the
+ * server may be freed. */
 struct onion_nbd_connection *onion_nbd_next_connection(struct onion_nbd_server *server);
 /* Has all threads that wait end. The server is stopping, and the caller holds its lock. */
 void onion_nbd_end_kept_threads(struct onion_nbd_server *server);

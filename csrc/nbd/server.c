@@ -137,11 +137,7 @@ static void *run_ready_thread(void *argument) {
 }
 
 void onion_nbd_begin_threads(struct onion_nbd_server *server, uint32_t count) {
-    pthread_mutex_lock(&server->lock);
-    server->ready_max = count < ONION_NBD_KEPT_MAX ? count : ONION_NBD_KEPT_MAX;
-    pthread_mutex_unlock(&server->lock);
-    while (onion_nbd_wants_thread(server) && onion_nbd_start_thread(server, run_ready_thread, server) == 0)
-        ;
+    onion_nbd_start_ready_threads(server, count < ONION_NBD_KEPT_MAX ? count : ONION_NBD_KEPT_MAX, run_ready_thread);
 }
 
 static struct onion_nbd_connection *new_connection(struct onion_nbd_server *server, int fd, const char *peer, int flags,

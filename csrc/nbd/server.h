@@ -176,8 +176,8 @@ int64_t onion_nbd_serve(struct onion_nbd_server *server, int fd, const char *pee
 int onion_nbd_accept(struct onion_nbd_server *server, int listener);
 
 /* Starts threads until `count` are there, for clients that come, and keeps as many however long none comes: a hundred
- * that come at once would wait for each other's threads to be started. Where the system gives no more of them, it has begun
- * fewer. */
+ * that come at once would wait for each other's threads to be started. Where the system gives few threads, most are left to
+ * the rest of the process, for whoever snapshots a volume, and fewer are begun, or none. */
 void onion_nbd_begin_threads(struct onion_nbd_server *server, uint32_t count);
 
 /* Returns the number of connections, and describes as many of them as fit. */

@@ -12,6 +12,7 @@
 #include "nbd/internal.h"
 
 #define STACK_BYTES (512 << 10)
+#define LEFT_TO_OTHERS 32 /* threads that can still be started by the rest of the process behind those for clients */
 
 /* A thread that waits, in its own stack. The server's lock guards it, as long as it is in the list. */
 struct onion_nbd_kept {
@@ -86,13 +87,6 @@ void onion_nbd_end_kept_threads(struct onion_nbd_server *server) {
         onion_nbd_say(&at->is_woken, 1); /* the lock keeps it there */
 }
 
-int onion_nbd_wants_thread(struct onion_nbd_server *server) {
-    pthread_mutex_lock(&server->lock);
-    int wants = !server->stopping && server->process == getpid() && server->thread_count < server->ready_max;
-    pthread_mutex_unlock(&server->lock);
-    return wants;
-}
-
 static void count_thread(struct onion_nbd_server *server, uint32_t by) {
     pthread_mutex_lock(&server->lock);
     server->thread_count += by;
@@ -100,21 +94,65 @@ static void count_thread(struct onion_nbd_server *server, uint32_t by) {
     pthread_mutex_unlock(&server->lock);
 }
 
+/* Starts a thread to which no signal is delivered that is meant for the process. 0 or -errno. */
+static int start(pthread_t *thread, const pthread_attr_t *attributes, void *(*run)(void *), void *argument) {
+    sigset_t all, before;
+    sigfillset(&all);
+    sigdelset(&all, SIGBUS); /* raised by the thread's own loads: base/sigbus.h */
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int status = -pthread_create(thread, attributes, run, argument);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return status;
+}
+
 int onion_nbd_start_thread(struct onion_nbd_server *server, void *(*run)(void *), void *argument) {
     pthread_attr_t attributes;
     pthread_t thread;
-    sigset_t all, before;
     count_thread(server, 1); /* first: it may have ended before the call that starts it returns */
     pthread_attr_init(&attributes);
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
     pthread_attr_setstacksize(&attributes, STACK_BYTES);
-    sigfillset(&all);
-    sigdelset(&all, SIGBUS); /* raised by the thread's own loads: base/sigbus.h */
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    int status = -pthread_create(&thread, &attributes, run, argument);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    int status = start(&thread, &attributes, run, argument);
     pthread_attr_destroy(&attributes);
     if (status < 0)
         count_thread(server, (uint32_t)-1);
     return status;
+}
+
+static int wants_thread(struct onion_nbd_server *server) {
+    pthread_mutex_lock(&server->lock);
+    int wants = !server->stopping && server->process == getpid() && server->thread_count < server->ready_max;
+    pthread_mutex_unlock(&server->lock);
+    return wants;
+}
+
+static void *pass(void *gate) {
+    pthread_mutex_lock(gate);
+    pthread_mutex_unlock(gate);
+    return NULL;
+}
+
+/* Those that are left to others have the stacks that others get. They are held meanwhile, since there is no other way to
+ * know how many the system gives: it may count those of a user, of a container, or the memory of the process. */
+void onion_nbd_start_ready_threads(struct onion_nbd_server *server, uint32_t count, void *(*run)(void *)) {
+    pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
+    pthread_t held[LEFT_TO_OTHERS];
+    int held_count = 0, status = 0;
+    pthread_mutex_lock(&server->lock);
+    server->ready_max = count;
+    pthread_mutex_unlock(&server->lock);
+    pthread_mutex_lock(&gate);
+    while (status == 0 && held_count < LEFT_TO_OTHERS && wants_thread(server))
+        if ((status = start(&held[held_count], NULL, pass, &gate)) == 0)
+            held_count++;
+    while (status == 0 && wants_thread(server))
+        status = onion_nbd_start_thread(server, run, server);
+    pthread_mutex_unlock(&gate);
+    while (held_count)
+        pthread_join(held[--held_count], NULL);
+    if (status == 0)
+        return;
+    pthread_mutex_lock(&server->lock); /* those that begin with clients later are not kept without an end either */
+    server->ready_max = server->thread_count < count ? server->thread_count : count;
+    pthread_mutex_unlock(&server->lock);
 }

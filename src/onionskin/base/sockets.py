@@ -21,7 +21,7 @@ from onionskin.base.paths import FilePath
 from onionskin.errors import StateError
 
 PORT = 10809
-BACKLOG = 128
+BACKLOG = 4096  # as many clients as a server lets in at most; the system may let fewer wait (net.core.somaxconn)
 _CREDENTIALS = struct.Struct("3i")
 _NOBODY_LISTENS = (errno.ECONNREFUSED, errno.ENOENT, errno.ENOTDIR, errno.ENOTSOCK)
 
@@ -89,15 +89,13 @@ class UnixListener:
         OSError
             The file system knows no second names, the socket has too many, or has none any more.
         """
+        from onionskin.kernels._names import leads_to
+
         if self._inode < 0:
             self._inode = self._open_inode()
         link_descriptor(self._inode, path)
-        found = os.stat(path, follow_symlinks=False)  # noqa: PTH116 - a few microseconds
-        if (
-            found.st_dev,
-            found.st_ino,
-        ) != self._identity:  # some file systems in user space have an inode for each name
-            os.unlink(path)  # noqa: PTH108 - likewise
+        if not leads_to(self._inode, path):
+            os.unlink(path)  # noqa: PTH108 - a few microseconds
             raise OSError(errno.EMLINK, os.strerror(errno.EMLINK), str(path))
 
     def add_names(self, paths: Sequence[FilePath]) -> set[FilePath]:

@@ -7,6 +7,7 @@ import os
 
 cdef extern from "base/names.h" nogil:
     void onion_link_names(int fd, const char **paths, size_t count, int replaces, int *errors)
+    int onion_leads_to(int fd, const char *path)
     void onion_sizes(const char **paths, size_t count, int64_t *sizes)
 
 
@@ -48,6 +49,18 @@ def link_all(int descriptor, paths, *, bint replaces=False):
         return [errors[i] for i in range(names.count)]
     finally:
         free(errors)
+
+
+def leads_to(int descriptor, path):
+    """Whether a path, which is not followed, leads to an open file: a lock or a socket is seen there too.
+
+    Some file systems in user space have an inode for each name, also where they say the same number for all.
+    """
+    cdef _Paths names = _Paths([path])
+    cdef int leads
+    with nogil:
+        leads = onion_leads_to(descriptor, names.at[0])
+    return leads != 0
 
 
 def sizes_of(paths):

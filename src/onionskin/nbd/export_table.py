@@ -133,8 +133,11 @@ class ExportTable:
         for old in moves:
             self._move_label(old, f"{old}@@moving")
         for old, new in moves.items():
-            self._move_label(f"{old}@@moving", new)
-            self._log(f"{old} is {new} now")
+            # An export that is just being made may have the label by the name that its volume had. It is in the table soon,
+            # and then both follow their names.
+            with suppress(FileExistsError):
+                self._move_label(f"{old}@@moving", new)
+                self._log(f"{old} is {new} now")
 
     def _move_label(self, old: str, new: str) -> None:
         self._nbd.rename_export(old, new, description=f"volume {new}")

@@ -535,13 +535,15 @@ class SharedFile:
 
     def _link(self, path: FilePath) -> bool:
         """Give the file one more name. False: who looks there does not find the locked file."""
+        from onionskin.kernels._names import leads_to
+
         try:
             # Without a directory, Python makes the call that does not follow the link.
             os.link(f"/proc/self/fd/{self._descriptor}", path, src_dir_fd=self._descriptor, follow_symlinks=True)
         except FileExistsError:  # it may be a name that could not be removed, or a file of the volume's own
             return is_file_at(self._descriptor, path)
         if not self._is_one_file:  # some file systems in user space have an inode for each name
-            self._is_one_file = is_file_at(self._descriptor, path)
+            self._is_one_file = leads_to(self._descriptor, path)
         return self._is_one_file
 
     def _begin(self, path: FilePath) -> bool:

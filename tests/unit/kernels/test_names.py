@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from onionskin.kernels._names import link_all, sizes_of
+from onionskin.kernels._names import leads_to, link_all, sizes_of
 
 
 @pytest.fixture
@@ -62,6 +62,17 @@ def test_a_listening_socket_gets_names_at_which_it_is_heard(tmp_path: Path, monk
         for name in ("one", "two"):
             with socket.socket(socket.AF_UNIX) as calling:
                 calling.connect(name)
+
+
+def test_a_path_leads_to_an_open_file_by_each_of_its_names_and_no_other_does(file: Path) -> None:
+    file.with_name("one").hardlink_to(file)
+    file.with_name("two").symlink_to(file)
+    file.with_name("three").write_bytes(file.read_bytes())
+    with file.open() as opened:
+        names = ("file", "one", "two", "three", "none")
+        assert [leads_to(opened.fileno(), str(file.with_name(name))) for name in names] == [True, True, *[False] * 3]
+    with pytest.raises(ValueError, match="zero byte"):
+        leads_to(0, "a\0b")
 
 
 def test_the_sizes_of_files_are_told_and_one_that_is_not_there_has_none(file: Path) -> None:

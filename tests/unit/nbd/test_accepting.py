@@ -59,3 +59,14 @@ def test_a_client_that_waits_for_room_is_the_last_that_is_taken(tmp_path: Path) 
         server.stop()
         for thread in threads:
             thread.join()
+
+
+def test_more_than_a_hundred_clients_that_do_not_wait_may_come_before_one_is_accepted(tmp_path: Path) -> None:
+    count = min(300, int(Path("/proc/sys/net/core/somaxconn").read_text()))
+    listener = UnixListener(tmp_path / "nbd")
+    with ExitStack() as stack:
+        stack.callback(listener.close)
+        for _ in range(count):
+            connection = stack.enter_context(socket.socket(socket.AF_UNIX))
+            connection.setblocking(False)  # as libnbd's
+            connection.connect(str(tmp_path / "nbd"))

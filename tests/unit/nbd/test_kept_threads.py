@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -107,8 +109,10 @@ def test_threads_that_were_begun_before_serve_the_clients_that_come(web: Volume)
     with _server(web) as (server, asked), ExitStack() as stack:
         before = _threads()
         server.begin_threads(6)
+        assert within(
+            300, lambda: len(_threads() - before) == 6
+        )  # those that were begun only to be left to others have ended
         begun = _threads() - before
-        assert len(begun) == 6
         server.begin_threads(6)  # they are there
         assert _threads() - before == begun
         assert within(300, lambda: all(map(_waits_for_client, begun)))
@@ -117,6 +121,33 @@ def test_threads_that_were_begun_before_serve_the_clients_that_come(web: Volume)
         assert {*asked} == begun
         stack.enter_context(NbdClient(_connected(server), "web"))  # and one more gets a thread of its own
         assert len({*asked}) == 7
+
+
+_WITH_LITTLE_MEMORY = """
+import resource, threading
+from onionskin.nbd._nbd import NbdServer
+server, end = NbdServer(), threading.Event()
+stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+limit = taken + 5 * (stack if stack > 0 else 2 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+server.begin_threads(128)
+threads = [threading.Thread(target=end.wait, daemon=True) for _ in range(2)]
+for thread in threads:
+    thread.start()
+end.set()
+server.stop()
+"""
+
+
+def test_where_the_system_gives_few_threads_the_rest_of_the_process_can_still_start_some() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", _WITH_LITTLE_MEMORY],
+        env={**os.environ, "MALLOC_ARENA_MAX": "1"},  # a thread takes its stack, and not more
+        capture_output=True,
+        timeout=300,
+    )
+    assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize("seconds", [0, 0.01])

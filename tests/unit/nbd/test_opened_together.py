@@ -462,6 +462,30 @@ def test_a_client_that_asks_while_an_export_is_made_under_a_name_that_went_to_an
     assert later.found == b"b" * 4096
 
 
+def test_a_volume_that_got_the_name_of_one_that_is_just_being_opened_gets_its_label_when_that_is_done(
+    renaming: Server, at: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    socket_of, table = exported.ControlSocket, renaming.exports.table
+    followed: list[set[str]] = []
+
+    def made_late(*arguments: Any, **how: Any) -> Any:
+        monkeypatch.setattr(exported, "ControlSocket", socket_of)
+        with Store(at) as other:
+            other.rename("job-0", "renamed")
+            other.rename("first", "job-0")
+            other.rename("web", "another")
+        table.follow_names()
+        followed.append({*table.served})
+        return socket_of(*arguments, **how)
+
+    monkeypatch.setattr(exported, "ControlSocket", made_late)
+    assert _read(renaming, "job-0") == b"a" * 4096
+    assert len(followed) == 1 and "another" in followed[0]  # what keeps one from its label keeps no other from its own
+    assert _read(renaming, "renamed") == b"a" * 4096
+    for name in ("job-0", "renamed", "another"):
+        assert table.served[name].volume.name == name
+
+
 def test_a_client_without_a_turn_that_waits_for_an_export_gets_what_its_name_means_then(
     renaming: Server, at: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

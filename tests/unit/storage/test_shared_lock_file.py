@@ -14,6 +14,7 @@ import pytest
 
 import onionskin
 from onionskin.base.paths import FilePath
+from onionskin.kernels import _names
 from onionskin.storage import locks
 from onionskin.storage.locks import SharedFile, VolumeLock, volume_holder
 
@@ -258,13 +259,13 @@ def test_a_finalizer_may_close_a_volume_while_another_is_added(
     first.make_file(shared)
     cycle: list[Any] = [first]
     cycle.append(cycle)
-    look = locks.is_file_at
+    look = _names.leads_to
 
     def collect(*arguments: Any) -> bool:
         gc.collect()
         return look(*arguments)
 
-    monkeypatch.setattr(locks, "is_file_at", collect)
+    monkeypatch.setattr(_names, "leads_to", collect)
     del first, cycle
     second.make_file(shared)
     assert not _lock_file(forks, "a").exists()
