@@ -48,7 +48,7 @@ EXTENSIONS = {
     "kernels._copy": ["bulk/copy", "bulk/zero_runs", "base/linux_io", "base/whole_io"],
     "kernels._extents": [*_EXTENTS, "base/cells"],
     "kernels._ram": ["machine/pages", "machine/tracking"],
-    "kernels._names": ["base/names"],
+    "base._names": ["base/names"],
     "kernels._maplog": [*_MAP, "layer/provenance"],
     # Its own copy of the volume's code, which keeps all state in the volumes that _volume makes.
     "nbd._nbd": [*_all_of("nbd"), "volume/read_plan", *_VOLUME],

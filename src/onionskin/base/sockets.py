@@ -89,7 +89,7 @@ class UnixListener:
         OSError
             The file system knows no second names, the socket has too many, or has none any more.
         """
-        from onionskin.kernels._names import leads_to
+        from onionskin.base._names import leads_to
 
         if self._inode < 0:
             self._inode = self._open_inode()
@@ -100,7 +100,7 @@ class UnixListener:
 
     def add_names(self, paths: Sequence[FilePath]) -> set[FilePath]:
         """Give the socket more names by one call. Returns those that it has: `add_name` says what is wrong with others."""
-        from onionskin.kernels._names import link_all
+        from onionskin.base._names import link_all
 
         if self._inode < 0:
             self._inode = self._open_inode()

@@ -522,7 +522,7 @@ class SharedFile:
 
     def add_all(self, paths: "Sequence[FilePath]") -> set[FilePath]:
         """Let the file stand for the lock files of several more volumes. Returns those for which it does, as `add` would."""
-        from onionskin.kernels._names import link_all
+        from onionskin.base._names import link_all
 
         with self._guard:
             if self._descriptor < 0:  # the first one makes the file
@@ -535,7 +535,7 @@ class SharedFile:
 
     def _link(self, path: FilePath) -> bool:
         """Give the file one more name. False: who looks there does not find the locked file."""
-        from onionskin.kernels._names import leads_to
+        from onionskin.base._names import leads_to
 
         try:
             # Without a directory, Python makes the call that does not follow the link.

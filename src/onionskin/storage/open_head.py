@@ -302,7 +302,7 @@ def unwritten(store: OpenStore, heads: "Sequence[tuple[bytes, LayerRow, Sequence
 
     Each comes with its volume's id and its segments. All files are looked at by one call.
     """
-    from onionskin.kernels._names import sizes_of
+    from onionskin.base._names import sizes_of
 
     layout = store.layout
     files: list[str] = []

@@ -385,7 +385,7 @@ def test_where_a_file_system_makes_another_file_of_a_second_name_each_has_files_
     def refuse(descriptor: int, paths: list[str], *, replaces: bool = False) -> list[int]:
         return [errno.EMLINK] * len(paths)
 
-    monkeypatch.setattr("onionskin.kernels._names.link_all", refuse)
+    monkeypatch.setattr("onionskin.base._names.link_all", refuse)
     assert _read_when_all_wait(renaming, NAMES) == dict.fromkeys(NAMES, b"a" * 4096)
     for name in NAMES:
         with onionskin.connect(renaming.exports._whole_stores[0].path, name) as live:

@@ -14,7 +14,7 @@ import pytest
 
 import onionskin
 from onionskin.base.paths import FilePath
-from onionskin.kernels import _names
+from onionskin.base import _names
 from onionskin.storage import locks
 from onionskin.storage.locks import SharedFile, VolumeLock, volume_holder
 

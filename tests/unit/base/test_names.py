@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from onionskin.kernels._names import leads_to, link_all, sizes_of
+from onionskin.base._names import leads_to, link_all, sizes_of
 
 
 @pytest.fixture
