@@ -119,6 +119,32 @@ def test_a_server_that_does_not_know_the_verb_is_led_step_by_step(
     assert numbers_in(store, "s") == {1}
 
 
+def test_a_server_that_has_more_descriptors_than_select_takes_takes_snapshots_of_a_group_too(
+    store: onionskin.Store, server: Server, many_descriptors: None
+) -> None:
+    stamp(server, 1)
+    store.snapshot_group(dict.fromkeys(NAMES, "s"))
+    assert numbers_in(store, "s") == {1}
+
+
+def test_the_log_of_a_server_names_a_few_volumes_of_a_group_and_no_ids(tmp_path: Path) -> None:
+    lines: list[str] = []
+    names = [f"web-{number:02}" for number in range(12)]
+    with onionskin.Store(tmp_path / "vms") as store:
+        for name in names:
+            store.create(name, size=MIB).close()
+        server = Server(limits=Limits(), allow_revert=False, log=lines.append)
+        try:
+            for name in names:
+                server.exports.add_volume(store.path, name)
+            lines.clear()
+            store.snapshot_group(dict.fromkeys(names, "s"), note="all")
+        finally:
+            server.close()
+    (line,) = [line for line in lines if "snapshot_group" in line]
+    assert line.endswith(f"snapshot_group {', '.join(f'{name}@s' for name in names[:10])} and 2 more all")
+
+
 # ---- a caller that does not hear the outcome ----
 
 

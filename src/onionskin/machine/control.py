@@ -9,7 +9,6 @@ asked for is given up where that can be done (`has_gone`).
 """
 
 import os
-import select
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -18,7 +17,14 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Self
 
-from onionskin.base.sockets import UnixListener, connect_if_listening, credentials_of, has_hung_up, may_connect
+from onionskin.base.sockets import (
+    UnixListener,
+    connect_if_listening,
+    credentials_of,
+    has_hung_up,
+    may_be_written,
+    may_connect,
+)
 from onionskin.base.threads import SureThread
 from onionskin.control import frames
 from onionskin.control.client import is_stopped
@@ -179,7 +185,7 @@ class ControlServer:
 def _say_that_we_live(connection: socket.socket, done: threading.Event) -> None:
     while not done.wait(frames.ALIVE_SECONDS):
         with suppress(OSError, ValueError):
-            if select.select([], [connection], [], 0)[1]:
+            if may_be_written(connection):
                 _send(connection, {"alive": True})
 
 
