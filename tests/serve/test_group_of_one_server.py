@@ -1,5 +1,7 @@
 """Groups whose volumes one server has: it takes them itself, and its caller knows in the end what was taken."""
 
+import errno
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -244,6 +246,41 @@ def test_snapshots_whose_answer_is_lost_are_there_all_the_same(
             assert [*store.snapshot_group(dict.fromkeys(NAMES, "s")).values()] == heard
     assert [store.snapshots(name) for name in NAMES] == [[one] for one in heard]
     everything_goes_on(store, server)
+
+
+def test_a_caller_is_told_of_which_volumes_others_dropped_the_snapshots_whose_answer_is_lost(
+    store: onionskin.Store, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have_taken = groups._have_taken
+
+    def lose(*arguments: Any) -> None:
+        have_taken(*arguments)
+        with onionskin.connect(store, "db") as live:
+            live.merge("s")
+        raise onionskin.StateError("lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(groups, "_have_taken", lose)
+        with pytest.raises(onionskin.StateError, match="lost; the snapshots were taken, but others dropped that of db"):
+            store.snapshot_group(dict.fromkeys(NAMES, "s"))
+    assert names_in(store) == [["s"], [], ["s"]]
+    everything_goes_on(store, server)
+
+
+def test_a_caller_believes_what_its_server_raised_where_the_disk_is_too_full_for_a_transaction(
+    store: onionskin.Store, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with onionskin.connect(store, "db") as live:
+        live.snapshot("s")
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._opened, "change", fail)
+        with pytest.raises(onionskin.SnapshotExistsError, match="'db'"):
+            store.snapshot_group(dict.fromkeys(NAMES, "s"))
+    assert names_in(store) == [[], ["s"], []]
 
 
 def test_a_caller_that_can_ask_nobody_says_that_it_does_not_know(
