@@ -42,6 +42,7 @@ _GONE = "this process does not serve the volume any more; try again"
 IDLE_SECONDS = 600
 READ_BYTES_MAX = 1 << 20
 ID_BYTES = 16
+LOGGED_CHARACTERS = 200
 EXTENTS_IN_FRAME = 20_000
 SNAPSHOTS_IN_FRAME = 64
 NOTES_IN_FRAME = 1 << 19  # characters, each of which is up to twelve bytes of JSON
@@ -540,7 +541,7 @@ class _Session:
         return {"result": result}
 
     def _log_done(self, verb: str, *what: object) -> None:
-        self._log(f"control: {self._peer}: {' '.join([verb, *map(str, what)])}")
+        self._log(f"control: {self._peer}: {' '.join([verb, *map(_in_brief, what)])}")
 
     def _be_silent(self, silent: bool) -> None:
         """Say no more that the server is alive, from the return on, or say it again."""
@@ -775,6 +776,12 @@ class _Session:
                 at = parents.get(at)
             (found if at in found else apart).update(line)
         return found
+
+
+def _in_brief(what: object) -> str:
+    """Write an argument for the log: a list may have ten thousand ids, and a note 64 KiB."""
+    text = str(what)
+    return text if len(text) <= LOGGED_CHARACTERS else f"{text[:LOGGED_CHARACTERS]}..."
 
 
 _LOGGED = {  # `snapshot_group` says itself what it did
