@@ -1,8 +1,10 @@
 """A store with a volume web over a base, and servers that end with the test."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 from typing import Any
 
 import pytest
@@ -36,3 +38,19 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Serve]]:
             return stack.enter_context(Serve(*arguments, log=tmp_path / "serve.log", **options))
 
         yield start
+
+
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
+    """Have this process open no descriptor below 1024, the first that `select` does not take."""
+    soft, hard = getrlimit(RLIMIT_NOFILE)
+    setrlimit(RLIMIT_NOFILE, (hard, hard))
+    held = [os.open(os.devnull, os.O_RDONLY)]
+    try:
+        while held[-1] < 1024:
+            held.append(os.dup(held[-1]))
+        yield
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        setrlimit(RLIMIT_NOFILE, (soft, hard))

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from fcntl import F_DUPFD_CLOEXEC, fcntl
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from support.servers import END_SECONDS, Serve, onionskin
 
 import onionskin as library
 from onionskin import errors
+from onionskin.base.limits import NOTE_BYTES_MAX
 from onionskin.base.sockets import connect_unix, may_connect
 from onionskin.control import client, frames
 from onionskin.control.server import Cancelled, _Session
@@ -215,3 +217,34 @@ def test_who_waits_for_a_server_that_ends_is_told_so_and_not_that_he_cancelled()
         callers.close()
         with pytest.raises(Cancelled):
             session._report(1, 2)
+
+
+def test_a_caller_hears_of_progress_and_of_life_by_a_descriptor_that_select_does_not_take(
+    many_descriptors: None,
+) -> None:
+    ours, callers = socket.socketpair()
+    with ours, callers, socket.socket(fileno=fcntl(ours, F_DUPFD_CLOEXEC, 1024)) as far:
+        callers.settimeout(0)  # what is sent here is there at once
+        session = _Session(far, SimpleNamespace(), print, "a test")  # type: ignore[arg-type]
+        session._is_busy = True
+        session.say_that_we_live()
+        assert answer(callers) == {"alive": True}
+        session._report(1, 2)
+        assert answer(callers) == {"progress": [1, 2]}
+        frames.send(callers, {"cancel": True}, bytes_max=frames.REQUEST_BYTES_MAX)
+        with pytest.raises(Cancelled):
+            session._report(2, 2)
+
+
+@pytest.mark.parametrize("character", ["\x01", "\u00e9", "\U0001f600"])
+def test_snapshots_that_all_have_the_longest_note_come_in_frames_that_are_short_enough(
+    vms: Path, serve: Callable[..., Serve], character: str
+) -> None:
+    note = character * (NOTE_BYTES_MAX // len(character.encode()))
+    with library.Store(vms) as store:
+        with store.open("web") as web:
+            for _ in range(64):
+                web.snapshot(note=note)
+        serve(f"{vms}/web")
+        with library.connect(store, "web") as live:
+            assert live.snapshots == store.snapshots("web")

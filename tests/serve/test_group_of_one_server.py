@@ -1,5 +1,7 @@
 """Groups whose volumes one server has: it takes them itself, and its caller knows in the end what was taken."""
 
+import errno
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -119,6 +121,33 @@ def test_a_server_that_does_not_know_the_verb_is_led_step_by_step(
     assert numbers_in(store, "s") == {1}
 
 
+def test_a_server_that_has_more_descriptors_than_select_takes_takes_snapshots_of_a_group_too(
+    store: onionskin.Store, server: Server, many_descriptors: None
+) -> None:
+    stamp(server, 1)
+    store.snapshot_group(dict.fromkeys(NAMES, "s"))
+    assert numbers_in(store, "s") == {1}
+
+
+def test_the_log_of_a_server_names_a_few_volumes_of_a_group_and_no_ids(tmp_path: Path) -> None:
+    lines: list[str] = []
+    names = [f"web-{number:02}" for number in range(12)]
+    with onionskin.Store(tmp_path / "vms") as store:
+        for name in names:
+            store.create(name, size=MIB).close()
+        server = Server(limits=Limits(), allow_revert=False, log=lines.append)
+        try:
+            for name in names:
+                server.exports.add_volume(store.path, name)
+            lines.clear()
+            store.snapshot_group(dict.fromkeys(names, "s"), note="all" + "." * 1000)
+        finally:
+            server.close()
+    (line,) = [line for line in lines if "snapshot_group" in line]
+    assert f"snapshot_group {', '.join(f'{name}@s' for name in names[:10])} and 2 more all..." in line
+    assert len(line) < 500
+
+
 # ---- a caller that does not hear the outcome ----
 
 
@@ -218,6 +247,41 @@ def test_snapshots_whose_answer_is_lost_are_there_all_the_same(
             assert [*store.snapshot_group(dict.fromkeys(NAMES, "s")).values()] == heard
     assert [store.snapshots(name) for name in NAMES] == [[one] for one in heard]
     everything_goes_on(store, server)
+
+
+def test_a_caller_is_told_of_which_volumes_others_dropped_the_snapshots_whose_answer_is_lost(
+    store: onionskin.Store, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have_taken = groups._have_taken
+
+    def lose(*arguments: Any) -> None:
+        have_taken(*arguments)
+        with onionskin.connect(store, "db") as live:
+            live.merge("s")
+        raise onionskin.StateError("lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(groups, "_have_taken", lose)
+        with pytest.raises(onionskin.StateError, match="lost; the snapshots were taken, but others dropped that of db"):
+            store.snapshot_group(dict.fromkeys(NAMES, "s"))
+    assert names_in(store) == [["s"], [], ["s"]]
+    everything_goes_on(store, server)
+
+
+def test_a_caller_believes_what_its_server_raised_where_the_disk_is_too_full_for_a_transaction(
+    store: onionskin.Store, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with onionskin.connect(store, "db") as live:
+        live.snapshot("s")
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._opened, "change", fail)
+        with pytest.raises(onionskin.SnapshotExistsError, match="'db'"):
+            store.snapshot_group(dict.fromkeys(NAMES, "s"))
+    assert names_in(store) == [[], ["s"], []]
 
 
 def test_a_caller_that_can_ask_nobody_says_that_it_does_not_know(

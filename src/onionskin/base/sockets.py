@@ -209,6 +209,23 @@ def has_hung_up(connection: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
+def may_be_read(connection: socket.socket) -> bool:
+    """Whether a read would not wait: something has come, or the other end is gone."""
+    return _is_ready(connection, select.POLLIN)
+
+
+def may_be_written(connection: socket.socket) -> bool:
+    """Whether a write of a few bytes would not wait."""
+    return _is_ready(connection, select.POLLOUT)
+
+
+def _is_ready(connection: socket.socket, events: int) -> bool:
+    """Ask by `poll`: `select` refuses descriptors from 1024 on, which a server of many volumes has."""
+    poll = select.poll()
+    poll.register(connection, events)
+    return bool(poll.poll(0))
+
+
 def parse_address(text: str) -> tuple[str, int]:
     """Split HOST:PORT.
 

@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from errno import ETIME
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from onionskin.base.held import held_together
@@ -524,7 +525,10 @@ class GroupServer:
         while True:
             now = time.monotonic()
             if now >= self._deadline:
-                raise _slow(self._live)
+                raise StateError(
+                    f"process {self._live._pid}, which serves volume {self._live.name!r}, has not done its part of a group "
+                    f"within {GROUP_SECONDS:.0f} s; no snapshot was taken, and all others go on"
+                )
             reply = self._live._receive(min(self._deadline, now + (seconds or SILENCE_SECONDS)))
             if "error" in reply:
                 error = frames.unpack_error(reply["error"])
@@ -638,17 +642,26 @@ def snapshot_group_served(
             return None
         try:
             taken = _have_taken(live, {row.id.hex(): names[name] or "" for name, row in rows.items()}, guids, note)
-        except BaseException as error:
+        except BaseException as raised:
             live._hang_up()
+            error = raised.error if isinstance(raised, _ServerError) else raised
             if isinstance(error, ValueError) and "is no verb" in str(error):
                 return None
-            found = _outcome(store._opened, list(rows.values()), guids, error)
+            found = _outcome(store._opened, list(rows.values()), guids, error, has_ended=error is not raised)
             if found is None or not isinstance(error, Exception):
-                raise
+                raise error from None
             _log.warning("volumes %s are sealed and named; what was heard instead: %s", some_of(sorted(rows)), error)
             taken = found
     by_id = None if taken is None else dict(zip(guids, taken, strict=True))
     return None if by_id is None else {name: by_id[rows[name].id] for name in names}
+
+
+class _ServerError(Exception):
+    """What a server raised, as it said: so its operation has ended."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 def _have_taken(
@@ -663,10 +676,13 @@ def _have_taken(
     while True:
         now = time.monotonic()
         if now >= deadline:
-            raise _slow(live)
+            raise StateError(
+                f"process {live._pid}, which serves volume {live.name!r}, has not taken the snapshots of a group within "
+                f"{GROUP_SECONDS:.0f} s"
+            )
         reply = live._receive(min(deadline, now + SILENCE_SECONDS))
         if "error" in reply:
-            raise frames.unpack_error(reply["error"])
+            raise _ServerError(frames.unpack_error(reply["error"]))
         parts += reply.get("part", [])
         if "result" in reply:
             rest = reply["result"]
@@ -674,27 +690,47 @@ def _have_taken(
 
 
 def _outcome(
-    store: "OpenStore", volumes: Sequence[VolumeRow], guids: Mapping[bytes, bytes], error: BaseException
+    store: "OpenStore",
+    volumes: Sequence[VolumeRow],
+    guids: Mapping[bytes, bytes],
+    error: BaseException,
+    *,
+    has_ended: bool,
 ) -> list[Snapshot] | None:
-    """Return what a server that was hung up on has taken, or None: nothing, and it takes nothing any more."""
+    """Return what a server that was hung up on has taken, or None: nothing, and it takes nothing any more.
+
+    `has_ended`: it said that its operation has ended. Then it is enough to read the catalog where no transaction can be had,
+    such as on a disk that is too full for one: what is not there by now will not be.
+    """
+    catalog = store.catalog
+    look = partial(_snapshots_with, catalog, volumes, guids)
     try:
         with DeferredInterrupt():
-            return store.change(lambda: _snapshots_with(store.catalog, volumes, guids))
+            try:
+                found = store.change(look)
+            except (OSError, OnionskinError):
+                if not has_ended:
+                    raise
+                with catalog.reading():
+                    found = look()
     except (OSError, OnionskinError) as failure:
         raise StateError(
             f"{error}; whether the snapshots were taken is not known, because the catalog cannot be asked either "
             f"({failure}); look for them later"
         ) from error
+    if dropped := [row.name for row in volumes if found and row.id not in found]:
+        raise StateError(f"{error}; the snapshots were taken, but others dropped that of {some_of(dropped)} since")
+    return [found[row.id] for row in volumes] if found else None
 
 
 def _snapshots_with(
     catalog: Catalog, volumes: Sequence[VolumeRow], guids: Mapping[bytes, bytes]
-) -> list[Snapshot] | None:
-    """Return the snapshots of volumes that have these GUIDs, or None: there are none. In a transaction."""
+) -> dict[bytes, Snapshot]:
+    """Return the snapshots of volumes that have these GUIDs, by the ids of the volumes. In one state of the catalog."""
     rows = {row.id: one for row in volumes for one in catalog.snapshots_of(row.id) if one.guid == guids[row.id]}
-    if len(rows) < len(volumes):
-        return None
-    return describe_snapshots(catalog, [(row, rows[row.id], catalog.layer(rows[row.id].layer)) for row in volumes])
+    there = [row for row in volumes if row.id in rows]
+    described = describe_snapshots(catalog, [(row, rows[row.id], catalog.layer(rows[row.id].layer)) for row in there])
+    return {row.id: one for row, one in zip(there, described, strict=True)}
 
 
 def fork_served(store: "Store", wanted: Wanted) -> list[str] | None:
@@ -775,13 +811,6 @@ def tidy_served(store: "Store", name: str) -> bool:
     with live:
         live._tidy()
     return True
-
-
-def _slow(live: LiveVolume) -> StateError:
-    return StateError(
-        f"process {live._pid}, which serves volume {live.name!r}, has not done its part of a group "
-        f"within {GROUP_SECONDS:.0f} s; no snapshot was taken, and all others go on"
-    )
 
 
 def _older(live: LiveVolume, what: str) -> StateError:

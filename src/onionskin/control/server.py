@@ -12,7 +12,6 @@ and `_ARGUMENTS` is the list of verbs. docs/design.md describes the protocol und
 
 import base64
 import os
-import select
 import socket
 import threading
 import time
@@ -23,9 +22,9 @@ from typing import Any, Protocol
 
 from onionskin.base.forking import ForkableLock
 from onionskin.base.modes import file_mode
-from onionskin.base.naming import check_name, check_note, several
+from onionskin.base.naming import check_name, check_note, several, some_of
 from onionskin.base.paths import FilePath
-from onionskin.base.sockets import UnixListener, credentials_of, has_hung_up, may_connect
+from onionskin.base.sockets import UnixListener, credentials_of, has_hung_up, may_be_read, may_be_written, may_connect
 from onionskin.base.threads import SureThread
 from onionskin.catalog.tree import Snapshot
 from onionskin.control import acceptor, frames, groups
@@ -43,8 +42,10 @@ _GONE = "this process does not serve the volume any more; try again"
 IDLE_SECONDS = 600
 READ_BYTES_MAX = 1 << 20
 ID_BYTES = 16
+LOGGED_CHARACTERS = 200
 EXTENTS_IN_FRAME = 20_000
-SNAPSHOTS_IN_FRAME = 64  # a note may have 64 KiB, and twice that in JSON
+SNAPSHOTS_IN_FRAME = 64
+NOTES_IN_FRAME = 1 << 19  # characters, each of which is up to twelve bytes of JSON
 
 
 class Served(Protocol):
@@ -501,7 +502,7 @@ class _Session:
             return  # it is told something else
         try:
             with suppress(OSError, ValueError):  # if the caller has gone, _answer_all notices it
-                if self._is_busy and select.select([], [self._connection], [], 0)[1]:
+                if self._is_busy and may_be_written(self._connection):
                     frames.send(self._connection, {"alive": True}, bytes_max=frames.REPLY_BYTES_MAX)
         finally:
             self._sending.release()
@@ -536,8 +537,11 @@ class _Session:
             self._log(f"control: {self._peer}: {request.get('verb')}: {packed['class']}: {packed['message']}")
             return {"error": packed}
         if verb in _LOGGED:
-            self._log(f"control: {self._peer}: {' '.join([verb, *map(str, arguments.values())])}")
+            self._log_done(verb, *arguments.values())
         return {"result": result}
+
+    def _log_done(self, verb: str, *what: object) -> None:
+        self._log(f"control: {self._peer}: {' '.join([verb, *map(_in_brief, what)])}")
 
     def _be_silent(self, silent: bool) -> None:
         """Say no more that the server is alive, from the return on, or say it again."""
@@ -550,14 +554,13 @@ class _Session:
 
     def _report(self, done: int, total: int) -> None:
         """Tell the caller the progress, and check whether it cancelled the operation."""
-        readable, writable, _ = select.select([self._connection], [self._connection], [], 0)
-        if readable:
+        if may_be_read(self._connection):
             request = frames.receive(self._connection, bytes_max=frames.REQUEST_BYTES_MAX)
             if request is None and not has_hung_up(self._connection):
                 raise StateError(f"the server of volume {self._volume.name!r} is ending, so it was given up")
             if request is None or "cancel" in request:
                 raise Cancelled
-        if writable:  # otherwise a caller that does not read would hold the operation up
+        if may_be_written(self._connection):  # otherwise a caller that does not read would hold the operation up
             self._send({"progress": [done, total]})
 
     # ---- looking ----
@@ -573,11 +576,15 @@ class _Session:
 
     def _without_parts(self, taken: Sequence[Snapshot]) -> list[Any]:
         """Send what one frame may have no room for, and return the rest."""
-        found = [frames.pack_snapshot(snapshot) for snapshot in taken]
-        while len(found) > SNAPSHOTS_IN_FRAME:
-            self._send({"part": found[:SNAPSHOTS_IN_FRAME]})
-            del found[:SNAPSHOTS_IN_FRAME]
-        return found
+        part: list[Any] = []
+        room = NOTES_IN_FRAME
+        for snapshot in taken:
+            if len(part) == SNAPSHOTS_IN_FRAME or len(snapshot.note) > room:
+                self._send({"part": part})
+                part, room = [], NOTES_IN_FRAME
+            part.append(frames.pack_snapshot(snapshot))
+            room -= len(snapshot.note)
+        return part
 
     def parent(self) -> Any:
         return frames.pack_snapshot(self._volume.parent)
@@ -637,7 +644,11 @@ class _Session:
 
         None: this process does not serve all of them.
         """
-        if set(names) != set(guids) or any(len(bytes.fromhex(guid)) != ID_BYTES for guid in guids.values()):
+        if (
+            not names
+            or set(names) != set(guids)
+            or any(len(bytes.fromhex(guid)) != ID_BYTES for guid in guids.values())
+        ):
             raise ValueError("the snapshots of a group have a name and a GUID each")
         served = {id: found for id in names if (found := self._beside(id))}
         if len(served) < len(names):
@@ -653,6 +664,8 @@ class _Session:
                 within=snapshots.OPERATION_SECONDS,
                 check=self._refuse_left,
             )
+        called_now = [f"{head.name}@{one.name}" for head, one in zip(heads.values(), taken, strict=True)]
+        self._log_done("snapshot_group", some_of(called_now), note)  # not all ids, of what may be hundreds of volumes
         return self._without_parts(taken)
 
     def _refuse_left(self) -> None:
@@ -660,7 +673,7 @@ class _Session:
 
         In the transaction: a caller that gives up hangs up, and then looks for the outcome in a transaction of its own.
         """
-        is_readable = select.select([self._connection], [], [], 0)[0]
+        is_readable = may_be_read(self._connection)
         # What reads as ended where the caller has not hung up was ended here, by a server that takes no more requests.
         if has_hung_up(self._connection) or (is_readable and self._connection.recv(1, socket.MSG_PEEK)):
             raise StateError("the group's caller has gone away, or gave it up")
@@ -765,7 +778,13 @@ class _Session:
         return found
 
 
-_LOGGED = {
+def _in_brief(what: object) -> str:
+    """Write an argument for the log: a list may have ten thousand ids, and a note 64 KiB."""
+    text = str(what)
+    return text if len(text) <= LOGGED_CHARACTERS else f"{text[:LOGGED_CHARACTERS]}..."
+
+
+_LOGGED = {  # `snapshot_group` says itself what it did
     *(
         "snapshot",
         "revert",
@@ -778,7 +797,6 @@ _LOGGED = {
         "resize",
         "rename",
         "group",
-        "snapshot_group",
         "fork",
         "tidy",
     ),

@@ -10,7 +10,6 @@ caller goes away, what it asked for is given up where that can be done (`has_gon
 """
 
 import os
-import select
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -20,7 +19,14 @@ from types import NoneType
 from typing import Any, Self
 
 from onionskin.base.lazy import logger
-from onionskin.base.sockets import UnixListener, connect_if_listening, credentials_of, has_hung_up, may_connect
+from onionskin.base.sockets import (
+    UnixListener,
+    connect_if_listening,
+    credentials_of,
+    has_hung_up,
+    may_be_written,
+    may_connect,
+)
 from onionskin.base.threads import SureThread
 from onionskin.control import frames
 from onionskin.control.client import is_stopped, say_whom_one_waits_for
@@ -191,7 +197,7 @@ class ControlServer:
 def _say_that_we_live(connection: socket.socket, done: threading.Event, who_is_stopped: Callable[[], str]) -> None:
     while not done.wait(frames.ALIVE_SECONDS):
         with suppress(OSError, ValueError):
-            if select.select([], [connection], [], 0)[1]:
+            if may_be_written(connection):
                 _send(connection, {"alive": True, "stopped": who_is_stopped()})
 
 

@@ -137,8 +137,11 @@ class Heads:
             try:
                 with DeferredInterrupt():
                     opened = self._opener(volume)
-                    self._stack.callback(opened.close)
-                    return opened
+                    if opened.row.id == id:
+                        self._stack.callback(opened.close)
+                        return opened
+                    opened.close()  # it may be another one of the group, under the name that it has by now
+                break
             except StateError:
                 if time.monotonic() > deadline:
                     raise
@@ -147,6 +150,7 @@ class Heads:
                 return open_here
             if remote := self._served([volume], {volume: id}).get(volume):
                 return remote
+        raise StateError(f"volume {volume!r} was renamed meanwhile, and another one has its name; try again")
 
     def _open_here(self, id: bytes) -> OpenHead | None:
         for handle in self._store.open_handles():

@@ -17,6 +17,7 @@ from onionskin.catalog import Catalog
 from onionskin.kernels import _volume
 from onionskin.operations import seal
 from onionskin.operations.seal import Sealing
+from onionskin.storage.open_head import OpenHead
 
 BLOCK = 4096
 
@@ -137,6 +138,26 @@ def test_a_volume_that_another_handle_holds_is_named_and_nothing_is_taken(store:
         store.snapshot_group({"web": "s", "db": "s"})
     assert store.snapshots("web") == []
     store.snapshot_group({"web": "s", "db": "s"})
+
+
+def test_volumes_whose_names_are_swapped_before_they_are_opened_are_not_taken_for_each_other(
+    store: onionskin.Store, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for volume in make("web", "db"):
+        volume.close()
+    real = store._open_to_cut
+    swaps = [("web", "other"), ("db", "web"), ("other", "db")]
+
+    def open_to_cut(name: str) -> OpenHead:
+        while swaps:
+            store.rename(*swaps.pop(0))
+        return real(name)
+
+    monkeypatch.setattr(store, "_open_to_cut", open_to_cut)
+    with pytest.raises(onionskin.StateError, match="was renamed meanwhile"):
+        store.snapshot_group({"web": "s", "db": "s"})
+    assert [store.snapshots(name) for name in ("web", "db")] == [[], []]
+    assert list(store.snapshot_group({"web": "s", "db": "s"})) == ["web", "db"]
 
 
 def test_a_name_that_is_taken_in_one_volume_is_given_to_none(store: onionskin.Store, make: Make) -> None:
