@@ -257,6 +257,16 @@ def test_a_kill_in_a_gap_of_a_revert_leaves_a_machine_that_can_be_put_back_again
     check_reverts(lab, gap, places, victim)
 
 
+def test_a_guest_that_goes_on_from_a_revert_is_not_to_be_put_back_again(lab: Machine, gap: Gap) -> None:
+    gap.arm("QemuProcess.resume after", "supervisor")
+    failure_of(lambda: lab.revert("ready"))
+    assert gap.disarm()
+    assert lab.state == "running"
+    lab.snapshot("behind")
+    with Console(lab._directory / "console") as screen:
+        screen.wait_ticks(2)
+
+
 @in_gaps(OF_A_SERVER_THAT_REVERTS, few=2)
 def test_a_server_that_dies_in_a_gap_of_a_revert_leaves_a_machine_that_can_be_put_back_again(
     lab: Machine, gap: Gap, places: tuple[str, ...]

@@ -576,6 +576,34 @@ def test_who_says_that_it_begins_or_ends_a_machine_is_waited_for_as_long_as_that
         has.close()
 
 
+def test_what_is_noted_of_a_machine_is_removed_only_as_long_as_it_is_held(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = store.create_machine("lab", disks=["web"], memory="1M")
+    directory = record.make_directory(store._opened.layout.root, lab._id)
+    notes = [directory / record.RECORD, directory / record.UNDER_WAY]
+    open_ram = store._open_ram
+
+    def open_and_be_followed(row: object) -> SimpleNamespace:
+        volume = open_ram(row)
+
+        def close() -> None:
+            volume.close()
+            for note in notes:
+                note.write_text("{}")  # of another supervisor, which has it from here on
+
+        return SimpleNamespace(close=close)
+
+    def fail(*given: object, **named: object) -> None:
+        raise StateError("no disks")
+
+    monkeypatch.setattr(store, "_open_ram", open_and_be_followed)
+    monkeypatch.setattr(supervisor_module, "DiskServer", fail)
+    with pytest.raises(StateError, match="no disks"):
+        Supervisor(store, "lab", print).begin()
+    assert [note.read_text() for note in notes] == ["{}", "{}"]
+
+
 def test_who_begins_a_machine_and_was_stopped_or_killed_is_not_waited_for(
     store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
