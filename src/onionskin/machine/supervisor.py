@@ -98,6 +98,7 @@ class Supervisor:
         self._tries: list[float] = []
         self._is_stopped = False  # the hypervisor reported that the machine stands still
         self._is_forced = False
+        self._goes_back = False  # a revert is under way
         self._fault = ""  # why its disks are not served any more
         self._said_of_looking = ""  # what the log says already of why nothing could be seen
         self._untold: list[str] = []  # what a fork does not know of itself
@@ -738,7 +739,7 @@ class Supervisor:
         if (
             said == _ENDED
             or self._fault
-            or self.running.is_broken
+            or (self.running.is_broken and not self._goes_back)
             or said in ("internal-error", "guest-panicked", "shutdown")
         ):
             return "failed"
@@ -751,7 +752,11 @@ class Supervisor:
         if self._fault:
             return self._fault
         if self.running.is_broken:
-            return "a revert of it failed half-way: revert it again, or stop it"
+            return (
+                "it is being put back to a snapshot"
+                if self._goes_back
+                else "a revert of it failed half-way: revert it again, or stop it"
+            )
         if said == "io-error":
             is_full = (self._event or {}).get("nospace")
             return f"a disk had an error{': no room is left in the store' if is_full else ''}; resume it when that is mended"
@@ -876,6 +881,7 @@ class Supervisor:
                 # Before the guest goes on: one that did is not to be put back again because this process was killed then.
                 self._note_what_is(is_reverting=False, **self._of_guest())
 
+            self._goes_back = True
             try:
                 restore.revert(self.running, name, stays=self.record.is_paused, when_back=note_back)
             except BaseException:
@@ -883,6 +889,7 @@ class Supervisor:
                 stays = goes_on and not self.running.is_broken and self._may_stand(for_us_alone=True)
                 raise
             finally:
+                self._goes_back = False
                 is_broken = self.running.is_broken
                 is_standing = stays or (is_broken and self.running.goes_on)
                 self._note_what_is(is_reverting=is_broken, is_standing=is_standing, **self._of_guest())

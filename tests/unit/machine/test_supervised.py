@@ -384,7 +384,10 @@ def test_a_machine_that_did_not_answer_behind_a_revert_that_failed_is_noted_as_o
         is_paused = property(lambda self: next(is_paused))
         guest_has_ended = property(lambda self: next(has_ended))
 
-    def revert(*given: object, **named: object) -> None:
+    def revert(running: SimpleNamespace, *given: object, **named: object) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(running, "is_broken", True)
+            assert supervisor._state("paused") == "paused" and "is being put back" in supervisor._why("paused")
         assert noted == {"is_reverting": True, "is_standing": True}  # who takes it over from here lets it go on
         raise MonitorError("it did not answer when it was to go on")
 
@@ -400,6 +403,8 @@ def test_a_machine_that_did_not_answer_behind_a_revert_that_failed_is_noted_as_o
         monkeypatch.setattr(supervisor_module.restore, "revert", revert)
         with pytest.raises(MonitorError):
             supervisor.revert(lambda: None, "ready")
+        supervisor.running.is_broken = True
+        assert supervisor._state("paused") == "failed" and "failed half-way" in supervisor._why("paused")
     finally:
         supervisor._ends.close()
     assert (noted["is_reverting"], noted["is_standing"]) == (False, stays)
