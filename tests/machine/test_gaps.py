@@ -31,6 +31,7 @@ OF_A_SNAPSHOT = (
     *("UnsavedRam.save", "StateFile.save", "MachineCut._insert_pins", "MachineCut._write", "MachineCut.commit"),
     *("Record.write", "QemuProcess._add_node", "QemuProcess._run_on_state", "QemuProcess._remove_node"),
     *("Stop.refuse_disturbed", "Running.refuse_other_devices", "RamFiles.make_soon"),
+    *("_NodeOfState.let_go", "_finish_state"),
 )
 OF_A_START = (
     *("QemuHypervisor.check", "RamFiles.use", "fork", "be_supervisor", "Prepared.__init__", "DiskServer.begin"),
@@ -44,6 +45,7 @@ OF_A_START = (
     ),
     *("settle", "Record.write", "note_running", "QemuProcess.resume", "ControlServer.__init__"),
     *("QemuProcess.meet_library", "QemuProcess._add_node", "QemuProcess._run_on_state", "Running.attach"),
+    *("note_under_way", "note_reachable"),
 )
 # From where on the hypervisor has its disks, and waits for a server of them that has died.
 WITH_DISKS = [
@@ -54,11 +56,14 @@ OF_A_REVERT = (
     *("Record.write", "Running.refuse_other_devices", "QemuProcess._add_node", "QemuProcess.pause"),
     *("GuestRam.note_written", "RevertInPlace.put_disks_back", "GuestRam.drop", "QemuProcess._run_on_state", "_settle"),
     *("renew_generation", "Stop.refuse_went_on", "RevertInPlace.put_ram_back", "QemuProcess.resume"),
-    *("QemuProcess._remove_node", "_VolumesGoingBack.finish"),
+    *("QemuProcess._remove_node", "_VolumesGoingBack.finish", "_VolumesGoingBack._note_changed"),
 )
 OF_A_PAUSE = ("QemuProcess.pause", "Record.write")
 OF_A_RESUME = ("QemuProcess.resume", "Record.write")
-OF_A_STOP = ("QemuProcess.quit", "ControlServer.close", "Running.close", "QemuProcess.close", "DiskServer.end")
+OF_A_STOP = (
+    *("QemuProcess.quit", "ControlServer.close", "Running.close", "QemuProcess.close", "DiskServer.end"),
+    *("note_under_way", "note_reachable"),
+)
 OF_A_TAKEOVER = (
     *("QemuProcess._connect", "QemuProcess.drop_leftovers", "QemuProcess.meet_library"),
     *("QemuProcess.note_writes", "Running.attach", "Record.write", "ControlServer.__init__"),
@@ -255,6 +260,16 @@ def test_a_kill_in_a_gap_of_a_revert_leaves_a_machine_that_can_be_put_back_again
     lab: Machine, gap: Gap, places: tuple[str, ...], victim: str
 ) -> None:
     check_reverts(lab, gap, places, victim)
+
+
+def test_a_guest_that_goes_on_from_a_revert_is_not_to_be_put_back_again(lab: Machine, gap: Gap) -> None:
+    gap.arm("QemuProcess.resume after", "supervisor")
+    failure_of(lambda: lab.revert("ready"))
+    assert gap.disarm()
+    assert lab.state == "running"
+    lab.snapshot("behind")
+    with Console(lab._directory / "console") as screen:
+        screen.wait_ticks(2)
 
 
 @in_gaps(OF_A_SERVER_THAT_REVERTS, few=2)

@@ -355,9 +355,6 @@ def test_without_tracking_its_ram_is_a_shared_file_of_its_own(
         (("-device", "nvme,serial=a,drive=d"), "cannot save the state of nvme"),
         (("-device", '{"driver":"nvme","serial":"a"}'), "cannot save the state of nvme"),
         (("-device", "usb-mtp,rootdir=/srv"), "cannot save the state of usb-mtp"),
-        (("-virtfs", "local,path=/srv,mount_tag=srv,security_model=none"), "directory of the host"),
-        (("-fsdev", "local,id=srv,path=/srv,security_model=none"), "directory of the host"),
-        (("-device", "virtio-9p-pci,fsdev=srv,mount_tag=srv"), "directory of the host"),
         (("-incoming", "defer"), "-incoming"),
         (("alone",), "belongs to no option"),
         (("-nodefaults", "disk.raw"), "belongs to no option"),  # QEMU takes it for a disk
@@ -384,6 +381,24 @@ def test_without_tracking_its_ram_is_a_shared_file_of_its_own(
 def test_an_argument_that_no_snapshot_would_survive_is_refused_by_name(given: tuple[str, ...], named: str) -> None:
     with pytest.raises(StateError, match=named):
         QemuHypervisor().check(Configuration(16 * MIB, qemu_args=given), 1)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("-virtfs", "local,path=/srv,mount_tag=srv,security_model=none"),
+        ("-fsdev", "local,id=srv,path=/srv,security_model=none"),
+        ("-device", "virtio-9p-pci,fsdev=srv,mount_tag=srv"),
+        ("-device", '{"driver":"virtio-9p-pci","fsdev":"srv","mount_tag":"srv"}'),
+    ],
+)
+def test_a_shared_directory_is_refused_for_a_new_machine_and_one_that_has_it_already_can_load_its_snapshots(
+    given: tuple[str, ...],
+) -> None:
+    made = Configuration(16 * MIB, qemu_args=given)
+    with pytest.raises(StateError, match="directory of the host"):
+        refuse_arguments(made)
+    QemuHypervisor().check(made, 1)
 
 
 def test_no_word_behind_an_option_that_takes_none_is_a_disk_to_this_qemu(qemu: list[str]) -> None:

@@ -52,7 +52,10 @@ class Background:
             self._changed.notify_all()
 
     def rest(self, seconds: float) -> None:
-        """Begin nothing for so long, unless somebody waits for it: processors and disk are wanted for something else."""
+        """Begin nothing for so long, unless somebody waits for it: processors and disk are wanted for something else.
+
+        What rests already is not put off again: of a guest that goes back again and again, what it wrote would stay for ever.
+        """
         with DeferredInterrupt(), self._guard:
             self._rests_until = max(self._rests_until, time.monotonic() + seconds)
 
@@ -96,7 +99,8 @@ class Background:
             self._note_done(done)
             self._changed.wait_for(lambda: self._asked > self._begun or self._ending, LINGER_SECONDS)
             if self._asked > self._begun:
-                while not (self._waiting or self._ending) and (left := self._rests_until - time.monotonic()) > 0:
+                until = self._rests_until  # as it is now
+                while not (self._waiting or self._ending) and (left := until - time.monotonic()) > 0:
                     self._changed.wait(left)
                 self._begun = self._asked
                 return self._begun

@@ -15,6 +15,7 @@ copy drops those of all machines, of whatever store, which nobody has.
 
 import fcntl
 import os
+import signal
 import socket
 import stat
 import struct
@@ -65,15 +66,39 @@ def drop_forgotten_copies() -> None:
 
 
 def _drop_if_forgotten(path: Path) -> None:
+    if not _is_ours(path.stat(follow_symlinks=False)):  # root could open those of all users
+        return
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         found = os.fstat(descriptor)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _refuse_open(descriptor)
         now = path.stat(follow_symlinks=False)
-        if stat.S_ISREG(found.st_mode) and (now.st_dev, now.st_ino) == (found.st_dev, found.st_ino):
+        if _is_ours(found) and (now.st_dev, now.st_ino) == (found.st_dev, found.st_ino):
             path.unlink()
     finally:
         os.close(descriptor)
+
+
+def _is_ours(found: os.stat_result) -> bool:
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
+
+
+def _refuse_open(descriptor: int) -> None:
+    """Raise BlockingIOError where a process has that file open to write, or mapped, though not by what was locked.
+
+    A program that starts QEMU may have closed what it was handed, and the supervisor may have been killed.
+    """
+    try:
+        fcntl.fcntl(
+            descriptor, fcntl.F_SETSIG, signal.SIGURG
+        )  # for who opens it just now; SIGIO would end this process
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except BlockingIOError:
+        raise
+    except OSError:  # a kernel that does not know leases
+        return
+    fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
 
 
 def are_there(directory: Path) -> bool:

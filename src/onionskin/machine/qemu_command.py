@@ -54,13 +54,6 @@ _OURS = {
     **dict.fromkeys(("-snapshot", "-replay", "-icount"), "the disks and the time of the machine are onionskin's"),
     **dict.fromkeys(("-mem-path", "-mem-prealloc"), "its RAM is onionskin's"),
     **dict.fromkeys(
-        ("-virtfs", "-fsdev"),
-        _NO_SHARE := (
-            "QEMU saves no machine whose guest has a directory of the host mounted, and a snapshot would not have what it "
-            "writes there; use a disk of the machine, or a network"
-        ),
-    ),
-    **dict.fromkeys(
         ("-chroot", "-runas", "-run-with"), "the process, its user and the files that it opens are onionskin's"
     ),
     "-pflash": "UEFI and its variable store are not supported: a snapshot would not have them; boot with SeaBIOS or kernel=",
@@ -74,6 +67,10 @@ _DRIVER = r"(?:^|driver['\"]?\s*[=:]\s*['\"]?)"
 _NOT_SAVED = re.compile(rf"{_DRIVER}(nvme|usb-mtp|usb-wacom-tablet|virtio-input-host|rocker)\b")
 _OF_SHARES = re.compile(rf"{_DRIVER}virtio-9p\b")
 NOT_SAVED_SAID = "only-migratable"  # is in what QEMU says of it then
+_NO_SHARE = (
+    "QEMU saves no machine whose guest has a directory of the host mounted, and a snapshot would not have what it writes "
+    "there; use a disk of the machine, or a network"
+)
 # These pass the guest's commands on to a disk of the host, also such as write, to a drive that is opened only to read.
 _PAST_READ_ONLY = re.compile(r"\bscsi-(block|generic)\b")
 # The host's disk writes what it reads there to RAM itself, at some time after it was told to, and no page says so.
@@ -121,8 +118,16 @@ def words(configuration: Configuration) -> list[tuple[str, str | None]]:
 
 
 def refuse_arguments(configuration: Configuration) -> None:
-    """Raise StateError where one of the user's arguments cannot be given: before a machine is made that never starts."""
-    words(configuration)
+    """Raise StateError where one of the user's arguments cannot be given: before a machine is made that never starts.
+
+    A directory that is shared with the guest is refused here alone. A machine that was made with one before may have
+    snapshots, taken while it was not mounted, which none without it can load. It starts, and its guest cannot mount it.
+    """
+    for option, value in words(configuration):
+        if option in ("-virtfs", "-fsdev"):
+            raise StateError(f"the argument {option} for QEMU cannot be given: {_NO_SHARE}")
+        if option == "-device" and _OF_SHARES.search(value or ""):
+            raise StateError(f"the argument {option} {value} for QEMU cannot be given: {_NO_SHARE}")
 
 
 def _refuse(option: str, value: str) -> None:
@@ -139,8 +144,6 @@ def _refuse(option: str, value: str) -> None:
         )
     if option == "-device" and _PAST_READ_ONLY.search(value):
         raise StateError(f"the argument {option} {value} for QEMU cannot be given: {_NO_DISK}")
-    if option == "-device" and _OF_SHARES.search(value):
-        raise StateError(f"the argument {option} {value} for QEMU cannot be given: {_NO_SHARE}")
     if option == "-device" and (found := _NOT_SAVED.search(value)):
         raise StateError(
             f"the argument {option} {value} for QEMU cannot be given: QEMU cannot save the state of {found[1]}, so no "

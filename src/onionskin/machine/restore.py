@@ -208,7 +208,9 @@ def _has_generation(page: NDArray[np.uint8], wanted: NDArray[np.uint8], generati
     return at >= 0 and at <= differ[0] and differ[-1] < at + _GENERATION_BYTES
 
 
-def revert(running: Running, snapshot: str, *, stays: bool = False) -> None:
+def revert(
+    running: Running, snapshot: str, *, stays: bool = False, when_back: Callable[[], None] = lambda: None
+) -> None:
     """Put a machine back to a snapshot, in the process that it runs in. It goes on if it ran, and stays stopped if not.
 
     Where its file systems were frozen then, they are again (`Running.is_frozen`), and whoever called this has them thawed.
@@ -222,6 +224,8 @@ def revert(running: Running, snapshot: str, *, stays: bool = False) -> None:
         The name.
     stays : bool
         Whether its user wants it to stand still.
+    when_back : callable
+        Called when it is back, and that is durable, before it goes on.
 
     Raises
     ------
@@ -267,6 +271,7 @@ def revert(running: Running, snapshot: str, *, stays: bool = False) -> None:
             running.recorded = replace(running.recorded, guest_kernel=saved.recorded.guest_kernel)
             running.is_frozen = saved.recorded.is_frozen
             running.is_broken = False
+            when_back()
 
 
 class _NotPutBack(Exception):

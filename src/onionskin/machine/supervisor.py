@@ -99,6 +99,7 @@ class Supervisor:
         self._tries: list[float] = []
         self._is_stopped = False  # the hypervisor reported that the machine stands still
         self._is_forced = False
+        self._goes_back = False  # a revert is under way
         self._fault = ""  # why its disks are not served any more
         self._said_of_looking = ""  # what the log says already of why nothing could be seen
         self._untold: list[str] = []  # what a fork does not know of itself
@@ -135,6 +136,7 @@ class Supervisor:
         volume = self._store._open_ram(row)
         self._ends.callback(lambda: (self.running.ram_volume if hasattr(self, "running") else volume).close())
         self._directory = record.make_directory(self._store._opened.layout.root, row.id)
+        self._ends.push(self._forget)
         record.note_under_way(self._directory)
         found = Record.read(self._directory)
         disks = [one.name for one in machines.volumes_of(self._store._opened.catalog, row)[:-1]]
@@ -662,16 +664,11 @@ class Supervisor:
 
     def end(self) -> None:
         """Give all up: the hypervisor, if it still runs; the disks, which are flushed; the machine."""
-        is_there = hasattr(self, "_directory") and not self._moved
-        if is_there:
+        if hasattr(self, "_directory") and not self._moved:
             record.note_under_way(self._directory)  # the disks are flushed now, which may take long
         try:
             self._ends.close()
-            if is_there and self._is_recorded and not self._moved:
-                (self._directory / record.RECORD).unlink(missing_ok=True)
         finally:
-            if is_there and not self._moved:
-                record.note_reachable(self._directory)
             self._ended.set()
             if hasattr(self, "_control"):
                 self._control.join(QUIT_SECONDS)  # what waits for the end is answered
@@ -679,6 +676,14 @@ class Supervisor:
                 with suppress(OSError, OnionskinError):  # `expire` drops it later
                     self._drop()
             self._store.close()
+
+    def _forget(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Remove what is noted of it, as long as the machine is held: behind that, another supervisor notes there."""
+        if self._moved:
+            return
+        if error is None and self._is_recorded:
+            (self._directory / record.RECORD).unlink(missing_ok=True)
+        record.note_reachable(self._directory)
 
     # ---- verbs: each is given a function that raises once its caller has gone ----
 
@@ -748,7 +753,7 @@ class Supervisor:
         if (
             said == _ENDED
             or self._fault
-            or self.running.is_broken
+            or (self.running.is_broken and not self._goes_back)
             or said in ("internal-error", "guest-panicked", "shutdown")
         ):
             return "failed"
@@ -761,7 +766,11 @@ class Supervisor:
         if self._fault:
             return self._fault
         if self.running.is_broken:
-            return "a revert of it failed half-way: revert it again, or stop it"
+            return (
+                "it is being put back to a snapshot"
+                if self._goes_back
+                else "a revert of it failed half-way: revert it again, or stop it"
+            )
         if said == "io-error":
             is_full = (self._event or {}).get("nospace")
             return f"a disk had an error{': no room is left in the store' if is_full else ''}; resume it when that is mended"
@@ -881,24 +890,34 @@ class Supervisor:
             goes_on = self.running.goes_on if self.running.is_broken else self._would_go_on()
             self._note(is_reverting=True, is_standing=goes_on)
             stays = False
+
+            def note_back() -> None:
+                # Before the guest goes on: one that did is not to be put back again because this process was killed then.
+                self._note_what_is(is_reverting=False, **self._of_guest())
+
+            self._goes_back = True
             try:
-                restore.revert(self.running, name, stays=self.record.is_paused)
+                restore.revert(self.running, name, stays=self.record.is_paused, when_back=note_back)
             except BaseException:
                 # One that did not answer when it was to go on may be found stopped when it does.
                 stays = goes_on and not self.running.is_broken and self._may_stand(for_us_alone=True)
                 raise
             finally:
-                now, told = self.running.recorded.to_json(), self.running.generation
-                is_broken, is_frozen = self.running.is_broken, self.running.is_frozen
-                self._note_what_is(
-                    is_reverting=is_broken,
-                    is_standing=stays or (is_broken and self.running.goes_on),
-                    recorded=now,
-                    told=told,
-                    is_frozen=is_frozen,
-                )
+                self._goes_back = False
+                is_broken = self.running.is_broken
+                is_standing = stays or (is_broken and self.running.goes_on)
+                self._note_what_is(is_reverting=is_broken, is_standing=is_standing, **self._of_guest())
             if self.running.is_frozen and not self._process.is_paused:  # it answers late while its guest begins to run
                 self._thaw()
+
+    def _of_guest(self) -> dict[str, Any]:
+        """Return what a record has of the guest that a revert put in the place of the one before."""
+        running = self.running
+        return {
+            "recorded": running.recorded.to_json(),
+            "told": running.generation,
+            "is_frozen": running.is_frozen,
+        }
 
     def tell(self, has_gone: Callable[[], None], hostname: str | None, clock: bool) -> list[str]:
         """Tell the guest, through its agent, who and when it is. Return what could not be done."""

@@ -35,9 +35,11 @@ STEPS = {
         "fill_file",
     ),
     "onionskin.machine.ram_files": ("RamFiles._make", "RamFiles.use", "RamFiles.make_soon"),
-    "onionskin.machine.record": ("Record.write",),
+    "onionskin.machine.capture": ("_NodeOfState.let_go", "_finish_state"),
+    "onionskin.machine.record": ("Record.write", "note_under_way", "note_reachable"),
     "onionskin.machine.restore": (
         *("Prepared.__init__", "settle", "_settle", "renew_generation", "_VolumesGoingBack.finish"),
+        "_VolumesGoingBack._note_changed",
     ),
     "onionskin.machine.supervisor": ("Supervisor.adopt", "Supervisor._take_over"),
     "onionskin.machine.running": (

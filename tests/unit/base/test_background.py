@@ -4,9 +4,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 
+from onionskin.base import background as background_module
 from onionskin.base.background import Background
 from onionskin.base.signals import DEFERRED
 
@@ -173,6 +175,32 @@ def test_what_rests_begins_when_somebody_waits_for_it_or_its_time_is_over(monkey
     other.wake()
     assert begun.wait(300)
     other.end()
+
+
+def test_what_rests_is_not_put_off_again_by_a_later_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, rests, goes_on = [0.0], threading.Semaphore(0), threading.Event()
+    monkeypatch.setattr(background_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    background = Background(goes_on.set, "test")
+    wait = background._changed.wait
+
+    def waits(seconds: float | None = None) -> bool:
+        if seconds is not None and seconds > 1000:
+            rests.release()
+            if len(now) > 1:
+                goes_on.set()  # it rests again
+        return wait(seconds)
+
+    monkeypatch.setattr(background._changed, "wait", waits)
+    background.rest(3600)
+    background.wake()
+    assert rests.acquire(timeout=300)
+    with background._guard:
+        now[:] = [3600.0, 0.0]
+        background.rest(3600)
+        background.wake()
+    assert goes_on.wait(300)
+    assert not rests.acquire(blocking=False)
+    background.end()
 
 
 def test_what_rests_is_done_when_all_ends() -> None:

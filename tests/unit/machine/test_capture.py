@@ -239,6 +239,40 @@ def test_the_hypervisor_lets_go_of_the_state_while_ram_is_written(
     assert not process.is_paused
 
 
+def test_a_snapshot_is_there_before_the_hypervisor_has_let_go_of_the_state_that_it_opened_while_ram_was_collected(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hypervisor answers late while its guest runs: neither is waited for where that can be helped."""
+    is_opened, is_there, order = threading.Event(), threading.Event(), []
+    prepare, rounds, finish, commit = process.prepare_state, capture._rounds, process.finish_state, MachineCut.commit
+
+    def opens(path: Path) -> None:
+        prepare(path)
+        is_opened.set()
+
+    def collects(*given: Any) -> None:
+        assert is_opened.wait(300)
+        rounds(*given)
+
+    def lets_go() -> None:
+        is_there.wait(300)
+        order.append("let go")
+        finish()
+
+    def commits(*given: Any, **named: Any) -> Any:
+        row = commit(*given, **named)
+        order.append("commit")
+        is_there.set()
+        return row
+
+    monkeypatch.setattr(process, "prepare_state", opens)
+    monkeypatch.setattr(process, "finish_state", lets_go)
+    monkeypatch.setattr(capture, "_rounds", collects)
+    monkeypatch.setattr(MachineCut, "commit", commits)
+    capture.snapshot(running, "a", mode="live")
+    assert order == ["commit", "let go"]
+
+
 def test_a_paused_machine_stays_paused(running: Running, process: StandIn) -> None:
     process.write(3, 3)
     process.pause()

@@ -1,9 +1,12 @@
 """What a killed supervisor left that no record names, and what ends it."""
 
 import fcntl
+import mmap
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -95,28 +98,31 @@ def test_a_machine_is_not_deleted_while_a_process_of_it_is_there(tmp_path: Path)
         assert store.machines() == []
 
 
-def test_copies_of_the_ram_of_this_machine_alone_are_dropped(tmp_path: Path) -> None:
-    one, other = tmp_path / "vms/machine-of-test", tmp_path / "copy-of-vms/machine-of-test"
-    for directory in (one, other):
-        directory.mkdir(parents=True)
-    copies = [orphans.copy_of_ram(directory, 1) for directory in (one, other)]
-    for copy in copies:
-        copy.touch()
-    try:
-        assert orphans.are_there(one)
-        orphans.end(one)
-        assert [copy.exists() for copy in copies] == [False, True]
-    finally:
-        for copy in copies:
-            copy.unlink(missing_ok=True)
+@pytest.fixture
+def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
+    """Names of copies of RAM, in memory where no other process drops any."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        monkeypatch.setattr(orphans, "_SHARED_MEMORY", Path(memory))
+        (tmp_path / "machine-of-test").mkdir()
+        yield [orphans.copy_of_ram(tmp_path / "machine-of-test", number) for number in (1, 2, 3)]
 
 
-def test_a_copy_of_ram_that_no_process_has_is_dropped_though_its_directory_is_gone(tmp_path: Path) -> None:
-    directory = tmp_path / "machine-of-test"
-    directory.mkdir()
-    copies = [orphans.copy_of_ram(directory, number) for number in (1, 2, 3)]
+def test_copies_of_the_ram_of_this_machine_alone_are_dropped(copies: list[Path], tmp_path: Path) -> None:
+    one, other = tmp_path / "machine-of-test", tmp_path / "copy-of-vms/machine-of-test"
+    other.mkdir(parents=True)
+    its, others = copies[0], orphans.copy_of_ram(other, 1)
+    its.touch()
+    others.touch()
+    assert orphans.are_there(one)
+    orphans.end(one)
+    assert not its.exists() and others.exists()
+
+
+def test_a_copy_of_ram_that_no_process_has_is_dropped_though_its_directory_is_gone(
+    copies: list[Path], tmp_path: Path
+) -> None:
     others = copies[0].with_name(f"{copies[0].name}.not"), copies[0].with_name("onionskin-of-test.locked.ram")
-    directory.rmdir()
+    (tmp_path / "machine-of-test").rmdir()
     mine, forgotten, its = (orphans.make_copy(copy) for copy in copies)
     try:
         others[0].touch()
@@ -132,27 +138,52 @@ def test_a_copy_of_ram_that_no_process_has_is_dropped_though_its_directory_is_go
         assert others[0].exists() and others[1].is_symlink()
     finally:
         os.close(mine)
-        for copy in (*copies, *others):
-            copy.unlink(missing_ok=True)
+
+
+def test_a_copy_of_ram_is_not_dropped_where_a_hypervisor_has_it_by_another_descriptor(copies: list[Path]) -> None:
+    """A program that starts it may have closed what it was handed, and the supervisor may have been killed."""
+    os.close(orphans.make_copy(copies[0]))
+    with copies[0].open("r+b") as file:
+        file.truncate(4096)
+        mapped = mmap.mmap(file.fileno(), 4096)
+    with mapped:
+        orphans.drop_forgotten_copies()
+        assert copies[0].exists()
+    orphans.drop_forgotten_copies()
+    assert not copies[0].exists()
+
+
+def test_a_copy_of_ram_of_another_user_is_neither_opened_nor_dropped(
+    copies: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root could."""
+    os.close(orphans.make_copy(copies[0]))
+    opened: list[object] = []
+    with monkeypatch.context() as patch:
+        user, open_file = os.geteuid(), os.open
+        patch.setattr(os, "geteuid", lambda: user + 1)
+        patch.setattr(os, "open", lambda path, *how: (opened.append(path), open_file(path, *how))[1])
+        orphans.drop_forgotten_copies()
+    assert copies[0].exists() and copies[0] not in opened
+    orphans.drop_forgotten_copies()
+    assert not copies[0].exists()
 
 
 def test_a_copy_of_ram_that_somebody_drops_before_it_is_locked_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    copies: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "machine-of-test").mkdir()
-    copy = orphans.copy_of_ram(tmp_path / "machine-of-test", 1)
     flock, locked = fcntl.flock, []
 
     def lock(descriptor: int, how: int) -> None:
         locked.append(how)
         if len(locked) == 1:
-            orphans._drop_if_forgotten(copy)
+            orphans._drop_if_forgotten(copies[0])
         flock(descriptor, how)
 
     monkeypatch.setattr(fcntl, "flock", lock)
-    descriptor = orphans.make_copy(copy)
+    monkeypatch.setattr(orphans, "_refuse_open", lambda descriptor: None)  # as where there are no leases
+    descriptor = orphans.make_copy(copies[0])
     try:
-        assert copy.stat().st_ino == os.fstat(descriptor).st_ino
+        assert copies[0].stat().st_ino == os.fstat(descriptor).st_ino
     finally:
-        copy.unlink()
         os.close(descriptor)

@@ -332,6 +332,23 @@ def test_a_guest_that_goes_back_is_stopped_before_its_hypervisor_is_asked_and_go
     assert sorted(asked[1:-2]) == ["disk_bytes", "load_state", "opens the state", "plugged"]
 
 
+def test_who_notes_that_a_guest_is_back_does_so_when_that_is_durable_and_before_it_goes_on(
+    running: Running, process: StandIn
+) -> None:
+    ram = snapshot(running, process, "a", {1: 1})
+    process.write(1, 2)
+    found = []
+
+    def note() -> None:
+        with onionskin.Store(running.store.path) as other:
+            row = machines.find(other._opened.catalog, running.name)
+            found.append((process.is_paused, running.is_broken, row.resumes == machines.BOOTS))
+
+    restore.revert(running, "a", when_back=note)
+    assert found == [(True, False, True)]
+    assert not process.is_paused and is_at(running, process, "a", ram)
+
+
 @pytest.mark.parametrize("room_bytes", [0, 1 << 62])
 def test_the_background_rests_behind_a_revert_unless_room_may_be_missed_meanwhile(
     running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch, room_bytes: int

@@ -424,7 +424,10 @@ def test_a_machine_that_did_not_answer_behind_a_revert_that_failed_is_noted_as_o
         is_paused = property(lambda self: next(is_paused))
         guest_has_ended = property(lambda self: next(has_ended))
 
-    def revert(*given: object, **named: object) -> None:
+    def revert(running: SimpleNamespace, *given: object, **named: object) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(running, "is_broken", True)
+            assert supervisor._state("paused") == "paused" and "is being put back" in supervisor._why("paused")
         assert noted == {"is_reverting": True, "is_standing": True}  # who takes it over from here lets it go on
         raise MonitorError("it did not answer when it was to go on")
 
@@ -440,6 +443,8 @@ def test_a_machine_that_did_not_answer_behind_a_revert_that_failed_is_noted_as_o
         monkeypatch.setattr(supervisor_module.restore, "revert", revert)
         with pytest.raises(MonitorError):
             supervisor.revert(lambda: None, "ready")
+        supervisor.running.is_broken = True
+        assert supervisor._state("paused") == "failed" and "failed half-way" in supervisor._why("paused")
     finally:
         supervisor._ends.close()
     assert (noted["is_reverting"], noted["is_standing"]) == (False, stays)
@@ -614,6 +619,34 @@ def test_who_says_that_it_begins_or_ends_a_machine_is_waited_for_as_long_as_that
         with pytest.raises(StateError, match="nobody can reach"):
             _ = lab.state
         has.close()
+
+
+def test_what_is_noted_of_a_machine_is_removed_only_as_long_as_it_is_held(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = store.create_machine("lab", disks=["web"], memory="1M")
+    directory = record.make_directory(store._opened.layout.root, lab._id)
+    notes = [directory / record.RECORD, directory / record.UNDER_WAY]
+    open_ram = store._open_ram
+
+    def open_and_be_followed(row: object) -> SimpleNamespace:
+        volume = open_ram(row)
+
+        def close() -> None:
+            volume.close()
+            for note in notes:
+                note.write_text("{}")  # of another supervisor, which has it from here on
+
+        return SimpleNamespace(close=close)
+
+    def fail(*given: object, **named: object) -> None:
+        raise StateError("no disks")
+
+    monkeypatch.setattr(store, "_open_ram", open_and_be_followed)
+    monkeypatch.setattr(supervisor_module, "DiskServer", fail)
+    with pytest.raises(StateError, match="no disks"):
+        Supervisor(store, "lab", print).begin()
+    assert [note.read_text() for note in notes] == ["{}", "{}"]
 
 
 def test_who_begins_a_machine_and_was_stopped_or_killed_is_not_waited_for(
