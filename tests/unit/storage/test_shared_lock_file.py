@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import onionskin
-from onionskin.base.paths import FilePath
 from onionskin.base import _names
+from onionskin.base.paths import FilePath
 from onionskin.storage import locks
 from onionskin.storage.locks import SharedFile, VolumeLock, volume_holder
 
