@@ -4,6 +4,9 @@ import threading
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
+from support.background import leave_work_to_the_test
+
 import onionskin
 from onionskin.operations import reclaim
 from onionskin.operations.staging import staged_files
@@ -12,9 +15,13 @@ from onionskin.storage.locks import STORE_BYTE
 BLOCK = 4096
 
 
-def test_files_that_are_being_made_have_rows_and_nobody_frees_them(tmp_path: Path) -> None:
+def test_files_that_are_being_made_have_rows_and_nobody_frees_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with onionskin.Store(tmp_path / "store") as store, onionskin.Store(tmp_path / "store") as other:
         store.create("db", size=BLOCK).close()
+        for one in (store, other):
+            leave_work_to_the_test(one, monkeypatch)
         with staged_files(store._opened, ["map"], "release") as files:
             (row,) = files.rows
             staged = store._opened.layout.map_file(row.target)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.background import leave_work_to_the_test
 from support.listing import files_with
 
 import onionskin
@@ -19,9 +20,10 @@ SECRET = b"CANARY00" * (BLOCK // 8)
 
 
 def test_damage_in_a_volume_with_pending_work_keeps_nobody_from_another(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with onionskin.Store(tmp_path / "store") as store:
+        leave_work_to_the_test(store, monkeypatch)
         with store.create("bad", size=SIZE, wipe="zero") as bad:
             bad.write(0, b"x" * 2 * BLOCK)
             bad.snapshot("a")
@@ -103,7 +105,7 @@ def test_what_a_snapshot_holds_is_not_reclaimed_by_what_its_volume_wrote_over_it
         web.write(0, b"x" * 4 * BLOCK)
         web.snapshot("a")
         web.merge("a")  # the head inherits the segment
-        store.finish_work()
+        leave_work_to_the_test(store, monkeypatch)
         (segment,) = store._opened.catalog.rows(SegmentRow, "role = 'sealed'")
         with store._opened.catalog.transaction():
             store._opened.catalog.add_work("scrub", segment.id, segment.lock_byte, "release")
@@ -155,7 +157,7 @@ def test_what_is_to_be_wiped_behind_slot_work_that_is_not_forgotten_yet_is_wiped
         web.write(0, SECRET)
         web.snapshot("a")
         web.merge("a")  # the head inherits the segment
-        store.finish_work()
+        leave_work_to_the_test(store, monkeypatch)
         (segment,) = store._opened.catalog.rows(SegmentRow, "role = 'sealed'")
         store._opened.change(lambda: reclaim.add_slot_work(store._opened, [segment.id], "release"))
         forget = reclaim._forget
@@ -166,15 +168,15 @@ def test_what_is_to_be_wiped_behind_slot_work_that_is_not_forgotten_yet_is_wiped
             forget(*work, **how)
 
         with monkeypatch.context() as patch:
-            patch.setattr(reclaim, "work_soon", lambda store: None)
             patch.setattr(reclaim, "_forget", free_more_and_forget)
             reclaim.do_work(store._opened)
         reclaim.do_work(store._opened)
         assert files_with(store._opened.layout.segments, SECRET[:8]) == []
 
 
-def test_slot_work_that_is_noted_twice_has_the_stricter_policy(tmp_path: Path) -> None:
+def test_slot_work_that_is_noted_twice_has_the_stricter_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with onionskin.Store(tmp_path / "store") as store, store.create("web", size=SIZE) as web:
+        leave_work_to_the_test(store, monkeypatch)
         web.write(0, SECRET)
         web.snapshot("a")
         (segment,) = store._opened.catalog.rows(SegmentRow, "role = 'sealed'")
@@ -210,7 +212,7 @@ def test_what_the_commit_of_another_process_freed_is_there_until_that_commit_is_
     with onionskin.Store(tmp_path / "store") as store, onionskin.Store(tmp_path / "store") as other:
         with store.create("web", size=SIZE) as web:
             web.write(0, b"x" * BLOCK)
-        store.finish_work()
+        leave_work_to_the_test(store, monkeypatch)
         volumes.delete(other._opened, ["web"], recursive=False)  # as of a process that dies in its commit
         monkeypatch.setattr(os, "fdatasync", synced)
         monkeypatch.setattr(reclaim, "_do", freed)
@@ -225,6 +227,7 @@ def test_a_segment_that_its_head_gives_up_beside_the_work_on_it_is_no_failure(
     with onionskin.Store(tmp_path / "store") as store, store.create("web", size=SIZE) as web:
         web.write(0, SECRET)
         web.flush()
+        leave_work_to_the_test(store, monkeypatch)
         catalog = store._opened.catalog
         (segment,) = catalog.rows(SegmentRow, "role <> 'spare'")
 
