@@ -112,24 +112,12 @@ int onion_has_data(int fd, uint64_t offset, uint64_t end) {
     return first_data(fd, offset, end, &start);
 }
 
-int onion_sized(int fd, uint64_t *size_bytes) {
+int onion_was_cut(int fd, uint64_t size_bytes) {
     struct stat found;
-    off_t end;
 
     if (fstat(fd, &found) < 0)
         return -errno;
-    if (!S_ISREG(found.st_mode) && !S_ISBLK(found.st_mode))
-        return 0;
-    end = S_ISBLK(found.st_mode) ? lseek(fd, 0, SEEK_END) : found.st_size;
-    *size_bytes = (uint64_t)end;
-    return end < 0 ? -errno : 1;
-}
-
-int onion_was_cut(int fd, uint64_t size_bytes) {
-    uint64_t found = 0;
-    int status = onion_sized(fd, &found);
-
-    return status > 0 ? found < size_bytes : status;
+    return S_ISREG(found.st_mode) && (uint64_t)found.st_size < size_bytes;
 }
 
 int onion_data_walk_next(struct onion_data_walk *walk, uint64_t offset, uint64_t end, struct onion_data_span *span) {

@@ -43,11 +43,8 @@ int onion_seek_data_to(int fd, uint64_t offset, uint64_t before, uint64_t end, s
 /* Whether something from `offset` up to `end` is data: 1, 0 or -errno. It does not look where that ends. */
 int onion_has_data(int fd, uint64_t offset, uint64_t end);
 
-/* The size of a regular file or a block device: 1, 0 for what is neither, or -errno. */
-int onion_sized(int fd, uint64_t *size_bytes);
-
-/* Whether fd is a regular file or a block device that is shorter than it was when its size was taken: 1, 0 or -errno.
- * Everything beyond the end looks like a hole. So code that lets a hole read zero asks this after onion_seek_data; 0
+/* Whether fd is a regular file that is shorter than it was when its size was taken: 1, 0 or -errno. Everything
+ * beyond the end of a file looks like a hole. So code that lets a hole read zero asks this after onion_seek_data; 0
  * means that the answer of onion_seek_data was true. */
 int onion_was_cut(int fd, uint64_t size_bytes);
 

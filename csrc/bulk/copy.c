@@ -485,17 +485,14 @@ static size_t join_extents(struct onion_copy_extent *extents, size_t extent_coun
 
 static int open_pair(struct copy_pair *pair, const struct onion_copy_extent *extent, int flags) {
     struct statfs filesystem;
-    int status;
+    struct stat source;
 
     *pair = (struct copy_pair){.source = extent->source, .destination = extent->destination};
     if (extent->source < 0)
         return 0;
-    pair->source_size_bytes = UINT64_MAX; /* what has no size, such as a character device */
-    status = onion_sized(pair->source, &pair->source_size_bytes);
-    if (status < 0)
-        return status;
-    if (fstatfs(pair->destination, &filesystem) < 0)
+    if (fstat(pair->source, &source) < 0 || fstatfs(pair->destination, &filesystem) < 0)
         return -errno;
+    pair->source_size_bytes = S_ISREG(source.st_mode) ? (uint64_t)source.st_size : UINT64_MAX;
     pair->block_bytes = (uint64_t)filesystem.f_bsize;
     pair->has_range = (flags & ONION_COPY_REFLINK) != 0;
     pair->has_reflink = pair->has_range && pair->block_bytes > 0 && (pair->block_bytes & (pair->block_bytes - 1)) == 0;

@@ -5,9 +5,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
-#include "base/linux_io.h"
 #include "volume/internal.h"
 
 /* Opens the file again, for a descriptor with its own file position and locks. Without /proc, it shares them with
@@ -21,16 +21,23 @@ static int open_again(int fd) {
     return again < 0 ? -errno : again;
 }
 
+static int size_of_base(int fd, uint64_t *size_bytes) {
+    struct stat info;
+    if (fstat(fd, &info))
+        return -errno;
+    off_t end = S_ISBLK(info.st_mode) ? lseek(fd, 0, SEEK_END) : info.st_size;
+    *size_bytes = (uint64_t)end;
+    return S_ISREG(info.st_mode) || S_ISBLK(info.st_mode) ? (end < 0 ? -errno : 0) : ONION_E_NOT_A_FILE;
+}
+
 static int map_base(struct onion_mapping *mapping, uint64_t size_bytes, int allow_short) {
-    uint64_t present = 0;
-    int status = onion_sized(mapping->fd, &present);
-    if (status == 0)
-        status = ONION_E_NOT_A_FILE;
-    else if (status > 0 && present < size_bytes && !allow_short)
+    uint64_t present = 0; /* set for compilers that do not see that size_of_base sets it */
+    int status = size_of_base(mapping->fd, &present);
+    if (status == 0 && present < size_bytes && !allow_short)
         status = ONION_E_FORMAT;
     uint64_t length = present < size_bytes ? present : size_bytes;
     if (status < 0 || !length)
-        return status < 0 ? status : 0;
+        return status;
     void *address = mmap(NULL, length, PROT_READ, MAP_SHARED, mapping->fd, 0);
     if (address == MAP_FAILED)
         return -errno;

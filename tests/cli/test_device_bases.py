@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from support.loop_devices import MakeDevice, loop_devices
 
 import onionskin
 from onionskin.exchange import device_nodes
+from onionskin.exchange.block_devices import BlockDevice
+from onionskin.images import export_to_device
 
 Run = Callable[..., Result]
 MIB = 1 << 20
@@ -64,49 +67,88 @@ def test_a_device_in_use_is_refused_and_leaves_no_store_behind(
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("way", ["path", "link", "another node", "another device over the file", "the file", "stdout"])
+def another_node(device: Path, path: Path) -> Path:
+    os.mknod(path, device.stat().st_mode, device.stat().st_rdev)
+    return path
+
+
+def export_to_stdout(vms: Path, target: Path) -> "subprocess.CompletedProcess[str]":
+    with target.open("r+b") as out:
+        command = [sys.executable, "-m", "onionskin", "export", f"{vms}/web", "-"]
+        return subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize("way", ["path", "link", "another node"])
 def test_nothing_is_exported_over_a_device_that_is_a_base(
     run: Run, vms: Path, tmp_path: Path, disk: Path, device: MakeDevice, way: str
 ) -> None:
     at = target = device(disk)
     assert run("create", f"{vms}/over", "--base", at).exit_code == 0
+    disk.unlink()  # so that it is the device, and not the file below it, that is found to be a base
     if way == "link":
         target = tmp_path / "link"
         target.symlink_to(at)
     elif way == "another node":
-        target = tmp_path / "node"
-        os.mknod(target, at.stat().st_mode, at.stat().st_rdev)
-    elif way == "another device over the file":
-        target = device(disk)
-    elif way == "the file":
-        target = disk
-    if way == "stdout":
-        with at.open("r+b") as out:
-            command = ["python", "-m", "onionskin", "export", f"{vms}/web", "-"]
-            refused = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, timeout=300, check=False)
-        assert (refused.returncode, b"that volumes stand on" in refused.stderr) == (5, True)
-    else:
-        done = run("export", f"{vms}/web", target, "--yes")
-        assert done.exit_code == (4 if way == "the file" else 5)
-        if way != "the file":
-            assert "that volumes stand on" in done.stderr
-    assert at.read_bytes() == disk.read_bytes() == b"\1" * (2 * MIB)
+        target = another_node(at, tmp_path / "node")
+    refused = run("export", f"{vms}/web", target, "--yes")
+    assert refused.exit_code == 5
+    assert f"{target} is a base that volumes stand on" in refused.stderr
+    to_stdout = export_to_stdout(vms, target)
+    assert (to_stdout.returncode, "stdout is a base that volumes stand on" in to_stdout.stderr) == (5, True)
+    assert at.read_bytes() == b"\1" * (2 * MIB)
+
+
+def test_nothing_is_exported_over_the_file_below_a_device_that_is_a_base(
+    run: Run, vms: Path, disk: Path, device: MakeDevice
+) -> None:
+    assert run("create", f"{vms}/over", "--base", device(disk)).exit_code == 0
+    other = device(disk)
+    refused = run("export", f"{vms}/web", other, "--yes")
+    assert refused.exit_code == 5
+    assert f"{other} stands on {disk}, a base that volumes stand on" in refused.stderr
+    with onionskin.Store(vms) as store, store.open("web", mode="r") as web:
+        for target in disk, other:
+            to_stdout = export_to_stdout(vms, target)
+            assert (to_stdout.returncode, "base that volumes stand on" in to_stdout.stderr) == (5, True)
+        with pytest.raises(onionskin.StateError, match="is a base that volumes stand on"):
+            web.export(disk)
+    assert disk.read_bytes() == b"\1" * (2 * MIB)
 
 
 @pytest.mark.parametrize("way", ["path", "another node"])
 def test_nothing_is_exported_over_a_device_that_an_open_volume_of_another_store_reads(
     run: Run, vms: Path, tmp_path: Path, disk: Path, device: MakeDevice, way: str
 ) -> None:
-    at = target = device(disk)
+    at = base = device(disk)
     if way == "another node":
-        target = tmp_path / "node"
-        os.mknod(target, at.stat().st_mode, at.stat().st_rdev)
-    with onionskin.Store(tmp_path / "other") as store, store.create("over", base=at):
-        refused = run("export", f"{vms}/web", target, "--yes")
+        base = another_node(at, tmp_path / "node")
+    with onionskin.Store(tmp_path / "other") as store, store.create("over", base=base):
+        refused = run("export", f"{vms}/web", at, "--yes")
         assert refused.exit_code == 5
-        assert "is in use, as a base of a volume of some store" in refused.stderr
+        assert f"{at} is in use, as a base of a volume of some store" in refused.stderr
+        to_stdout = export_to_stdout(vms, at)
+        assert (to_stdout.returncode, "stdout is in use, as a base" in to_stdout.stderr) == (5, True)
     assert disk.read_bytes() == b"\1" * (2 * MIB)
-    assert run("export", f"{vms}/web", target, "--yes").exit_code == 0
+    assert run("export", f"{vms}/web", at, "--yes").exit_code == 0
+
+
+def test_a_device_is_not_opened_as_a_base_while_an_export_writes_it(
+    vms: Path, tmp_path: Path, disk: Path, device: MakeDevice
+) -> None:
+    at, refused = device(disk), []
+    with onionskin.Store(tmp_path / "other") as other, onionskin.Store(vms) as store, store.open("web") as web:
+        other.create("over", base=at).close()
+
+        def try_to_open(done: int, total: int) -> None:
+            with pytest.raises(onionskin.StateError, match="an export is writing the base"):
+                other.open("over")
+            refused.append(done)
+
+        with BlockDevice(another_node(at, tmp_path / "node")) as target:
+            export_to_device(web, target, progress=try_to_open)
+        with pytest.raises(onionskin.ChainError, match="has changed"):
+            other.open("over")
+    assert refused == [MIB]
 
 
 def test_the_devices_that_are_written_with_one_are_what_it_lies_in_and_on_and_has_in_it(
