@@ -1498,16 +1498,16 @@ class Store:
     def relocate(self, name: str, *, base: "AnyPath", trust: bool = False, verify: bool = False) -> None:
         """Record the path at which the base of a volume is now.
 
-        Without `trust` and `verify`, the file must have the size and modification time that the base had. The change
-        applies to all volumes on the same base, and is durable on return. Volumes that are open keep using the file
-        that they have open.
+        Without `trust` and `verify`, a file must have the size and modification time that the base had, and a block device
+        the size, and the bytes at the places that `create` names. The change applies to all volumes on the same base, and
+        is durable on return. Volumes that are open keep using the file that they have open.
 
         Parameters
         ----------
         name : str
             A volume that stands on the base.
         base : path-like
-            The file that is the base now. It must lie outside the store.
+            The file, or the block device, that is the base now. It must lie outside the store.
         trust : bool
             Trust the caller that it is the same image. The size is compared all the same.
         verify : bool
@@ -1521,7 +1521,8 @@ class Store:
             The file has another SHA-256.
         StateError
             A merge is writing the base, or one was begun and has not ended: that changes the size, the time and the
-            contents of the base, so the caller has to say `trust` that it is the file that was moved.
+            contents of the base, so the caller has to say `trust` that it is the file that was moved, and no block device
+            takes its place. Or `base` is a block device that is mounted, or in use otherwise.
         """
         with described_base(FilePath(base), digest=verify) as new:
             if self._opened.layout.holds(FilePath(new.path)):

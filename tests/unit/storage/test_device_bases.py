@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
@@ -269,3 +270,23 @@ def test_what_a_device_looks_like_stays_the_same_for_ever(tmp_path: Path, device
     overwrite(disk, 0, gpt(5 * MIB))
     with device(disk).open("rb") as file:
         assert looks_of(file.fileno()) == (0, SIZE, 4136661591532467289)
+
+
+def test_a_half_merged_file_is_not_exchanged_for_a_device(
+    store: onionskin.Store, tmp_path: Path, disk: Path, device: MakeDevice
+) -> None:
+    """The merge could not go on in it, and the layers hide only what was merged into the file."""
+
+    def cancel(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with store.create("web", base=disk) as web:
+        web.write(0, b"new")
+        with pytest.raises(KeyboardInterrupt):
+            web.merge_into_base(progress=cancel)
+    shutil.copy(disk, tmp_path / "copy")
+    with pytest.raises(onionskin.StateError, match="was begun and has not ended, and it goes on only in a file"):
+        store.relocate("web", base=device(tmp_path / "copy"), trust=True)
+    with store.open("web") as web:
+        web.merge_into_base()
+    assert disk.read_bytes()[:3] == b"new"
