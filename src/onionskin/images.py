@@ -480,17 +480,19 @@ def export_to_device(volume: "Volume", device: "BlockDevice", *, progress: Progr
     Raises
     ------
     StateError
-        The device is a loop device over a file that is a base, of a volume of this store or of an open volume.
+        The device is a base, of a volume of this store or of an open volume, or shares bytes with one, as a loop device
+        over a file that is a base does.
     OSError
         ENOSPC: the device is smaller than the disk, and nothing was written. Or an error of the device.
     ChainError
         The base changed meanwhile.
     """
     from onionskin.kernels._copy import split_zeros
+    from onionskin.storage.locks import written_over
 
     refuse_device(volume, device)
     buffer = memoryview(bytearray(_CHUNK_BYTES))
-    with reading(volume) as disk:
+    with written_over(device.number, device.path), reading(volume) as disk:
         size_bytes = int(disk.size_bytes)
         for at in range(0, size_bytes, _CHUNK_BYTES):
             piece = buffer[: min(_CHUNK_BYTES, size_bytes - at)]
@@ -534,9 +536,11 @@ def reading(volume: "Volume") -> "Iterator[DataPath]":
 
 def refuse_device(volume: "Volume", device: "BlockDevice") -> None:
     """Raise if a disk may not be written to a block device; `export_to_device` lists the errors. Nothing is written."""
-    from onionskin.operations.export import refuse_file_below
+    from onionskin.operations.export import refuse_device_of_base, refuse_file_below
 
-    for file in device.files_below():
+    files = device.files_below()
+    refuse_device_of_base(volume._opened.store, device.number, device.path)
+    for file in files:
         refuse_file_below(volume._opened.store, device.path, file)
     if device.size_bytes < volume.size_bytes:
         raise OSError(

@@ -44,6 +44,7 @@ from onionskin.errors import (
     VerifyError,
     VolumeNotFoundError,
 )
+from onionskin.storage.base_looks import is_device
 from onionskin.storage.chain import (
     NewHead,
     check_base,
@@ -235,8 +236,12 @@ class Store:
         name : str
             At most 255 bytes, without '/', '@' and control characters.
         base : path-like, optional
-            A raw image file that the volume stands on. It is never written, except by `merge_into_base`, and must not
-            change.
+            A raw image that the volume stands on: a file, or a block device. It must not change. A file is never written,
+            except by `merge_into_base`, and a device never at all. A file that was written to by others is refused, since
+            its time tells. A device is refused if its size changed, or what it holds in its first and its last MiB, at 64
+            places between, and where its partitions begin. So a mount for writing, a new file system and a new partition
+            table are noticed, and a write elsewhere is not: only `digest` tells, with `open(verify=True)`. Give a path that
+            means the same device after a restart (`/dev/vg/lv`, `/dev/disk/by-id/...`), because links to a device are kept.
         size : int or str, optional
             The size, as a number of bytes or as a string such as "20G". It is needed if there is no base. If there is
             one, the size may be larger or smaller than the base.
@@ -264,6 +269,8 @@ class Store:
             A volume cannot have this name, size or block size.
         FormatError
             The base looks like an image of another format than raw, and `base_format` is not given.
+        StateError
+            The base is a block device that is mounted, or in use otherwise.
         OSError
             The base could not be read, or there is no space (ENOSPC). Then no volume was made.
         """
@@ -1491,16 +1498,16 @@ class Store:
     def relocate(self, name: str, *, base: "AnyPath", trust: bool = False, verify: bool = False) -> None:
         """Record the path at which the base of a volume is now.
 
-        Without `trust` and `verify`, the file must have the size and modification time that the base had. The change
-        applies to all volumes on the same base, and is durable on return. Volumes that are open keep using the file
-        that they have open.
+        Without `trust` and `verify`, a file must have the size and modification time that the base had, and a block device
+        the size, and the bytes at the places that `create` names. The change applies to all volumes on the same base, and
+        is durable on return. Volumes that are open keep using the file that they have open.
 
         Parameters
         ----------
         name : str
             A volume that stands on the base.
         base : path-like
-            The file that is the base now. It must lie outside the store.
+            The file, or the block device, that is the base now. It must lie outside the store.
         trust : bool
             Trust the caller that it is the same image. The size is compared all the same.
         verify : bool
@@ -1514,7 +1521,8 @@ class Store:
             The file has another SHA-256.
         StateError
             A merge is writing the base, or one was begun and has not ended: that changes the size, the time and the
-            contents of the base, so the caller has to say `trust` that it is the file that was moved.
+            contents of the base, so the caller has to say `trust` that it is the file that was moved, and no block device
+            takes its place. Or `base` is a block device that is mounted, or in use otherwise.
         """
         with described_base(FilePath(base), digest=verify) as new:
             if self._opened.layout.holds(FilePath(new.path)):
@@ -1532,6 +1540,11 @@ class Store:
             raise StateError(f"a merge writes the base {old.path} just now; wait for it to end, or cancel it")
         refuse_half_merged(catalog, FilePath(new.path), above=read_chain(catalog, row.head))
         begun = unfinished_base_merges(catalog, row.head)
+        if begun and is_device(new):
+            raise StateError(
+                f"a merge into the base {old.path} was begun and has not ended, and it goes on only in a file, which "
+                f"{new.path} is not: end it there with 'onionskin merge --into-base'"
+            )
         sizes = {old.size_bytes, *(catalog.layer(target).size_bytes for target in begun)}
         if new.size_bytes not in sizes:
             raise ChainError(
@@ -2539,6 +2552,16 @@ def _refuse_other_image(old: BaseRow, new: BaseRow, *, half_merged: bool, verify
     if verify:
         raise VerifyError(
             f"{new.path} does not have the SHA-256 of the base: it is another image; name the one that was moved"
+        )
+    if is_device(old) and is_device(new):
+        raise ChainError(
+            f"{new.path} holds other bytes than the base {old.path} did: it is another disk, or was written to; say that you "
+            "trust it if it is the same image"
+        )
+    if is_device(old) or is_device(new):
+        raise ChainError(
+            f"one of {old.path} and {new.path} is a block device and the other a file, so only their bytes tell whether they "
+            "are the same image: verify its digest, or compare them yourself, and say that you trust it"
         )
     raise ChainError(
         f"{new.path} was modified at another time than the base; say that you trust it if it is the same image"

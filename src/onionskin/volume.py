@@ -584,7 +584,7 @@ class Volume:
         ------
         StateError
             An older snapshot, another branch, a clone or another volume needs the base as it is. The message lists
-            them.
+            them. Or the base is a block device: nothing is merged into one.
         OSError
             With ENOSPC, there is not enough room. This is checked before anything is written.
         """

@@ -1,11 +1,13 @@
 """What BLOCK_STATUS says of a disk with data of every kind."""
 
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.loop_devices import loop_devices
 from support.phony_client import REQ_ONE, SET_META, TRIM, Client
 from support.serving import Serving, served_volume
 
@@ -69,6 +71,15 @@ def test_a_base_that_was_cut_short_has_no_holes_that_a_client_could_skip(tmp_pat
         client.go(contexts=(ALLOCATION,))
         os.truncate(base, MIB)
         assert client.status(0, 8 * MIB)[ALLOCATION] == [(8 * MIB, 0)]
+
+
+def test_a_device_that_became_shorter_has_no_holes_that_a_client_could_skip(tmp_path: Path, base: Path) -> None:
+    with loop_devices() as device, served_volume(tmp_path, size=0, base=(at := device(base))) as (serving, _):
+        os.truncate(base, MIB)
+        subprocess.run(["losetup", "--set-capacity", at], check=True)
+        with Client(serving.path) as client:
+            client.go(contexts=(ALLOCATION,))
+            assert client.status(0, 8 * MIB)[ALLOCATION] == [(8 * MIB, 0)]
 
 
 def test_a_disk_too_scattered_for_one_reply_is_described_from_its_start(served: Served) -> None:

@@ -16,6 +16,13 @@ from typing import TYPE_CHECKING, Any
 _NOT_THERE = (ENOENT, ENOTDIR, EBADF, ELOOP)
 
 
+def is_same(one: os.stat_result, other: os.stat_result) -> bool:
+    """Whether two looks are at one file, or at one block device, which may have several nodes."""
+    if stat.S_ISBLK(one.st_mode) and stat.S_ISBLK(other.st_mode):
+        return one.st_rdev == other.st_rdev
+    return os.path.samestat(one, other)
+
+
 class FilePath(str):
     """A path of a file."""
 

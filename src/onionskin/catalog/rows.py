@@ -10,7 +10,7 @@ _COUNTED_MAX = (1 << 8 * _COUNTED_BYTES) - 1
 
 
 class BaseRow(NamedTuple):
-    """A raw image file that volumes stand on, and how it looked when they were made."""
+    """A raw image that volumes stand on, and how it looked when they were made: see `onionskin.storage.base_looks`."""
 
     id: bytes
     path: str

@@ -371,7 +371,7 @@ def apply(name: Name, file: "FilePath", as_json: bool) -> None:
 
 def _refuse_stdout_in(store: "Store") -> None:
     """Refuse to write to stdout if that is a file which a disk of the store reads, or a device over one, or in use."""
-    from onionskin.operations.export import refuse_file_below, refuse_open_file
+    from onionskin.operations.export import refuse_device_of_base, refuse_file_below, refuse_open_file
 
     try:
         descriptor = sys.stdout.fileno()
@@ -383,6 +383,8 @@ def _refuse_stdout_in(store: "Store") -> None:
         return
     from onionskin.exchange.block_devices import files_below, refuse_in_use
 
-    for file in files_below(found.st_rdev, "stdout"):
+    files = files_below(found.st_rdev, "stdout")
+    refuse_device_of_base(store._opened, found.st_rdev, "stdout")
+    for file in files:
         refuse_file_below(store._opened, "stdout", file)
     refuse_in_use(descriptor, "stdout")

@@ -32,7 +32,7 @@ from onionskin.cli.chosen import find_snapshot, same_store
 from onionskin.cli.losses import dry_run_option, yes_option
 from onionskin.cli.output import json_option
 from onionskin.cli.values import snapshot_value, volume_value
-from onionskin.errors import FormatError, StateError
+from onionskin.errors import StateError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("name", type=NEW_VOLUME, metavar="STORE/VOLUME")
-@click.option("--base", type=FILE, help="A raw image below the volume; only merge --into-base writes to it.")
+@click.option("--base", type=FILE, help="A raw image below the volume, a file or a block device.")
 @click.option(
     "--format",
     "base_format",
@@ -75,6 +75,7 @@ def create(
     The store is made if it is missing. A directory that is there already has to be empty then.
     """
     from onionskin.exchange.image_formats import refuse_as_raw
+    from onionskin.storage.chain import refuse_used_device
 
     if base is None and size is None:
         raise click.UsageError("a volume wants --base FILE or --size SIZE")
@@ -83,16 +84,13 @@ def create(
     if base_format is not None and base is None:
         raise click.UsageError("--format is about the base: give --base FILE too")
     if base is not None:  # one that is missing, or is not to be had as a base, shall not leave an empty store behind
-        if base.is_block_device():
-            raise FormatError(
-                f"{base} is a block device, and a base is a raw image file: a device has no time of change, so nobody could "
-                "tell that it was written to meanwhile. Copy it with 'onionskin import'"
-            )
         refuse_volume(base)
         base.stat()
-        if base_format is None and base.is_file():  # to open a FIFO waits; it is refused below, as no regular file
+        if base.is_file() or base.is_block_device():  # to open a FIFO waits; it is refused below, as no regular file
             with open(base, "rb", buffering=0) as file:
-                refuse_as_raw(file.fileno(), base)
+                if base_format is None:
+                    refuse_as_raw(file.fileno(), base)
+                refuse_used_device(file.fileno(), base)
     with open_store(name.store, create=True, group=group) as store:
         store.create(
             name.volume,

@@ -590,7 +590,7 @@ class LiveVolume:
         Raises
         ------
         StateError
-            Another volume or snapshot needs the base as it is.
+            Another volume or snapshot needs the base as it is. Or the base is a block device.
         ChainError
             The base is not the file that it was.
         OSError

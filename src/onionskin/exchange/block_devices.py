@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from onionskin.base.fsync import sync_file
 from onionskin.errors import StateError
+from onionskin.exchange.device_nodes import directory_of, is_claimed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,6 +100,11 @@ class BlockDevice:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
+    @property
+    def number(self) -> int:
+        """The number of the device, which all its nodes have."""
+        return self._number
+
     def files_below(self) -> "list[Path]":
         """Return the backing files of this device: see `files_below`."""
         return files_below(self._number, self.path)
@@ -115,7 +121,7 @@ def files_below(number: int, called: "str | os.PathLike[str]") -> "list[Path]":
     from pathlib import Path
 
     found = []
-    directory = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    directory = Path(directory_of(number))
     if not directory.exists():
         raise StateError(
             f"what {called} stands on cannot be seen, since {directory} is not there, and it might be a file that is "
@@ -135,11 +141,8 @@ def files_below(number: int, called: "str | os.PathLike[str]") -> "list[Path]":
 
 def refuse_in_use(descriptor: int, called: str) -> None:
     """Refuse to write to an open block device that is mounted, or in use otherwise."""
-    try:
-        os.close(os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
-    except OSError as error:
-        if error.errno == errno.EBUSY:  # otherwise the caller may write to it, and not open it
-            raise _in_use(called) from None
+    if is_claimed(descriptor):
+        raise _in_use(called)
 
 
 def _in_use(called: "str | os.PathLike[str]") -> StateError:

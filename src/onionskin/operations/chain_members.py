@@ -3,12 +3,13 @@
 What must hold: all is read in one state of the catalog. No map is read, and nothing is opened.
 """
 
+import stat
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 from onionskin.base.paths import FilePath
 from onionskin.base.records import record
-from onionskin.catalog import Catalog, LayerRow
+from onionskin.catalog import BaseRow, Catalog, LayerRow
 from onionskin.catalog.tree import find_snapshot, when
 from onionskin.operations.space import bytes_of_layers
 from onionskin.storage.block_maps import read_layers
@@ -104,13 +105,14 @@ def chain_of(store: OpenStore, name: str, snapshot: str | None) -> list[ChainLay
     ]
     if chain.base:
         found.append(
-            ChainLayer("base", chain.base.path, None, chain.base.size_bytes, _bytes_of_base(chain.base.path), "raw")
+            ChainLayer("base", chain.base.path, None, chain.base.size_bytes, _bytes_of_base(chain.base), "raw")
         )
     return found
 
 
-def _bytes_of_base(path: str) -> int | None:
+def _bytes_of_base(base: BaseRow) -> int | None:
     try:
-        return allocated_bytes(FilePath(path).stat())
+        found = FilePath(base.path).stat()
+        return base.size_bytes if stat.S_ISBLK(found.st_mode) else allocated_bytes(found)
     except OSError:
         return None

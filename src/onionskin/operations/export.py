@@ -14,13 +14,15 @@ from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING
 
 from onionskin.base.fsync import sync_file
-from onionskin.base.paths import FilePath
+from onionskin.base.paths import FilePath, is_same
 from onionskin.errors import StateError
+from onionskin.exchange.block_devices import files_below
+from onionskin.exchange.device_nodes import devices_written_with, directory_of
 from onionskin.kernels._wipe import wipe
 from onionskin.operations import copy
 from onionskin.operations.pinned import pinned
 from onionskin.storage.layout import DIRECTORIES
-from onionskin.storage.locks import is_locked
+from onionskin.storage.locks import is_device_in_use, is_locked
 from onionskin.storage.open_head import OpenDisk
 from onionskin.storage.open_store import OpenStore
 
@@ -226,6 +228,18 @@ def refuse_file_below(store: OpenStore, device: "AnyPath", file: "AnyPath") -> N
         raise StateError(f"{device} stands on {file}, which some volume has open as its base; choose another device")
 
 
+def refuse_device_of_base(store: OpenStore, number: int, called: "AnyPath") -> None:
+    """Refuse to write to a block device if that changes a device which is a base, or is in use as one."""
+    written = devices_written_with(number)
+    for found in _looks_at_bases(store):
+        if stat.S_ISBLK(found.st_mode) and found.st_rdev in written:
+            raise StateError(
+                f"{called} is a base that volumes stand on, or has bytes in common with one; choose another device"
+            )
+    if any(is_device_in_use(one) for one in written):
+        raise StateError(f"{called} is in use, as a base of a volume of some store; choose another device")
+
+
 def refuse_open_file(store: OpenStore, descriptor: int, called: str) -> None:
     """Refuse to write to an open file, such as stdout, that is needed. What is no regular file is not looked at."""
     found = os.fstat(descriptor)
@@ -240,13 +254,27 @@ def refuse_open_file(store: OpenStore, descriptor: int, called: str) -> None:
 
 
 def _is_base(store: OpenStore, found: os.stat_result) -> bool:
+    return any(is_same(base, found) or _is_below(base, found) for base in _looks_at_bases(store))
+
+
+def _looks_at_bases(store: OpenStore) -> Iterator[os.stat_result]:
+    """Yield what the file system says of the bases of the store, and of those that its handles have open."""
     for lock in [volume.base_lock for volume in store.open_handles()]:
         with suppress(OSError):  # the handle may have been closed meanwhile
-            if lock and lock.descriptor >= 0 and os.path.samestat(os.fstat(lock.descriptor), found):
-                return True
+            if lock and lock.descriptor >= 0:
+                yield os.fstat(lock.descriptor)
     for base in store.catalog.bases():
         with suppress(FileNotFoundError, NotADirectoryError):  # else it may be that file
-            if os.path.samestat(FilePath(base.path).stat(), found):
+            yield FilePath(base.path).stat()
+
+
+def _is_below(base: os.stat_result, found: os.stat_result) -> bool:
+    """Whether a base is a loop device, or stands on one, whose file this is."""
+    if not stat.S_ISBLK(base.st_mode) or not FilePath(directory_of(base.st_rdev)).exists():
+        return False
+    for file in files_below(base.st_rdev, "the base"):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if os.path.samestat(file.stat(), found):
                 return True
     return False
 

@@ -23,8 +23,9 @@ from onionskin.kernels._extents import Extents
 from onionskin.kernels._maplog import ProvenanceMap
 from onionskin.operations.chain_members import ChainMember, chain_members
 from onionskin.operations.locked_maps import locked_maps
+from onionskin.storage.base_looks import looks_in, looks_of, what_differs
 from onionskin.storage.block_maps import lay_map, read_layers
-from onionskin.storage.chain import Chain, unfinished_base_merges
+from onionskin.storage.chain import Chain, refuse_gone, unfinished_base_merges
 from onionskin.storage.open_store import OpenStore
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     Array = numpy.typing.NDArray[Any]
 
-_BASE_ADVICE = "put the file back, or name the right one with 'onionskin relocate'"
+_BASE_ADVICE = "put it back, or name the right one with 'onionskin relocate'"
 
 
 class Layering(NamedTuple):
@@ -150,16 +151,15 @@ def _base_ranges(base: BaseRow | None, is_merging: bool, size_bytes: int) -> lis
         return []
     try:
         descriptor = os.open(base.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise ChainError(f"the base {base.path} is gone: {_BASE_ADVICE}") from None
+    except OSError as error:
+        refuse_gone(base, error)
+        raise
     try:
-        found = os.fstat(descriptor)
         # While a merge into the base runs, the file differs from its row in the catalog. That is no fault, because the
         # layers hide everything that the merge writes.
-        looks = (found.st_ino, found.st_size, found.st_mtime_ns)
-        if not is_merging and looks != (base.inode, base.size_bytes, base.mtime_ns):
+        if not is_merging and looks_of(descriptor) != looks_in(base):
             raise ChainError(
-                f"the base {base.path} has changed since the volume was made (inode, size or time differ): {_BASE_ADVICE} "
+                f"the base {base.path} has changed since the volume was made ({what_differs(base)}): {_BASE_ADVICE} "
                 "(--trust if its contents are the same)"
             )
         return list(data_ranges(descriptor, 0, min(size_bytes, base.size_bytes)))

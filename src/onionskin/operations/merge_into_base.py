@@ -20,8 +20,9 @@ from onionskin.operations import copy, reclaim
 from onionskin.operations.fold import fold_where_unnamed
 from onionskin.operations.seal import seal
 from onionskin.operations.staging import TreeChangedError
+from onionskin.storage.base_looks import is_device, looks_in, looks_of
 from onionskin.storage.chain import Chain, is_same_file, read_chain, unfinished_base_merges
-from onionskin.storage.locks import BaseLock, is_file_at, looks_of
+from onionskin.storage.locks import BaseLock, is_file_at
 from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
 
@@ -61,6 +62,11 @@ def _target_of(volume: OpenHead, upto: str | None) -> bytes:
     chain = read_chain(catalog, volume.head)
     if chain.base is None:
         raise StateError(f"volume {volume.name!r} has no base to merge into: 'onionskin export' writes an image")
+    if is_device(chain.base):
+        raise StateError(
+            f"the base {chain.base.path} is a block device, and a merge writes only to a file; 'onionskin export' writes the "
+            "disk to an image or to another device, and 'onionskin flatten' makes the volume independent of its base"
+        )
     if upto is None:
         refuse_older(store, chain, None)
         return seal(volume).id
@@ -107,7 +113,7 @@ def check_is_base(base: BaseRow, lock: BaseLock, *, half_merged: bool) -> None:
         The file is another one, or has changed. Nothing is dropped: the layers still have all data.
     """
     looks = looks_of(lock.descriptor)
-    same = looks == (base.inode, base.size_bytes, base.mtime_ns) or (half_merged and looks[0] == base.inode)
+    same = looks == looks_in(base) or (half_merged and looks[0] == base.inode)
     if not (same and is_file_at(lock.descriptor, FilePath(base.path))):
         raise ChainError(
             f"the base {base.path} is not the file that the volume stands on any more: it was exchanged or changed. Put "
@@ -281,7 +287,7 @@ def _done_before(store: OpenStore, folded: Chain, descriptor: int) -> int:
     if not work or not work.done_bytes:
         return 0
     base = store.catalog.base_of(folded.layers[0])
-    is_same = base and looks_of(descriptor) == (base.inode, base.size_bytes, base.mtime_ns)
+    is_same = base and looks_of(descriptor) == looks_in(base)
     return work.done_bytes if is_same else 0
 
 

@@ -5,25 +5,30 @@ still name the files that were locked. So nobody frees a file that an open data 
 """
 
 import os
+import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from errno import ENODEV, ENOENT, ENOMEDIUM, ENXIO
 from typing import TYPE_CHECKING
 
 from onionskin.base.held import held
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.naming import is_text
-from onionskin.base.paths import FilePath
+from onionskin.base.paths import FilePath, is_same
 from onionskin.catalog import BaseRow, Catalog, LayerRow, SegmentRow, new_id, new_ids
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.errors import ChainError, StateError, VerifyError
+from onionskin.exchange.device_nodes import is_claimed, mount_point_of
+from onionskin.storage.base_looks import looks_in, looks_of, what_differs
 from onionskin.storage.layout import Layout, bytes_in
-from onionskin.storage.locks import BaseLock, ByteLocks, looks_of
+from onionskin.storage.locks import BaseLock, ByteLocks
 
 if TYPE_CHECKING:
     from onionskin.kernels._volume import DataPath
 
 LOCK_WAIT_SECONDS = 60.0
+_CLAIM_WAIT_SECONDS = 1.0
 
 
 class Chain(NamedTuple):
@@ -95,8 +100,9 @@ def lock_base(catalog: Catalog, chain: Chain, *, verify: bool = False) -> BaseLo
     half_merged = refuse_half_merged(catalog, FilePath(base.path), above=chain)
     try:
         lock = BaseLock(FilePath(base.path))
-    except FileNotFoundError:
-        raise ChainError(f"the base {base.path} is gone: {_BASE_ADVICE}") from None
+    except OSError as error:
+        refuse_gone(base, error)
+        raise
     try:
         _check_base(base, lock.descriptor, half_merged=half_merged, verify=verify)
         if not lock.is_at_its_path:
@@ -108,7 +114,13 @@ def lock_base(catalog: Catalog, chain: Chain, *, verify: bool = False) -> BaseLo
     return lock
 
 
-_BASE_ADVICE = "put the file back, or name the right one with 'onionskin relocate'"
+_BASE_ADVICE = "put it back, or name the right one with 'onionskin relocate'"
+
+
+def refuse_gone(base: BaseRow, error: OSError) -> None:
+    """Raise ChainError if an error of opening a base says that it is gone, or that its device or medium is."""
+    if error.errno in (ENOENT, ENXIO, ENODEV, ENOMEDIUM):
+        raise ChainError(f"the base {base.path} is gone: {_BASE_ADVICE}") from None
 
 
 def check_base(catalog: Catalog, base: BaseRow, *, verify: bool = False) -> None:
@@ -119,8 +131,9 @@ def check_base(catalog: Catalog, base: BaseRow, *, verify: bool = False) -> None
     half_merged = bool(_merges_into(catalog, FilePath(base.path)))
     try:
         descriptor = os.open(base.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise ChainError(f"the base {base.path} is gone: {_BASE_ADVICE}") from None
+    except OSError as error:
+        refuse_gone(base, error)
+        raise
     try:
         _check_base(base, descriptor, half_merged=half_merged, verify=verify)
     finally:
@@ -129,10 +142,10 @@ def check_base(catalog: Catalog, base: BaseRow, *, verify: bool = False) -> None
 
 def _check_base(base: BaseRow, descriptor: int, *, half_merged: bool, verify: bool) -> None:
     looks = looks_of(descriptor)
-    same = looks == (base.inode, base.size_bytes, base.mtime_ns) or (half_merged and looks[0] == base.inode)
+    same = looks == looks_in(base) or (half_merged and looks[0] == base.inode)
     if not same:
         raise ChainError(
-            f"the base {base.path} has changed since the volume was made (inode, size or time differ): {_BASE_ADVICE} "
+            f"the base {base.path} has changed since the volume was made ({what_differs(base)}): {_BASE_ADVICE} "
             "(--trust if its contents are the same)"
         )
     if not verify:
@@ -199,7 +212,7 @@ def is_same_file(a: FilePath, b: FilePath) -> bool:
         One of them cannot be looked at, so it may be the other.
     """
     try:
-        return a == b or os.path.samefile(a, b)  # noqa: PTH121
+        return a == b or is_same(a.stat(), b.stat())
     except (FileNotFoundError, NotADirectoryError):
         return False
 
@@ -214,13 +227,13 @@ def digest_of(descriptor: int) -> bytes:
 
 @held
 def described_base(path: FilePath, *, digest: bool = False, vouched: bool = True) -> Iterator[BaseRow]:
-    """Describe a raw image as it is now, and keep merges out of it during the with block.
+    """Describe a raw image, a file or a block device, as it is now, and keep merges out of it during the with block.
 
     Unless the caller has `vouched` that the image is raw, it is refused if it has the magic bytes of another format.
     """
-    path = path.resolve(strict=True)
-    if not path.is_file():
-        raise ChainError(f"{path} is not a regular file: a base is a raw image file")
+    path = _path_to_keep(path)
+    if not path.is_file() and not path.is_block_device():
+        raise ChainError(f"{path} is not a regular file, nor a block device: a base is a raw image")
     if not is_text(str(path)):  # a link with another name to it would be followed to this one
         raise ValueError(
             f"{path} cannot be a base: the catalog keeps its path, which is not text that UTF-8 can hold; give the file, and "
@@ -232,11 +245,55 @@ def described_base(path: FilePath, *, digest: bool = False, vouched: bool = True
             from onionskin.exchange.image_formats import refuse_as_raw
 
             refuse_as_raw(lock.descriptor, path)
-        found = os.fstat(lock.descriptor)
+        refuse_used_device(lock.descriptor, path)
+        looks = looks_of(lock.descriptor)
         taken = digest_of(lock.descriptor) if digest else None
-        yield BaseRow(new_id(), str(path), found.st_ino, found.st_size, found.st_mtime_ns, taken)
+        yield BaseRow(new_id(), str(path), *looks, taken)
     finally:
         lock.close()
+
+
+def _path_to_keep(path: FilePath) -> FilePath:
+    """Return the path that the catalog keeps of a base: without links, but for one that names a block device.
+
+    Such a link (/dev/vg/lv, /dev/disk/by-id/...) leads to the same device after a restart, and the node that it leads to now
+    may be that of another device then.
+    """
+    resolved = path.resolve(strict=True)
+    if resolved.is_block_device():
+        kept = FilePath(f"{path.absolute().parent.resolve(strict=True)}/{path.name}")
+        if not kept.startswith("/proc/"):  # a descriptor of this process
+            return kept
+    return resolved
+
+
+def refuse_used_device(descriptor: int, path: "str | os.PathLike[str]") -> None:
+    """Refuse a block device that is mounted or in use otherwise, since it is written to by others. No file is refused.
+
+    Another process may look at the same time in the same way, which claims the device for an instant.
+
+    Raises
+    ------
+    StateError
+        It is in use. The message says how, as far as the system tells.
+    """
+    found = os.fstat(descriptor)
+    if not stat.S_ISBLK(found.st_mode):
+        return
+    deadline = time.monotonic() + _CLAIM_WAIT_SECONDS
+    while is_claimed(descriptor):
+        where = mount_point_of(found.st_rdev)
+        if where is not None or time.monotonic() > deadline:
+            how = (
+                f"mounted at {where}"
+                if where
+                else "mounted, swapped to, part of another device, or claimed by a program"
+            )
+            raise StateError(
+                f"{path} is in use ({how}), so others may write to it, and a base must not change: end that first, or take a "
+                "copy or a snapshot of the device (lvcreate --snapshot) for the base"
+            )
+        time.sleep(0.01)  # no event tells us when a claim ends
 
 
 def open_chain(

@@ -31,9 +31,11 @@ from onionskin.base.files import CANNOT_LOOK
 from onionskin.base.held import held
 from onionskin.base.modes import share_file
 from onionskin.base.named_tuples import NamedTuple
-from onionskin.base.paths import FilePath
+from onionskin.base.paths import FilePath, is_same
 from onionskin.base.waiting import within
 from onionskin.errors import FormatError, StateError
+from onionskin.exchange.device_nodes import open_at_own_node, open_own_node
+from onionskin.storage.base_looks import BaseLooks
 from onionskin.storage.layout import Layout
 
 STORE_BYTE = 0
@@ -774,20 +776,11 @@ def second_name(path: FilePath | str, why: str) -> str:
 
 
 def is_file_at(descriptor: int, path: FilePath) -> bool:
-    """Whether a path leads to this open file now."""
+    """Whether a path leads to this open file now, or to this block device through any node."""
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        return is_same(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
-
-
-BaseLooks = tuple[int, int, int]
-
-
-def looks_of(descriptor: int) -> BaseLooks:
-    """Return the inode, the size in bytes and the time in nanoseconds by which the file of a base is known."""
-    found = os.fstat(descriptor)
-    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def volume_holder(path: FilePath | str) -> Holder | None:
@@ -893,10 +886,10 @@ class BaseLock:
     def __init__(self, path: FilePath) -> None:
         self.path = path
         self.half_merged: BaseLooks | None = None
-        self.descriptor: int = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self.descriptor: int = open_base(path)
         if not _set_lock(self.descriptor, fcntl.F_RDLCK, _READERS_BYTE, 1):
             self.after_fork()
-            raise StateError(f"a merge is writing the base {path}; wait for it to end, and open again")
+            raise StateError(f"a merge or an export is writing the base {path}; wait for it to end, and open again")
         forking.register(self)
 
     def write_alone(self) -> None:
@@ -956,6 +949,40 @@ class BaseLock:
     def __del__(self) -> None:
         if getattr(self, "descriptor", -1) >= 0:
             self.close()
+
+
+def open_base(path: FilePath) -> int:
+    """Open the file of a base to read it, or a block device at the node where all lock it, whichever path leads there."""
+    return open_at_own_node(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+
+
+@held
+def written_over(number: int, called: "str | os.PathLike[str]") -> Iterator[None]:
+    """Keep volumes of all stores from using a block device as their base, during the with block.
+
+    Raises
+    ------
+    StateError
+        Some volume has it open as its base.
+    """
+    descriptor = open_own_node(number, os.O_RDWR)
+    try:
+        if descriptor >= 0 and not _set_lock(descriptor, fcntl.F_WRLCK, _READERS_BYTE, 1):
+            raise StateError(f"{called} is in use, as a base of a volume of some store; choose another device")
+        yield
+    finally:
+        if descriptor >= 0:
+            _unlock_and_close(descriptor)
+
+
+def is_device_in_use(number: int) -> bool:
+    """Whether some volume of any store has a block device open as its base now."""
+    descriptor = open_own_node(number)
+    try:
+        return descriptor >= 0 and is_locked(descriptor, _READERS_BYTE, 1)
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def is_being_merged_into(path: FilePath) -> bool:

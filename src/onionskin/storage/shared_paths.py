@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from onionskin.base.records import record
 from onionskin.errors import ChainError
+from onionskin.storage.base_looks import BaseLooks, looks_in, looks_of, what_differs
 from onionskin.storage.chain import Chain
-from onionskin.storage.locks import BaseLock, BaseLooks, ByteLocks, looks_of
+from onionskin.storage.locks import BaseLock, ByteLocks
 
 if TYPE_CHECKING:
     from onionskin.kernels._volume import DataPath
@@ -37,7 +38,7 @@ class OpenChain:
 
 
 def refuse_changed_base(opened: OpenChain) -> None:
-    """Raise ChainError if the file that is locked as the base has another inode, size or time than it should.
+    """Raise ChainError if the file, or the device, that is locked as the base looks otherwise than it should.
 
     It should look as the chain says, or, where a merge into it has not ended, as it did when it was locked.
 
@@ -48,11 +49,11 @@ def refuse_changed_base(opened: OpenChain) -> None:
     if base is None:
         return
     assert opened.base_lock is not None
-    expected = opened.base_looks or (base.inode, base.size_bytes, base.mtime_ns)
+    expected = opened.base_looks or looks_in(base)
     if looks_of(opened.base_lock.descriptor) != expected:
         raise ChainError(
-            f"the base {base.path} has changed since the volume was opened (inode, size or time differ), so what was "
-            "read is no disk that there was: put the file back, or name the right one with 'onionskin relocate'"
+            f"the base {base.path} has changed since the volume was opened ({what_differs(base)}), so what was "
+            "read is no disk that there was: put it back, or name the right one with 'onionskin relocate'"
         )
 
 

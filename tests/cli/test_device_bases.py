@@ -1,0 +1,175 @@
+"""A block device as a base, at the command line: what is refused, and that nothing writes over it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from support.loop_devices import MakeDevice, loop_devices
+
+import onionskin
+from onionskin.exchange import device_nodes
+from onionskin.exchange.block_devices import BlockDevice
+from onionskin.images import export_to_device
+
+Run = Callable[..., Result]
+MIB = 1 << 20
+
+
+@pytest.fixture
+def device() -> Iterator[MakeDevice]:
+    with loop_devices() as make:
+        yield make
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    path = tmp_path / "disk"
+    path.write_bytes(b"\1" * (2 * MIB))
+    return path
+
+
+def test_a_device_is_shown_as_the_base_with_all_of_its_bytes(
+    run: Run, vms: Path, disk: Path, device: MakeDevice
+) -> None:
+    at = device(disk)
+    assert run("create", f"{vms}/over", "--base", at).stdout == f"made {vms}/over: 2 MiB over {at}\n"
+    assert f"base, raw  2 MiB  2 MiB  -                          {at}" in run("info", f"{vms}/over").stdout
+    assert f"{at}  base, 2 MiB" in run("tree", vms).stdout
+
+
+def test_a_qcow2_image_on_a_device_is_a_base_only_as_raw(
+    run: Run, tmp_path: Path, disk: Path, device: MakeDevice
+) -> None:
+    disk.write_bytes(b"QFI\xfb\0\0\0\3" + bytes(MIB - 8))
+    at = device(disk)
+    refused = run("create", f"{tmp_path}/new/web", "--base", at)
+    assert refused.exit_code == 6
+    assert f"{at} is a qcow2 image, and not a raw disk" in refused.stderr
+    assert not (tmp_path / "new").exists()
+    assert run("create", f"{tmp_path}/new/web", "--base", at, "--format", "raw").exit_code == 0
+
+
+def test_a_device_in_use_is_refused_and_leaves_no_store_behind(
+    run: Run, tmp_path: Path, disk: Path, device: MakeDevice
+) -> None:
+    at = device(disk)
+    claim = os.open(at, os.O_RDONLY | os.O_EXCL)
+    try:
+        refused = run("create", f"{tmp_path}/new/web", "--base", at)
+    finally:
+        os.close(claim)
+    assert refused.exit_code == 5
+    assert f"{at} is in use" in refused.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def another_node(device: Path, path: Path) -> Path:
+    os.mknod(path, device.stat().st_mode, device.stat().st_rdev)
+    return path
+
+
+def export_to_stdout(vms: Path, target: Path) -> "subprocess.CompletedProcess[str]":
+    with target.open("r+b") as out:
+        command = [sys.executable, "-m", "onionskin", "export", f"{vms}/web", "-"]
+        return subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize("way", ["path", "link", "another node"])
+def test_nothing_is_exported_over_a_device_that_is_a_base(
+    run: Run, vms: Path, tmp_path: Path, disk: Path, device: MakeDevice, way: str
+) -> None:
+    at = target = device(disk)
+    assert run("create", f"{vms}/over", "--base", at).exit_code == 0
+    disk.unlink()  # so that it is the device, and not the file below it, that is found to be a base
+    if way == "link":
+        target = tmp_path / "link"
+        target.symlink_to(at)
+    elif way == "another node":
+        target = another_node(at, tmp_path / "node")
+    refused = run("export", f"{vms}/web", target, "--yes")
+    assert refused.exit_code == 5
+    assert f"{target} is a base that volumes stand on" in refused.stderr
+    to_stdout = export_to_stdout(vms, target)
+    assert (to_stdout.returncode, "stdout is a base that volumes stand on" in to_stdout.stderr) == (5, True)
+    assert at.read_bytes() == b"\1" * (2 * MIB)
+
+
+def test_nothing_is_exported_over_the_file_below_a_device_that_is_a_base(
+    run: Run, vms: Path, disk: Path, device: MakeDevice
+) -> None:
+    assert run("create", f"{vms}/over", "--base", device(disk)).exit_code == 0
+    other = device(disk)
+    refused = run("export", f"{vms}/web", other, "--yes")
+    assert refused.exit_code == 5
+    assert f"{other} stands on {disk}, a base that volumes stand on" in refused.stderr
+    with onionskin.Store(vms) as store, store.open("web", mode="r") as web:
+        for target in disk, other:
+            to_stdout = export_to_stdout(vms, target)
+            assert (to_stdout.returncode, "base that volumes stand on" in to_stdout.stderr) == (5, True)
+        with pytest.raises(onionskin.StateError, match="is a base that volumes stand on"):
+            web.export(disk)
+    assert disk.read_bytes() == b"\1" * (2 * MIB)
+
+
+@pytest.mark.parametrize("way", ["path", "another node"])
+def test_nothing_is_exported_over_a_device_that_an_open_volume_of_another_store_reads(
+    run: Run, vms: Path, tmp_path: Path, disk: Path, device: MakeDevice, way: str
+) -> None:
+    at = base = device(disk)
+    if way == "another node":
+        base = another_node(at, tmp_path / "node")
+    with onionskin.Store(tmp_path / "other") as store, store.create("over", base=base):
+        refused = run("export", f"{vms}/web", at, "--yes")
+        assert refused.exit_code == 5
+        assert f"{at} is in use, as a base of a volume of some store" in refused.stderr
+        to_stdout = export_to_stdout(vms, at)
+        assert (to_stdout.returncode, "stdout is in use, as a base" in to_stdout.stderr) == (5, True)
+    assert disk.read_bytes() == b"\1" * (2 * MIB)
+    assert run("export", f"{vms}/web", at, "--yes").exit_code == 0
+
+
+def test_a_device_is_not_opened_as_a_base_while_an_export_writes_it(
+    vms: Path, tmp_path: Path, disk: Path, device: MakeDevice
+) -> None:
+    at, refused = device(disk), []
+    with onionskin.Store(tmp_path / "other") as other, onionskin.Store(vms) as store, store.open("web") as web:
+        other.create("over", base=at).close()
+
+        def try_to_open(done: int, total: int) -> None:
+            with pytest.raises(onionskin.StateError, match="an export is writing the base"):
+                other.open("over")
+            refused.append(done)
+
+        with BlockDevice(another_node(at, tmp_path / "node")) as target:
+            export_to_device(web, target, progress=try_to_open)
+        with pytest.raises(onionskin.ChainError, match="has changed"):
+            other.open("over")
+    assert refused == [MIB]
+
+
+def test_the_devices_that_are_written_with_one_are_what_it_lies_in_and_on_and_has_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk 8:0 with two partitions, of which the second is below the logical volume 253:0."""
+    for name, number in {"sda": "8:0", "sda/sda1": "8:1", "sda/sda2": "8:2", "dm-0": "253:0"}.items():
+        (tmp_path / name / "slaves").mkdir(parents=True)
+        (tmp_path / name / "dev").write_text(f"{number}\n")
+        (tmp_path / number).symlink_to(tmp_path / name)
+    for name in "sda1", "sda2":
+        (tmp_path / "sda" / name / "partition").touch()
+    (tmp_path / "dm-0/slaves/sda2").symlink_to("../../sda/sda2")
+    monkeypatch.setattr(
+        device_nodes, "directory_of", lambda number: f"{tmp_path}/{os.major(number)}:{os.minor(number)}"
+    )
+
+    def written_with(major: int, minor: int) -> set[tuple[int, int]]:
+        found = device_nodes.devices_written_with(os.makedev(major, minor))
+        return {(os.major(one), os.minor(one)) for one in found}
+
+    assert written_with(8, 0) == {(8, 0), (8, 1), (8, 2)}
+    assert written_with(8, 1) == {(8, 0), (8, 1)}
+    assert written_with(253, 0) == {(8, 0), (8, 2), (253, 0)}
