@@ -200,8 +200,8 @@ FAULTS = [
         (
             Edit(
                 "src/onionskin/storage/shared_paths.py",
-                "    expected = opened.base_looks or (base",
-                "    expected = (base",
+                "    expected = opened.base_looks or looks_in(base)",
+                "    expected = looks_in(base)",
             ),
         ),
         _pairs("merge into base", "store", "same", "processes", "release", "kill first"),

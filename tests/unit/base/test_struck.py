@@ -20,7 +20,7 @@ from onionskin.base.held import enter, held, held_together
 from onionskin.base.keyed_locks import KeyedLocks
 from onionskin.base.paths import FilePath
 from onionskin.base.signals import DEFERRED, DeferredInterrupt
-from onionskin.catalog import Catalog, new_id
+from onionskin.catalog import Catalog, VolumeRow, new_id
 from onionskin.errors import StateError
 from onionskin.exchange.programs import running
 from onionskin.operations import expiry, export, group_snapshot, snapshots, staged_volumes
@@ -421,7 +421,8 @@ class Opened:
 
     there: ClassVar[set["Opened"]] = set()
 
-    def __init__(self) -> None:
+    def __init__(self, row: VolumeRow) -> None:
+        self.row = row
         self.there.add(self)
 
     def close(self) -> None:
@@ -440,7 +441,7 @@ def store(tmp_path: Path) -> Iterator[onionskin.Store]:
 
 def test_what_was_opened_for_a_group_is_closed_wherever_an_interrupt_comes(store: onionskin.Store) -> None:
     def take() -> None:
-        opener, finder = (lambda name: Opened()), (lambda holders, stack: {})
+        opener, finder = (lambda name: Opened(store._opened.catalog.volume(name))), (lambda holders, stack: {})
         with group_snapshot.open_heads(store._opened, ["a", "b"], opener, finder) as found:  # type: ignore[arg-type,return-value]
             assert len(found.heads) == len(Opened.there) == 2
 
