@@ -11,6 +11,7 @@ from click.testing import Result
 from support.loop_devices import MakeDevice, loop_devices
 
 import onionskin
+from onionskin.cli.disk_output import stdout_for_a_disk
 from onionskin.exchange import device_nodes
 from onionskin.exchange.block_devices import BlockDevice
 from onionskin.images import export_to_device
@@ -173,3 +174,16 @@ def test_the_devices_that_are_written_with_one_are_what_it_lies_in_and_on_and_ha
     assert written_with(8, 0) == {(8, 0), (8, 1), (8, 2)}
     assert written_with(8, 1) == {(8, 0), (8, 1)}
     assert written_with(253, 0) == {(8, 0), (8, 2), (253, 0)}
+
+
+def test_a_device_becomes_no_base_while_stdout_writes_it(
+    vms: Path, disk: Path, device: MakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = device(disk)
+    with onionskin.Store(vms) as store, target.open("r+") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        with stdout_for_a_disk(store), pytest.raises(onionskin.StateError, match="an export is writing the base"):
+            store.create("over", base=target)
+        store.create("over", base=target).close()
+        with pytest.raises(onionskin.StateError, match="stdout is a base"), stdout_for_a_disk(store):
+            pass

@@ -375,7 +375,9 @@ def test_a_block_device_over_a_base_or_a_file_of_the_store_is_not_written(
     assert "a file of the store itself" in refused.stderr
 
 
-@pytest.mark.parametrize("verb", ["export {vms}/web -", "export {vms}/web /dev/stdout", "delta {vms}/web@a"])
+@pytest.mark.parametrize(
+    "verb", ["export {vms}/web -", "export {vms}/web /dev/stdout", "delta {vms}/web@a", "read {vms}/web 0 4096"]
+)
 def test_a_stdout_that_is_a_block_device_over_a_base_is_not_written(
     run: Run, vms: Path, tmp_path: Path, device: Callable[..., Path], verb: str
 ) -> None:

@@ -60,12 +60,11 @@ class Name(NamedTuple):
             yield store, volume
 
     @contextmanager
-    def open_volume_or_view(self) -> "Iterator[Volume | LiveVolume]":
-        """Open the named volume, or the snapshot as a view, to read it."""
-        with self.open_store() as store:
-            served = live(store, self.volume) if self.snapshot is None else None
-            with served or open_to_read(store, self) as volume:
-                yield volume
+    def volume_or_view_in(self, store: "Store") -> "Iterator[Volume | LiveVolume]":
+        """Open the named volume of its open store, or the snapshot as a view, to read it."""
+        served = live(store, self.volume) if self.snapshot is None else None
+        with served or open_to_read(store, self) as volume:
+            yield volume
 
 
 _TRUST = "onionskin.trust"

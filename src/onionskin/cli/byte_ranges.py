@@ -9,6 +9,7 @@ import click
 
 from onionskin.cli import output
 from onionskin.cli.arguments import SIZE, VOLUME, VOLUME_OR_SNAPSHOT, Name, trust_option
+from onionskin.cli.disk_output import stdout_for_a_disk
 from onionskin.cli.output import json_option
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def read(name: Name, offset: int, length: int, as_json: bool) -> None:
         raise click.UsageError(
             "bytes of a disk are not for a terminal: pipe them to a program such as xxd, or give --json"
         )
-    with name.open_volume_or_view() as volume:
+    with name.open_store() as store, name.volume_or_view_in(store) as volume:
         _check_range(volume, name, offset, length)
         if as_json:
             import base64
@@ -50,10 +51,10 @@ def read(name: Name, offset: int, length: int, as_json: bool) -> None:
             data = base64.b64encode(volume.read(offset, length)).decode()
             output.show(True, {"offset": offset, "length": length, "base64": data}, str)
             return
-        out = output.StandardStream("stdout")
-        for at in range(offset, offset + length, _CHUNK_BYTES):
-            out.write(volume.read(at, min(_CHUNK_BYTES, offset + length - at)))
-        out.flush()
+        with stdout_for_a_disk(store) as out:
+            for at in range(offset, offset + length, _CHUNK_BYTES):
+                out.write(volume.read(at, min(_CHUNK_BYTES, offset + length - at)))
+            out.flush()
 
 
 @click.command()

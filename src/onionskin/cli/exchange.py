@@ -26,6 +26,7 @@ from onionskin.cli.arguments import (
     wipe_option,
 )
 from onionskin.cli.chosen import same_store
+from onionskin.cli.disk_output import stdout_for_a_disk
 from onionskin.cli.output import json_option
 from onionskin.cli.values import snapshot_value, volume_value
 from onionskin.errors import FormatError
@@ -220,8 +221,8 @@ def _export_as_stream(name: Name, image: "FilePath", *, as_json: bool, yes: bool
 @contextlib.contextmanager
 def _stream_to(store: "Store", image: "FilePath") -> Iterator[output.StandardStream]:
     if str(image) in _STDOUT:
-        _refuse_stdout_in(store)
-        yield output.StandardStream("stdout")
+        with stdout_for_a_disk(store) as out:
+            yield out
         return
     with open(
         os.open(image, os.O_WRONLY | os.O_CLOEXEC), "wb", buffering=0
@@ -331,8 +332,8 @@ def _delta_value(names: tuple[Name, ...], about: "Delta") -> dict[str, Any]:
 def _new_file(store: "Store", path: "FilePath | None") -> Iterator[output.StandardStream]:
     """Give stdout, or a new file, which has its name when it is durable and whole."""
     if path is None:
-        _refuse_stdout_in(store)
-        yield output.StandardStream("stdout")
+        with stdout_for_a_disk(store) as out:
+            yield out
         return
     from onionskin.operations.new_file import new_file
 
@@ -367,24 +368,3 @@ def apply(name: Name, file: "FilePath", as_json: bool) -> None:
         progress = stack.enter_context(output.progress(f"apply to {name}", as_json))
         taken = stream.apply(source, volume, progress=progress)
     output.tell(as_json, snapshot_value(taken), lambda: f"{name} is at {taken.name} now")
-
-
-def _refuse_stdout_in(store: "Store") -> None:
-    """Refuse to write to stdout if that is a file which a disk of the store reads, or a device over one, or in use."""
-    from onionskin.operations.export import refuse_device_of_base, refuse_file_below, refuse_open_file
-
-    try:
-        descriptor = sys.stdout.fileno()
-    except OSError:  # a program has put an object of its own there
-        return
-    found = os.fstat(descriptor)
-    if not stat.S_ISBLK(found.st_mode):
-        refuse_open_file(store._opened, descriptor, "stdout")
-        return
-    from onionskin.exchange.block_devices import files_below, refuse_in_use
-
-    files = files_below(found.st_rdev, "stdout")
-    refuse_device_of_base(store._opened, found.st_rdev, "stdout")
-    for file in files:
-        refuse_file_below(store._opened, "stdout", file)
-    refuse_in_use(descriptor, "stdout")

@@ -53,9 +53,8 @@ class BlockDevice:
             if not stat.S_ISBLK(found.st_mode):
                 raise StateError(f"{path} is no block device any more; look at it, and try again")
             self._number = found.st_rdev
-            if fcntl.ioctl(self._descriptor, _BLKROGET, bytes(4)) != bytes(
-                4
-            ):  # it is opened nevertheless, and refuses writes
+            (is_read_only,) = struct.unpack("i", fcntl.ioctl(self._descriptor, _BLKROGET, bytes(4)))
+            if is_read_only:  # it was opened nevertheless, and would refuse writes
                 raise StateError(f"{path} is read-only; choose another device, or make it writable: blockdev --setrw")
             self.size_bytes = os.lseek(self._descriptor, 0, os.SEEK_END)
             (self._sector_bytes,) = struct.unpack("i", fcntl.ioctl(self._descriptor, _BLKSSZGET, bytes(4)))

@@ -228,15 +228,18 @@ def refuse_file_below(store: OpenStore, device: "AnyPath", file: "AnyPath") -> N
         raise StateError(f"{device} stands on {file}, which some volume has open as its base; choose another device")
 
 
-def refuse_device_of_base(store: OpenStore, number: int, called: "AnyPath") -> None:
-    """Refuse to write to a block device if that changes a device which is a base, or is in use as one."""
+def refuse_device_of_base(store: OpenStore, number: int, called: "AnyPath", *, is_held: bool = False) -> None:
+    """Refuse to write to a block device if that changes a device which is a base, or is in use as one.
+
+    `is_held` says that the caller is within `locks.written_over` of this device, whose lock is no use as a base.
+    """
     written = devices_written_with(number)
     for found in _looks_at_bases(store):
         if stat.S_ISBLK(found.st_mode) and found.st_rdev in written:
             raise StateError(
                 f"{called} is a base that volumes stand on, or has bytes in common with one; choose another device"
             )
-    if any(is_device_in_use(one) for one in written):
+    if any(is_device_in_use(one) for one in (written - {number} if is_held else written)):
         raise StateError(f"{called} is in use, as a base of a volume of some store; choose another device")
 
 
