@@ -126,9 +126,12 @@ class Console:
 
     @property
     def ticks(self) -> list[int]:
-        """All counts so far. Of tick.S, they are hexadecimal; the last line may be one that is still written."""
+        """All counts so far. Of tick.S, they are hexadecimal; the last line may be one that is still written.
+
+        A line can begin with the start of another one: a machine that was put back within a line does not end it.
+        """
         return [
-            int(one, 16) for one in re.findall(r"^tick ([0-9a-f]{8})$", self.text.rpartition("\n")[0], re.MULTILINE)
+            int(one, 16) for one in re.findall(r"tick ([0-9a-f]{8})$", self.text.rpartition("\n")[0], re.MULTILINE)
         ]
 
     def wait(self, wanted: Callable[[], bool]) -> None:

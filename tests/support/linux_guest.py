@@ -143,8 +143,8 @@ def _copy_program(program: str, root: Path, to: str) -> None:
 
 
 def counts(text: str) -> list[int]:
-    """Return what counter.c counted so far on a console."""
-    return [int(one) for one in re.findall(r"^tick (\d+) secret \w+ random \w+\r?$", text, re.MULTILINE)]
+    """Return what counter.c counted so far on a console. A machine that was put back within a line does not end it."""
+    return [int(one) for one in re.findall(r"tick (\d+) secret \w+ random \w+\r?$", text, re.MULTILINE)]
 
 
 def wait_counts(console: object, more: int) -> int:
