@@ -65,7 +65,7 @@ def measured(group: str, directory: Path) -> Iterator[Figure]:
 
 
 PLACES = {"disk": None, "ext4": "ext4", "xfs": "xfs"}
-IMAGE_BYTES = 10 << 30  # sparse, and gone afterwards
+IMAGE_BYTES = 10 << 30  # gone afterwards
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def place(name: str, directory: Path) -> Iterator[Path]:
         elif reason := mount_missing(kind):
             raise SystemExit(f"{name}: {reason}")
         else:
-            with loop_mount(path, kind, IMAGE_BYTES) as mounted:
+            with loop_mount(path, kind, IMAGE_BYTES, is_sparse=False) as mounted:
                 yield mounted
 
 
