@@ -44,7 +44,7 @@ from onionskin.errors import (
     VerifyError,
     VolumeNotFoundError,
 )
-from onionskin.storage.base_looks import is_device
+from onionskin.storage.base_looks import is_device, looks_in
 from onionskin.storage.chain import (
     NewHead,
     check_base,
@@ -1560,6 +1560,8 @@ class Store:
         if is_other:
             _refuse_other_image(old, new, half_merged=bool(begun), verify=verify)
         for other in catalog.bases_at(old.path):
+            if looks_in(other) != looks_in(old):  # of another image that had this path at another time
+                continue
             catalog.update(BaseRow, other.id, path=new.path, inode=new.inode, mtime_ns=new.mtime_ns)
         for work in catalog.base_merges():
             catalog.update(WorkRow, work.id, done_bytes=0)  # nothing says what was merged into the file at the new path
