@@ -492,7 +492,7 @@ def export_to_device(volume: "Volume", device: "BlockDevice", *, progress: Progr
 
     refuse_device(volume, device)
     buffer = memoryview(bytearray(_CHUNK_BYTES))
-    with written_over(device.number, device.path), reading(volume) as disk:
+    with written_over(device.fileno(), device.path), reading(volume) as disk:
         size_bytes = int(disk.size_bytes)
         for at in range(0, size_bytes, _CHUNK_BYTES):
             piece = buffer[: min(_CHUNK_BYTES, size_bytes - at)]
@@ -536,12 +536,9 @@ def reading(volume: "Volume") -> "Iterator[DataPath]":
 
 def refuse_device(volume: "Volume", device: "BlockDevice") -> None:
     """Raise if a disk may not be written to a block device; `export_to_device` lists the errors. Nothing is written."""
-    from onionskin.operations.export import refuse_device_of_base, refuse_file_below
+    from onionskin.operations.export import refuse_needed_device
 
-    files = device.files_below()
-    refuse_device_of_base(volume._opened.store, device.number, device.path)
-    for file in files:
-        refuse_file_below(volume._opened.store, device.path, file)
+    refuse_needed_device(volume._opened.store, device.number, device.path)
     if device.size_bytes < volume.size_bytes:
         raise OSError(
             errno.ENOSPC,

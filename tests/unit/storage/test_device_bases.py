@@ -290,3 +290,59 @@ def test_a_half_merged_file_is_not_exchanged_for_a_device(
     with store.open("web") as web:
         web.merge_into_base()
     assert disk.read_bytes()[:3] == b"new"
+
+
+def test_nothing_is_merged_into_the_file_below_a_device_that_is_a_base(
+    store: onionskin.Store, tmp_path: Path, disk: Path, device: MakeDevice
+) -> None:
+    before, at = disk.read_bytes(), device(disk)
+    store.create("over", base=at).close()
+    with store.create("web", base=disk) as web, onionskin.Store(tmp_path / "other") as other:
+        web.write(5 * MIB, b"new")
+        with pytest.raises(onionskin.StateError, match="is needed as it is by over"):
+            web.merge_into_base()
+        store.delete("over")
+        with (
+            other.create("over", base=at) as over,
+            pytest.raises(onionskin.StateError, match="close the volumes and views that stand on it"),
+        ):
+            web.merge_into_base()
+        assert over.closed
+        assert disk.read_bytes() == before
+        web.merge_into_base()
+    assert disk.read_bytes()[5 * MIB :][:3] == b"new"
+
+
+def test_a_device_over_a_half_merged_file_is_no_base(store: onionskin.Store, disk: Path, device: MakeDevice) -> None:
+    def cancel(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with store.create("web", base=disk) as web:
+        web.write(0, b"new")
+        with pytest.raises(KeyboardInterrupt):
+            web.merge_into_base(progress=cancel)
+    with pytest.raises(onionskin.StateError, match="was begun and has not ended"):
+        store.create("over", base=device(disk))
+
+
+def test_a_file_of_the_store_is_no_base_by_another_name_nor_below_a_device(
+    store: onionskin.Store, tmp_path: Path, disk: Path, device: MakeDevice
+) -> None:
+    with store.create("web", base=disk) as web:
+        web.write(0, os.urandom(SIZE))
+        web.snapshot("a")
+    own = max(tmp_path.joinpath("vms/segments").iterdir(), key=lambda path: path.stat().st_size)
+    os.link(own, tmp_path / "link")
+    for base in tmp_path / "link", device(own), device(device(own)):
+        with pytest.raises(onionskin.ChainError, match="is, or stands on, a file of the store itself"):
+            store.create("over", base=base, base_format="raw")
+        with pytest.raises(onionskin.ChainError, match="is, or stands on, a file of the store itself"):
+            store.relocate("web", base=base, trust=True)
+
+
+def test_a_device_that_cannot_be_read_is_named(store: onionskin.Store, disk: Path, device: MakeDevice) -> None:
+    at = device(disk)
+    os.truncate(disk, MIB)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        store.create("web", base=at)
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(at))
