@@ -69,6 +69,35 @@ def test_a_device_in_use_is_refused_and_leaves_no_store_behind(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_volume_over_a_device_is_compared_by_what_the_device_holds(
+    run: Run, vms: Path, tmp_path: Path, disk: Path, device: MakeDevice
+) -> None:
+    at, zeros = device(disk), tmp_path / "zeros"
+    zeros.write_bytes(bytes(2 * MIB))
+    assert run("create", f"{vms}/over", "--base", at).exit_code == 0
+    assert run("create", f"{vms}/empty", "--size", 2 * MIB).exit_code == 0
+    for other in zeros, f"{vms}/empty":
+        differs = run("compare", f"{vms}/over", other)
+        assert (differs.exit_code, differs.stdout) == (1, "different from byte 0 on\n")
+    for other in disk, at:
+        assert run("compare", f"{vms}/over", other).stdout == "the same\n"
+
+
+def test_a_qcow2_image_on_a_device_is_imported_and_compared(
+    run: Run, vms: Path, tmp_path: Path, disk: Path, device: MakeDevice
+) -> None:
+    image = tmp_path / "image"
+    subprocess.run(["qemu-img", "convert", "-O", "qcow2", disk, image], check=True)
+    os.truncate(image, 4 * MIB)
+    at = device(image)
+    assert run("import", at, f"{vms}/web2").exit_code == 0
+    for other in at, device(disk):
+        for one in f"{vms}/web2", image:
+            assert run("compare", one, other).stdout == "the same\n"
+    os.truncate(image, MIB)
+    assert run("import", device(image), f"{vms}/short").exit_code == 6
+
+
 def another_node(device: Path, path: Path) -> Path:
     os.mknod(path, device.stat().st_mode, device.stat().st_rdev)
     return path

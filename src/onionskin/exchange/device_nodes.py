@@ -106,12 +106,11 @@ def identity_of(found: os.stat_result) -> Identity:
     return (DEVICE, found.st_rdev) if stat.S_ISBLK(found.st_mode) else (found.st_dev, found.st_ino)
 
 
-def shares_bytes(one: os.stat_result, other: os.stat_result) -> bool:
-    """Whether two looks are at files or block devices of which one changes where the other is written."""
-    a, b = identity_of(one), identity_of(other)
-    if a == b or DEVICE not in (a[0], b[0]):
-        return a == b
-    return share_devices(a, b) or not files_of(a).isdisjoint(files_of(b))
+def share_bytes(one: Identity, other: Identity) -> bool:
+    """Whether of two files or block devices one changes where the other is written."""
+    if one == other or DEVICE not in (one[0], other[0]):
+        return one == other
+    return share_devices(one, other) or not files_of(one).isdisjoint(files_of(other))
 
 
 def share_devices(one: Identity, other: Identity) -> bool:

@@ -22,8 +22,8 @@ from onionskin.exchange.device_nodes import (
     Identity,
     files_of,
     identity_of,
+    share_bytes,
     share_devices,
-    shares_bytes,
 )
 from onionskin.kernels._wipe import wipe
 from onionskin.operations import copy
@@ -227,7 +227,7 @@ def refuse_needed_device(store: OpenStore, number: int, called: "AnyPath", *, is
     `is_held` says that the caller is within `locks.written_over` of this device, which has asked who uses what.
     """
     files = files_below(number, called)
-    bases = [identity_of(base) for base in _looks_at_bases(store)]
+    bases = _bases(store)
     if any(share_devices((DEVICE, number), base) for base in bases):
         raise StateError(
             f"{called} is a base that volumes stand on, or has bytes in common with one; choose another device"
@@ -255,7 +255,12 @@ def refuse_open_file(store: OpenStore, descriptor: int, called: str) -> None:
 
 
 def _is_base(store: OpenStore, found: os.stat_result) -> bool:
-    return any(shares_bytes(base, found) for base in _looks_at_bases(store))
+    return any(share_bytes(base, identity_of(found)) for base in _bases(store))
+
+
+def _bases(store: OpenStore) -> set[Identity]:
+    """Return the bases of the store, and those that its handles have open; many volumes may stand on one."""
+    return {identity_of(found) for found in _looks_at_bases(store)}
 
 
 def _looks_at_bases(store: OpenStore) -> Iterator[os.stat_result]:

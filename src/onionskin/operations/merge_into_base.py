@@ -192,7 +192,9 @@ def refuse_older(store: OpenStore, chain: Chain, target: bytes | None) -> None:
             if child.id not in ids:
                 needed += _names_above(catalog, child.id) or [f"a branch on layer {child.id.hex()[:8]}"]
         path = FilePath(chain.base.path)
-        same_bytes = [base.id for base in catalog.all_sound(BaseRow) if lead_to_same_bytes(FilePath(base.path), path)]
+        bases = catalog.all_sound(BaseRow)
+        paths = {one for one in {base.path for base in bases} if lead_to_same_bytes(FilePath(one), path)}
+        same_bytes = [base.id for base in bases if base.path in paths]
         for bottom in catalog.layers_standing_on(same_bytes):
             if bottom.id != ids[0]:
                 needed += _volumes_above(catalog, bottom.id) or ["a branch on the same base"]

@@ -19,7 +19,7 @@ from onionskin.base.paths import FilePath
 from onionskin.catalog import BaseRow, Catalog, LayerRow, SegmentRow, new_id, new_ids
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.errors import ChainError, StateError, VerifyError
-from onionskin.exchange.device_nodes import is_claimed, mount_point_of, shares_bytes
+from onionskin.exchange.device_nodes import identity_of, is_claimed, mount_point_of, share_bytes
 from onionskin.storage.base_looks import looks_in, looks_of, what_differs
 from onionskin.storage.layout import Layout, bytes_in
 from onionskin.storage.locks import BaseLock, ByteLocks
@@ -212,7 +212,7 @@ def lead_to_same_bytes(a: FilePath, b: FilePath) -> bool:
         One of them cannot be looked at, so it may be the other.
     """
     try:
-        return a == b or shares_bytes(a.stat(), b.stat())
+        return a == b or share_bytes(identity_of(a.stat()), identity_of(b.stat()))
     except (FileNotFoundError, NotADirectoryError):
         return False
 
