@@ -313,9 +313,10 @@ def test_what_is_read_to_a_device_is_an_error_where_it_does_not_arrive(
             with (full / "file").open("wb") as file:
                 file.truncate(MIB)
             done = to_device(make(full / "file"), "read", f"{vms}/web", 0, MIB)
-            assert (done.returncode, "stdout" in done.stderr) == (1, True)
+            assert done.returncode in (1, 7)  # the kernel says EIO or ENOSPC
+            assert "stdout" in done.stderr
     finally:
-        subprocess.run(["umount", full], check=True)
+        subprocess.run(["umount", "--lazy", full], check=True)
 
 
 def test_the_devices_that_are_written_with_one_are_what_it_lies_in_and_on_and_has_in_it(
