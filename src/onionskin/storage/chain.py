@@ -20,7 +20,7 @@ from onionskin.catalog import BaseRow, Catalog, LayerRow, SegmentRow, new_id, ne
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.errors import ChainError, StateError, VerifyError
 from onionskin.exchange.device_nodes import identity_of, is_claimed, mount_point_of, share_bytes
-from onionskin.storage.base_looks import looks_in, looks_of, what_differs
+from onionskin.storage.base_looks import digest_of, looks_in, looks_of, what_differs
 from onionskin.storage.layout import Layout, bytes_in
 from onionskin.storage.locks import BaseLock, ByteLocks
 
@@ -215,14 +215,6 @@ def lead_to_same_bytes(a: FilePath, b: FilePath) -> bool:
         return a == b or share_bytes(identity_of(a.stat()), identity_of(b.stat()))
     except (FileNotFoundError, NotADirectoryError):
         return False
-
-
-def digest_of(descriptor: int) -> bytes:
-    """Return the SHA-256 of an open file."""
-    with open(f"/proc/self/fd/{descriptor}", "rb") as file:  # opened anew, so it has an offset of its own
-        import hashlib  # this module loads OpenSSL, which only verifying needs
-
-        return hashlib.file_digest(file, "sha256").digest()
 
 
 @held

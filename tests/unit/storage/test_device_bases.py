@@ -122,6 +122,19 @@ def test_a_write_past_pages_that_a_volume_has_read_is_noticed(
             web.export(disk.with_name("out.raw"))
 
 
+def test_the_digest_of_a_device_is_not_that_of_pages_that_a_volume_has_read(
+    store: onionskin.Store, disk: Path, device: MakeDevice
+) -> None:
+    at = device(disk)
+    with store.create("web", base=at, digest=True) as web:
+        web.snapshot("a")
+        assert web.read(0, SIZE) == disk.read_bytes()
+        store.open("web", snapshot="a", verify=True).close()
+        overwrite(disk, 5 * MIB, b"written past the device's own pages")
+        with pytest.raises(onionskin.VerifyError):
+            store.open("web", snapshot="a", verify=True)
+
+
 def test_a_device_of_another_size_is_another_base(store: onionskin.Store, disk: Path, device: MakeDevice) -> None:
     at = device(disk)
     store.create("web", base=at).close()
