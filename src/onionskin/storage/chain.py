@@ -253,10 +253,16 @@ def _path_to_keep(path: FilePath) -> FilePath:
     """
     resolved = path.resolve(strict=True)
     if resolved.is_block_device():
-        kept = FilePath(f"{path.absolute().parent.resolve(strict=True)}/{path.name}")
-        if not kept.startswith("/proc/"):  # a descriptor of this process
-            return kept
+        kept = at = _with_directory_resolved(path)
+        while not at.startswith("/proc/"):  # a descriptor of this process, as /dev/stdin leads to
+            if at == resolved:
+                return kept
+            at = _with_directory_resolved(at.parent / os.readlink(at))  # noqa: PTH115
     return resolved
+
+
+def _with_directory_resolved(path: FilePath) -> FilePath:
+    return FilePath(f"{path.absolute().parent.resolve(strict=True)}/{path.name}")
 
 
 def refuse_used_device(descriptor: int, path: "str | os.PathLike[str]") -> None:

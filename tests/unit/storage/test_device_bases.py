@@ -173,6 +173,19 @@ def test_a_link_to_a_device_is_kept_and_may_lead_to_another_node_later(
         assert web.read(0, SIZE) == disk.read_bytes()
 
 
+def test_a_link_to_a_descriptor_of_this_process_is_not_kept_but_what_it_leads_to(
+    store: onionskin.Store, tmp_path: Path, disk: Path, device: MakeDevice
+) -> None:
+    """As /dev/stdin is one."""
+    at = device(disk)
+    with at.open("rb") as file:
+        (tmp_path / "link").symlink_to(f"/proc/self/fd/{file.fileno()}")
+        (tmp_path / "link to that").symlink_to("link")
+        for number, base in enumerate([tmp_path / "link", tmp_path / "link to that", f"/dev/fd/{file.fileno()}"]):
+            store.create(f"web{number}", base=base).close()
+            assert store.info(f"web{number}").base == str(at)
+
+
 def test_a_file_in_the_place_of_a_device_is_another_base_until_somebody_says_that_it_is_the_same(
     store: onionskin.Store, tmp_path: Path, disk: Path, device: MakeDevice
 ) -> None:
