@@ -496,9 +496,10 @@ def export_to_device(volume: "Volume", device: "BlockDevice", *, progress: Progr
     from onionskin.kernels._copy import split_zeros
     from onionskin.storage.locks import written_over
 
-    refuse_device(volume, device)
+    refuse_device(volume, device)  # before what takes time
     buffer = memoryview(bytearray(_CHUNK_BYTES))
     with written_over(device.fileno(), device.path), reading(volume) as disk:
+        refuse_device(volume, device, is_held=True)  # a file below may have become a base meanwhile
         size_bytes = int(disk.size_bytes)
         for at in range(0, size_bytes, _CHUNK_BYTES):
             piece = buffer[: min(_CHUNK_BYTES, size_bytes - at)]
@@ -540,11 +541,14 @@ def reading(volume: "Volume") -> "Iterator[DataPath]":
         refuse_changed_base(opened)
 
 
-def refuse_device(volume: "Volume", device: "BlockDevice") -> None:
-    """Raise if a disk may not be written to a block device; `export_to_device` lists the errors. Nothing is written."""
+def refuse_device(volume: "Volume", device: "BlockDevice", *, is_held: bool = False) -> None:
+    """Raise if a disk may not be written to a block device; `export_to_device` lists the errors. Nothing is written.
+
+    `is_held` says that the caller is within `locks.written_over` of the device.
+    """
     from onionskin.operations.export import refuse_needed_device
 
-    refuse_needed_device(volume._opened.store, device.number, device.path)
+    refuse_needed_device(volume._opened.store, device.number, device.path, is_held=is_held)
     if device.size_bytes < volume.size_bytes:
         raise OSError(
             errno.ENOSPC,

@@ -15,6 +15,7 @@ from onionskin.cli.disk_output import stdout_for_a_disk
 from onionskin.exchange import device_nodes
 from onionskin.exchange.block_devices import BlockDevice
 from onionskin.images import export_to_device
+from onionskin.storage import locks
 from onionskin.storage.locks import written_over
 
 Run = Callable[..., Result]
@@ -256,6 +257,22 @@ def test_what_shares_bytes_with_what_an_export_writes_is_not_opened_as_a_base(
                     none_can_be_made()
         for base in bases:
             other.create(base.name, base=base).close()
+
+
+def test_a_file_that_becomes_a_base_just_before_an_export_over_a_device_on_it_is_kept(
+    vms: Path, disk: Path, device: MakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, mark = device(disk), locks._opened_to_mark
+    with onionskin.Store(vms) as store, store.open("web") as web, BlockDevice(target) as opened:
+
+        def make_base_first(descriptor: int) -> list[int]:
+            store.create("over", base=disk).close()
+            return mark(descriptor)
+
+        monkeypatch.setattr(locks, "_opened_to_mark", make_base_first)
+        with pytest.raises(onionskin.StateError, match="a base that volumes stand on"):
+            export_to_device(web, opened)
+    assert disk.read_bytes() == b"\1" * (2 * MIB)
 
 
 def test_two_exports_to_one_file_by_two_devices_do_not_take_each_other_for_volumes(
