@@ -98,7 +98,16 @@ def mount_point_of(number: int) -> str | None:
     device = b"%d:%d" % (os.major(number), os.minor(number))
     with open("/proc/self/mountinfo", "rb") as mounts:
         found = next((fields[4] for line in mounts if (fields := line.split())[2] == device), None)
-    return None if found is None else os.fsdecode(found)
+    if found is None:
+        return None
+    for escaped in (
+        b"\\040",
+        b"\\011",
+        b"\\012",
+        b"\\134",
+    ):  # all that the kernel escapes; the backslash itself comes last
+        found = found.replace(escaped, bytes([int(escaped[1:], 8)]))
+    return os.fsdecode(found)
 
 
 def identity_of(found: os.stat_result) -> Identity:

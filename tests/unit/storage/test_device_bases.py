@@ -213,7 +213,7 @@ def test_a_device_that_is_mounted_is_no_base(
     store: onionskin.Store, tmp_path: Path, disk: Path, device: MakeDevice
 ) -> None:
     subprocess.run(["mkfs.ext4", "-q", "-F", disk], check=True)
-    at, directory = device(disk), tmp_path / "mounted"
+    at, directory = device(disk), tmp_path / "mounted here"
     directory.mkdir()
     subprocess.run(["mount", at, directory], check=True)
     try:
