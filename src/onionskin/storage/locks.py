@@ -903,7 +903,7 @@ class BaseLock:
         self.descriptor: int = open_base(path)
         try:
             self._below = _opened_below(self.descriptor)
-            if not all(map(_share_with_readers, (self.descriptor, *self._below))):
+            if not (_share_with_readers(self.descriptor) and all(map(_share_if_it_can, self._below))):
                 raise StateError(f"a merge or an export is writing the base {path}; wait for it to end, and open again")
         except BaseException:
             self.after_fork()
@@ -960,7 +960,8 @@ class BaseLock:
                     os.close(descriptor)
         finally:
             while self._below:
-                _unlock_and_close(self._below.pop())
+                with suppress(OSError):  # as in `_share_if_it_can`; it is closed
+                    _unlock_and_close(self._below.pop())
 
     def after_fork(self) -> None:
         """Close the descriptors in a forked child, but unlock nothing."""
@@ -978,6 +979,13 @@ class BaseLock:
 def _share_with_readers(descriptor: int) -> bool:
     """Lock a base, or what is below it, for reading. False if somebody writes it."""
     return _set_lock(descriptor, fcntl.F_RDLCK, _READERS_BYTE, 1) and not is_locked(descriptor, _EXPORTS_BYTE, 1)
+
+
+def _share_if_it_can(descriptor: int) -> bool:
+    try:
+        return _share_with_readers(descriptor)
+    except OSError:  # the file of a loop device, on a file system that has no locks
+        return True
 
 
 def _opened_below(descriptor: int) -> list[int]:
@@ -1026,7 +1034,8 @@ def written_over(descriptor: int, called: "str | os.PathLike[str]") -> Iterator[
     finally:
         with DeferredInterrupt():  # they would stay locked
             for one in marked:
-                _unlock_and_close(one)
+                with suppress(OSError):  # it is closed
+                    _unlock_and_close(one)
 
 
 def _opened_to_mark(descriptor: int) -> list[int]:

@@ -13,6 +13,7 @@ import pytest
 from support.loop_devices import MakeDevice, loop_devices
 
 import onionskin
+from onionskin.storage import locks
 from onionskin.storage.base_looks import looks_of
 
 MIB = 1 << 20
@@ -372,3 +373,20 @@ def test_a_device_that_cannot_be_read_is_named(store: onionskin.Store, disk: Pat
     with pytest.raises(OSError, match="Input/output error") as caught:
         store.create("web", base=at)
     assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(at))
+
+
+def test_a_loop_device_over_a_file_that_cannot_be_locked_is_a_base(
+    store: onionskin.Store, disk: Path, device: MakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = disk.stat().st_ino
+    set_lock = locks._set_lock
+
+    def set_lock_elsewhere(descriptor: int, *given: int) -> bool:
+        if os.fstat(descriptor).st_ino == own:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        return set_lock(descriptor, *given)
+
+    at = device(disk)
+    monkeypatch.setattr(locks, "_set_lock", set_lock_elsewhere)
+    with store.create("web", base=at) as web:
+        assert web.read(0, SIZE) == disk.read_bytes()
