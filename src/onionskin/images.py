@@ -20,7 +20,6 @@ import contextlib
 import errno
 import io
 import os
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Literal
 
@@ -41,7 +40,8 @@ from onionskin.exchange.image_formats import (
     format_of_start,
     refuse_options,
 )
-from onionskin.exchange.streams import COMPRESSED, Source, is_seekable, unpacked
+from onionskin.exchange.streams import COMPRESSED, Source, is_rewindable, is_seekable, unpacked
+from onionskin.storage.base_looks import BaseLooks, looks_of
 
 if TYPE_CHECKING:
     from onionskin.exchange.block_devices import BlockDevice
@@ -248,8 +248,8 @@ class _Import:
 
     def from_file(self, descriptor: int, kind: str, path: FilePath | None = None) -> "Volume":
         """Import an image that can be read at any offset. Without a path, it is read through its descriptor."""
+        before = looks_of(descriptor)
         if kind == "raw":
-            before = os.fstat(descriptor)
             disk = self._stage(os.lseek(descriptor, 0, os.SEEK_END))
             copy_into(disk, descriptor, path=self._called, progress=self._progress)
             refuse_changed(descriptor, before, self._called)
@@ -264,6 +264,7 @@ class _Import:
         disk = self._stage(image.size_bytes)
         with served_to_program(disk._opened.path, qemu_img.EXPORT, writable=True) as address:
             image.copy_to(address, _percents(self._progress, image.size_bytes))
+        refuse_changed(descriptor, before, self._called)
         return disk
 
     def from_compressed(self, source: Source, kind: str, note: Callable[[str], object] | None) -> "Volume":
@@ -357,11 +358,16 @@ def _position_of(descriptor: int) -> Callable[[int], tuple[int, int]]:
     return lambda _: (os.lseek(descriptor, 0, os.SEEK_CUR), total)
 
 
-def refuse_changed(descriptor: int, before: os.stat_result, called: str) -> None:
-    """Raise FormatError where a file was written to while it was read: what was read is no disk that there was then."""
-    after = os.fstat(descriptor)
-    if stat.S_ISREG(after.st_mode) and (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise FormatError(f"{called}: the image changed while it was read (size or time differ); read it again")
+def refuse_changed(descriptor: int, before: BaseLooks, called: str) -> None:
+    """Raise FormatError where a file or a device was written to while it was read: that is no disk that there was then.
+
+    Of a device, only writes to the places that `looks_of` looks at are found.
+    """
+    if looks_of(descriptor) != before and is_rewindable(descriptor):
+        raise FormatError(
+            f"{called}: the image changed while it was read (its size differs, its time, or what a device holds at the "
+            "places that are looked at); read it again"
+        )
 
 
 def copy_into(
@@ -490,9 +496,10 @@ def export_to_device(volume: "Volume", device: "BlockDevice", *, progress: Progr
     from onionskin.kernels._copy import split_zeros
     from onionskin.storage.locks import written_over
 
-    refuse_device(volume, device)
+    refuse_device(volume, device)  # before what takes time
     buffer = memoryview(bytearray(_CHUNK_BYTES))
-    with written_over(device.number, device.path), reading(volume) as disk:
+    with written_over(device.fileno(), device.path), reading(volume) as disk:
+        refuse_device(volume, device, is_held=True)  # a file below may have become a base meanwhile
         size_bytes = int(disk.size_bytes)
         for at in range(0, size_bytes, _CHUNK_BYTES):
             piece = buffer[: min(_CHUNK_BYTES, size_bytes - at)]
@@ -534,14 +541,14 @@ def reading(volume: "Volume") -> "Iterator[DataPath]":
         refuse_changed_base(opened)
 
 
-def refuse_device(volume: "Volume", device: "BlockDevice") -> None:
-    """Raise if a disk may not be written to a block device; `export_to_device` lists the errors. Nothing is written."""
-    from onionskin.operations.export import refuse_device_of_base, refuse_file_below
+def refuse_device(volume: "Volume", device: "BlockDevice", *, is_held: bool = False) -> None:
+    """Raise if a disk may not be written to a block device; `export_to_device` lists the errors. Nothing is written.
 
-    files = device.files_below()
-    refuse_device_of_base(volume._opened.store, device.number, device.path)
-    for file in files:
-        refuse_file_below(volume._opened.store, device.path, file)
+    `is_held` says that the caller is within `locks.written_over` of the device.
+    """
+    from onionskin.operations.export import refuse_needed_device
+
+    refuse_needed_device(volume._opened.store, device.number, device.path, is_held=is_held)
     if device.size_bytes < volume.size_bytes:
         raise OSError(
             errno.ENOSPC,

@@ -44,7 +44,7 @@ from onionskin.errors import (
     VerifyError,
     VolumeNotFoundError,
 )
-from onionskin.storage.base_looks import is_device
+from onionskin.storage.base_looks import is_device, looks_in
 from onionskin.storage.chain import (
     NewHead,
     check_base,
@@ -306,10 +306,9 @@ class Store:
     @contextmanager
     def _base(self, path: FilePath, *, digest: bool, vouched: bool) -> Iterator[BaseRow]:
         """Describe a base, and keep merges out of it. The base must not be a file of the store."""
-        if self._opened.layout.holds(path):
-            raise ChainError(
-                f"{path} is a file of the store itself, which changes and goes: give an image outside of it"
-            )
+        from onionskin.operations.export import refuse_own_files
+
+        refuse_own_files(self._opened, path)
         with described_base(path, digest=digest, vouched=vouched) as base:
             refuse_half_merged(self._opened.catalog, FilePath(base.path))
             yield base
@@ -1524,9 +1523,10 @@ class Store:
             contents of the base, so the caller has to say `trust` that it is the file that was moved, and no block device
             takes its place. Or `base` is a block device that is mounted, or in use otherwise.
         """
+        from onionskin.operations.export import refuse_own_files
+
+        refuse_own_files(self._opened, FilePath(base))
         with described_base(FilePath(base), digest=verify) as new:
-            if self._opened.layout.holds(FilePath(new.path)):
-                raise ChainError(f"{new.path} is a file of the store itself: give an image outside of it")
             self._opened.change(lambda: self._relocate(name, new, trust=trust, verify=verify))
 
     def _relocate(self, name: str, new: BaseRow, *, trust: bool, verify: bool) -> None:
@@ -1560,6 +1560,8 @@ class Store:
         if is_other:
             _refuse_other_image(old, new, half_merged=bool(begun), verify=verify)
         for other in catalog.bases_at(old.path):
+            if looks_in(other) != looks_in(old):  # of another image that had this path at another time
+                continue
             catalog.update(BaseRow, other.id, path=new.path, inode=new.inode, mtime_ns=new.mtime_ns)
         for work in catalog.base_merges():
             catalog.update(WorkRow, work.id, done_bytes=0)  # nothing says what was merged into the file at the new path

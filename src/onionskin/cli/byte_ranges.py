@@ -51,10 +51,10 @@ def read(name: Name, offset: int, length: int, as_json: bool) -> None:
             data = base64.b64encode(volume.read(offset, length)).decode()
             output.show(True, {"offset": offset, "length": length, "base64": data}, str)
             return
-        with stdout_for_a_disk(store) as out:
+        with stdout_for_a_disk(store, length) as out:
             for at in range(offset, offset + length, _CHUNK_BYTES):
                 out.write(volume.read(at, min(_CHUNK_BYTES, offset + length - at)))
-            out.flush()
+            out.finish()
 
 
 @click.command()

@@ -1,7 +1,6 @@
 """The verb compare: where two disks first differ, each a volume, a snapshot or an image file."""
 
 import contextlib
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -78,8 +77,7 @@ class OpenVolume:
 
         found, base_lock = extents(self.volume._opened), self.volume._opened.base_lock
         if base_lock is not None:
-            end = min(self.size_bytes, os.fstat(base_lock.descriptor).st_size)
-            found = found.over(Extents(data_ranges(base_lock.descriptor, 0, end)))
+            found = found.over(Extents(data_ranges(base_lock.descriptor, 0, self.size_bytes)))
         return [(offset, offset + length) for offset, length, *_ in found]
 
 
@@ -144,6 +142,7 @@ def _errors_are_no_difference() -> Iterator[None]:
 def _opened(side: Name | FilePath, image_format: str | None) -> "Iterator[RawFile | OpenVolume | Image]":
     from onionskin.exchange.comparison import RawFile
     from onionskin.images import reading, refuse_changed
+    from onionskin.storage.base_looks import looks_of
 
     if isinstance(side, Name):
         with side.open_store() as store, open_to_read(store, side) as volume, reading(volume):
@@ -156,18 +155,19 @@ def _opened(side: Name | FilePath, image_format: str | None) -> "Iterator[RawFil
                 f"{side} is {found.title}, which is not read here: {found.advice} first, or give --format raw"
             )
         kind = image_format or (found.name if found else "raw")
-        if kind == "raw":
-            before = os.fstat(file.fileno())
-            yield RawFile(file.fileno())
-            refuse_changed(file.fileno(), before, str(side))
-            return
+        before = looks_of(file.fileno())
+        yield RawFile(file.fileno()) if kind == "raw" else _image(side, kind, vouched=image_format is not None)
+        refuse_changed(file.fileno(), before, str(side))
+
+
+def _image(path: FilePath, kind: str, *, vouched: bool) -> "Image":
     from onionskin.exchange.qemu_img import Image
 
-    image = Image(side, kind, str(side))
-    if image_format is None:
+    image = Image(path, kind, str(path))
+    if not vouched:
         image.refuse_other_files()
     image.refuse_cut_short()
-    yield image
+    return image
 
 
 def _by_qemu_img(sides: "list[RawFile | OpenVolume | Image]", progress: Any) -> int | None:

@@ -1,10 +1,11 @@
 """Stdout for the bytes of a disk: export, delta and read write there, and a shell may have put anything in its place.
 
 What must hold: nothing is written over a file that a disk of the store reads, nor over a block device that is a base, shares
-bytes with one, or is in use. A device becomes no base as long as it is written.
+bytes with one, or is in use. As long as it is written, a file or a device becomes no base, and nobody mounts the device.
 """
 
 import contextlib
+import errno
 import os
 import stat
 import sys
@@ -14,38 +15,44 @@ from typing import TYPE_CHECKING
 from onionskin.cli import output
 
 if TYPE_CHECKING:
-    from onionskin.storage.open_store import OpenStore
     from onionskin.store import Store
 
 
 @contextlib.contextmanager
-def stdout_for_a_disk(store: "Store") -> Iterator[output.StandardStream]:
-    """Give stdout, if the bytes of a disk of this store may be written to it."""
+def stdout_for_a_disk(store: "Store", size_bytes: int = 0) -> Iterator[output.StandardStream]:
+    """Give stdout, if the bytes of a disk of this store may be written to it, and so many fit where it is a device."""
     try:
         descriptor = sys.stdout.fileno()
     except OSError:  # a program has put an object of its own there
         yield output.StandardStream("stdout")
         return
-    found = os.fstat(descriptor)
-    if stat.S_ISBLK(found.st_mode):
-        from onionskin.storage.locks import written_over
-
-        with written_over(found.st_rdev, "stdout"):  # first, so that what is found stays so
-            _refuse_device(store._opened, descriptor, found.st_rdev)
-            yield output.StandardStream("stdout")
+    mode = os.fstat(descriptor).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        yield output.StandardStream("stdout")
         return
-    from onionskin.operations.export import refuse_open_file
+    from onionskin.storage.locks import written_over
 
-    refuse_open_file(store._opened, descriptor, "stdout")
-    yield output.StandardStream("stdout")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(written_over(descriptor, "stdout"))  # first, so that what is found stays so
+        if stat.S_ISBLK(mode):
+            _refuse_device(store, descriptor, size_bytes, stack)
+        else:
+            from onionskin.operations.export import refuse_open_file
+
+            refuse_open_file(store._opened, descriptor, "stdout")
+        yield output.StandardStream("stdout")
 
 
-def _refuse_device(store: "OpenStore", descriptor: int, number: int) -> None:
-    from onionskin.exchange.block_devices import files_below, refuse_in_use
-    from onionskin.operations.export import refuse_device_of_base, refuse_file_below
+def _refuse_device(store: "Store", descriptor: int, size_bytes: int, stack: contextlib.ExitStack) -> None:
+    from onionskin.exchange.block_devices import claimed
+    from onionskin.operations.export import refuse_needed_device
 
-    files = files_below(number, "stdout")
-    refuse_device_of_base(store, number, "stdout", is_held=True)
-    for file in files:
-        refuse_file_below(store, "stdout", file)
-    refuse_in_use(descriptor, "stdout")
+    refuse_needed_device(store._opened, os.fstat(descriptor).st_rdev, "stdout", is_held=True)
+    stack.enter_context(claimed(descriptor, "stdout"))
+    at = os.lseek(descriptor, 0, os.SEEK_CUR)
+    found = os.lseek(descriptor, 0, os.SEEK_END) - at
+    os.lseek(descriptor, at, os.SEEK_SET)
+    if found < size_bytes:
+        raise OSError(
+            errno.ENOSPC, f"the device has {found} bytes from there on, and {size_bytes} are to be written", "stdout"
+        )

@@ -201,7 +201,7 @@ def _export_as_stream(name: Name, image: "FilePath", *, as_json: bool, yes: bool
     with name.open_store() as store, open_to_read(store, name) as volume:
         size_bytes = volume.size_bytes
         with (
-            _stream_to(store, image) as out,
+            _stream_to(store, image, size_bytes) as out,
             reading(volume) as disk,
             output.progress(f"export {name}", as_json) as progress,
         ):
@@ -219,9 +219,9 @@ def _export_as_stream(name: Name, image: "FilePath", *, as_json: bool, yes: bool
 
 
 @contextlib.contextmanager
-def _stream_to(store: "Store", image: "FilePath") -> Iterator[output.StandardStream]:
+def _stream_to(store: "Store", image: "FilePath", size_bytes: int) -> Iterator[output.StandardStream]:
     if str(image) in _STDOUT:
-        with stdout_for_a_disk(store) as out:
+        with stdout_for_a_disk(store, size_bytes) as out:
             yield out
         return
     with open(

@@ -7,6 +7,7 @@ imported only to draw a progress bar, and what else few verbs need is imported w
 
 import contextlib
 import errno
+import io
 import os
 import stat
 import sys
@@ -140,7 +141,10 @@ class StandardStream:
     def finish(self) -> None:
         """Pass on all written bytes. Those that went to a file or a block device are durable then, as in a file of a name."""
         self.flush()
-        mode = os.fstat(self.fileno()).st_mode
+        try:
+            mode = os.fstat(self.fileno()).st_mode
+        except io.UnsupportedOperation:  # a program has put an object of its own there
+            return
         if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
             with naming(self.name):
                 sync_file(self.fileno())  # BARRIER: streamed file

@@ -13,11 +13,14 @@ import struct
 from typing import TYPE_CHECKING, Any, Final
 
 from onionskin.base.fsync import sync_file
+from onionskin.base.paths import FilePath
 from onionskin.errors import StateError
-from onionskin.exchange.device_nodes import directory_of, is_claimed
+from onionskin.exchange.device_nodes import directory_of, written_with
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
+
+    from onionskin.exchange.device_nodes import LoopFile
 
 _BLKROGET: Final = 0x125E
 _BLKSSZGET: Final = 0x1268
@@ -99,17 +102,17 @@ class BlockDevice:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
+    def fileno(self) -> int:
+        """Give the descriptor."""
+        return self._descriptor
+
     @property
     def number(self) -> int:
         """The number of the device, which all its nodes have."""
         return self._number
 
-    def files_below(self) -> "list[Path]":
-        """Return the backing files of this device: see `files_below`."""
-        return files_below(self._number, self.path)
 
-
-def files_below(number: int, called: "str | os.PathLike[str]") -> "list[Path]":
+def files_below(number: int, called: "str | os.PathLike[str]") -> "list[LoopFile]":
     """Return the backing files of all loop devices among a device and the devices below it.
 
     Raises
@@ -117,31 +120,37 @@ def files_below(number: int, called: "str | os.PathLike[str]") -> "list[Path]":
     StateError
         The system does not say what it stands on.
     """
-    from pathlib import Path
-
-    found = []
-    directory = Path(directory_of(number))
-    if not directory.exists():
+    directory = directory_of(number)
+    if not FilePath(directory).exists():
         raise StateError(
             f"what {called} stands on cannot be seen, since {directory} is not there, and it might be a file that is "
             "needed; mount /sys, and try again"
         )
-    pending = [directory.resolve()]
-    while pending:
-        directory = pending.pop()
-        if (directory / "partition").exists():
-            directory = directory.parent
-        with contextlib.suppress(FileNotFoundError):
-            found.append(Path(os.fsdecode((directory / "loop/backing_file").read_bytes().rstrip(b"\n"))))
-        with contextlib.suppress(FileNotFoundError):
-            pending += [below.resolve() for below in (directory / "slaves").iterdir()]
-    return found
+    return written_with(number).files
 
 
-def refuse_in_use(descriptor: int, called: str) -> None:
-    """Refuse to write to an open block device that is mounted, or in use otherwise."""
-    if is_claimed(descriptor):
-        raise _in_use(called)
+@contextlib.contextmanager
+def claimed(descriptor: int, called: str) -> "Iterator[None]":
+    """Claim an open block device during the with block, so that nobody mounts it or takes it as a base meanwhile.
+
+    One that this process may write, and not open again, is not claimed.
+
+    Raises
+    ------
+    StateError
+        It is mounted, or in use otherwise.
+    """
+    claim = -1
+    try:
+        claim = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise _in_use(called) from None
+    try:
+        yield
+    finally:
+        if claim >= 0:
+            os.close(claim)
 
 
 def _in_use(called: "str | os.PathLike[str]") -> StateError:

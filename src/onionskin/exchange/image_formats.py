@@ -11,7 +11,7 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
-from onionskin.base.files import read_all
+from onionskin.base.files import name_of, read_all
 from onionskin.base.records import record
 from onionskin.errors import FormatError
 
@@ -156,6 +156,13 @@ def format_of(descriptor: int) -> ImageFormat | None:
     OSError
         The file cannot be read.
     """
+    try:
+        return _format_of(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or name_of(descriptor)) from None
+
+
+def _format_of(descriptor: int) -> ImageFormat | None:
     found = format_of_start(read_all(descriptor, START_BYTES))
     if found:
         return found

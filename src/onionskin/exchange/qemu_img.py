@@ -92,7 +92,7 @@ class Image:
     def refuse_cut_short(self) -> None:
         """Raise FormatError if the end of the image is missing: tables and blocks there would silently read zero."""
         checked = self._run("check", "--output=json", "-f", self._driver, self._path, fine=(_ONLY_LEAKS, _NO_CHECK))
-        size_bytes = Path(self._path).stat().st_size
+        size_bytes = _size_of(self._path)
         missing = False
         if self.kind == "qcow2":
             missing = json.loads(checked).get("image-end-offset", 0) - size_bytes >= self._facts.get(
@@ -159,9 +159,15 @@ def served_disk(descriptor: int) -> str:
     return f"driver=raw,file.driver=nbd,file.server.type=fd,file.server.str={descriptor},file.export={EXPORT}"
 
 
+def _size_of(path: str) -> int:
+    with open(path, "rb", buffering=0) as file:  # a block device tells its size only so
+        return file.seek(0, os.SEEK_END)
+
+
 def file_of(driver: str, path: str) -> str:
-    """Return qemu-img's description of a file."""
-    return f"driver={driver},file.driver=file,file.filename={path.replace(',', ',,')}"
+    """Return qemu-img's description of a file, or of a block device."""
+    kind = "host_device" if Path(path).is_block_device() else "file"
+    return f"driver={driver},file.driver={kind},file.filename={path.replace(',', ',,')}"
 
 
 def first_difference(a: str, b: str, *, keep: Sequence[int], percent: Percent | None) -> int | None:

@@ -14,15 +14,22 @@ from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING
 
 from onionskin.base.fsync import sync_file
-from onionskin.base.paths import FilePath, is_same
-from onionskin.errors import StateError
+from onionskin.base.paths import FilePath
+from onionskin.errors import ChainError, StateError
 from onionskin.exchange.block_devices import files_below
-from onionskin.exchange.device_nodes import devices_written_with, directory_of
+from onionskin.exchange.device_nodes import (
+    DEVICE,
+    Identity,
+    files_of,
+    identity_of,
+    share_bytes,
+    share_devices,
+)
 from onionskin.kernels._wipe import wipe
 from onionskin.operations import copy
 from onionskin.operations.pinned import pinned
 from onionskin.storage.layout import DIRECTORIES
-from onionskin.storage.locks import is_device_in_use, is_locked
+from onionskin.storage.locks import is_in_use_below, is_locked
 from onionskin.storage.open_head import OpenDisk
 from onionskin.storage.open_store import OpenStore
 
@@ -206,7 +213,7 @@ def _refuse_file(store: OpenStore, directory: int, target: FilePath, *, replace:
         raise FileExistsError(
             errno.EEXIST, "there is something that is not a regular file; choose another path", str(target)
         )
-    if found.st_nlink > 1 and _is_own_file(store, found):
+    if found.st_nlink > 1 and _is_own_file(store, identity_of(found)):
         raise ValueError(f"{target} is a file of the store itself; choose another path")
     if _is_base(store, found):
         raise StateError(f"{target} is a base that volumes stand on; choose another path")
@@ -214,32 +221,23 @@ def _refuse_file(store: OpenStore, directory: int, target: FilePath, *, replace:
         raise StateError(f"{target} is in use, as a base of a volume of some store; choose another path")
 
 
-def refuse_file_below(store: OpenStore, device: "AnyPath", file: "AnyPath") -> None:
-    """Refuse to write to a block device that stands on a file that is needed."""
-    try:
-        found = FilePath(file).stat()
-    except FileNotFoundError:  # the file was unlinked, so it is no base
-        return
-    if _is_own_file(store, found):
-        raise ValueError(f"{device} stands on {file}, a file of the store itself; choose another device")
-    if _is_base(store, found):
-        raise StateError(f"{device} stands on {file}, a base that volumes stand on; choose another device")
-    if _is_locked(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)):
-        raise StateError(f"{device} stands on {file}, which some volume has open as its base; choose another device")
+def refuse_needed_device(store: OpenStore, number: int, called: "AnyPath", *, is_held: bool = False) -> None:
+    """Refuse to write to a block device if that changes a base, a file of the store, or what is in use as a base.
 
-
-def refuse_device_of_base(store: OpenStore, number: int, called: "AnyPath", *, is_held: bool = False) -> None:
-    """Refuse to write to a block device if that changes a device which is a base, or is in use as one.
-
-    `is_held` says that the caller is within `locks.written_over` of this device, whose lock is no use as a base.
+    `is_held` says that the caller is within `locks.written_over` of this device, which has asked who uses what.
     """
-    written = devices_written_with(number)
-    for found in _looks_at_bases(store):
-        if stat.S_ISBLK(found.st_mode) and found.st_rdev in written:
-            raise StateError(
-                f"{called} is a base that volumes stand on, or has bytes in common with one; choose another device"
-            )
-    if any(is_device_in_use(one) for one in (written - {number} if is_held else written)):
+    files = files_below(number, called)
+    bases = _bases(store)
+    if any(share_devices((DEVICE, number), base) for base in bases):
+        raise StateError(
+            f"{called} is a base that volumes stand on, or has bytes in common with one; choose another device"
+        )
+    for file in files:
+        if _is_own_file(store, file.identity):
+            raise ValueError(f"{called} stands on {file.path}, a file of the store itself; choose another device")
+        if any(file.identity in files_of(base) for base in bases):
+            raise StateError(f"{called} stands on {file.path}, a base that volumes stand on; choose another device")
+    if not is_held and is_in_use_below(number):
         raise StateError(f"{called} is in use, as a base of a volume of some store; choose another device")
 
 
@@ -248,7 +246,7 @@ def refuse_open_file(store: OpenStore, descriptor: int, called: str) -> None:
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode):
         return
-    if _is_own_file(store, found):
+    if _is_own_file(store, identity_of(found)):
         raise ValueError(f"{called} is a file of the store itself; write to another file")
     if _is_base(store, found):
         raise StateError(f"{called} is a base that volumes stand on; write to another file")
@@ -257,7 +255,12 @@ def refuse_open_file(store: OpenStore, descriptor: int, called: str) -> None:
 
 
 def _is_base(store: OpenStore, found: os.stat_result) -> bool:
-    return any(is_same(base, found) or _is_below(base, found) for base in _looks_at_bases(store))
+    return any(share_bytes(base, identity_of(found)) for base in _bases(store))
+
+
+def _bases(store: OpenStore) -> set[Identity]:
+    """Return the bases of the store, and those that its handles have open; many volumes may stand on one."""
+    return {identity_of(found) for found in _looks_at_bases(store)}
 
 
 def _looks_at_bases(store: OpenStore) -> Iterator[os.stat_result]:
@@ -269,17 +272,6 @@ def _looks_at_bases(store: OpenStore) -> Iterator[os.stat_result]:
     for base in store.catalog.bases():
         with suppress(FileNotFoundError, NotADirectoryError):  # else it may be that file
             yield FilePath(base.path).stat()
-
-
-def _is_below(base: os.stat_result, found: os.stat_result) -> bool:
-    """Whether a base is a loop device, or stands on one, whose file this is."""
-    if not stat.S_ISBLK(base.st_mode) or not FilePath(directory_of(base.st_rdev)).exists():
-        return False
-    for file in files_below(base.st_rdev, "the base"):
-        with suppress(FileNotFoundError, NotADirectoryError):
-            if os.path.samestat(file.stat(), found):
-                return True
-    return False
 
 
 def _is_in_use(directory: int, name: str) -> bool:
@@ -298,11 +290,25 @@ def _is_locked(descriptor: int) -> bool:
         os.close(descriptor)
 
 
-def _is_own_file(store: OpenStore, found: os.stat_result) -> bool:
+def refuse_own_files(store: OpenStore, path: FilePath) -> None:
+    """Refuse a file of the store as a base, by whatever name, and a block device that stands on one."""
+    if store.layout.holds(path):
+        raise ChainError(f"{path} is a file of the store itself, which changes and goes: give an image outside of it")
+    found = path.stat()
+    if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:  # it has the name by which it was reached
+        return
+    if any(_is_own_file(store, file) for file in files_of(identity_of(found))):
+        raise ChainError(
+            f"{path} is, or stands on, a file of the store itself, which changes and goes: give an image outside of it"
+        )
+
+
+def _is_own_file(store: OpenStore, file: Identity) -> bool:
+    device, inode = file
     for directory in (store.layout.root, *(store.layout.root / name for name in DIRECTORIES)):
-        if directory.stat().st_dev != found.st_dev:
+        if directory.stat().st_dev != device:
             continue
         with os.scandir(directory) as entries:
-            if any(entry.inode() == found.st_ino for entry in entries):
+            if any(entry.inode() == inode for entry in entries):
                 return True
     return False

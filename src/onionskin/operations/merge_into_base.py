@@ -21,7 +21,7 @@ from onionskin.operations.fold import fold_where_unnamed
 from onionskin.operations.seal import seal
 from onionskin.operations.staging import TreeChangedError
 from onionskin.storage.base_looks import is_device, looks_in, looks_of
-from onionskin.storage.chain import Chain, is_same_file, read_chain, unfinished_base_merges
+from onionskin.storage.chain import Chain, lead_to_same_bytes, read_chain, unfinished_base_merges
 from onionskin.storage.locks import BaseLock, is_file_at
 from onionskin.storage.open_head import OpenHead
 from onionskin.storage.open_store import OpenStore
@@ -192,8 +192,10 @@ def refuse_older(store: OpenStore, chain: Chain, target: bytes | None) -> None:
             if child.id not in ids:
                 needed += _names_above(catalog, child.id) or [f"a branch on layer {child.id.hex()[:8]}"]
         path = FilePath(chain.base.path)
-        same_file = [base.id for base in catalog.all_sound(BaseRow) if is_same_file(FilePath(base.path), path)]
-        for bottom in catalog.layers_standing_on(same_file):
+        bases = catalog.all_sound(BaseRow)
+        paths = {one for one in {base.path for base in bases} if lead_to_same_bytes(FilePath(one), path)}
+        same_bytes = [base.id for base in bases if base.path in paths]
+        for bottom in catalog.layers_standing_on(same_bytes):
             if bottom.id != ids[0]:
                 needed += _volumes_above(catalog, bottom.id) or ["a branch on the same base"]
     if needed:

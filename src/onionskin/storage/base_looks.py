@@ -59,9 +59,25 @@ def what_differs(base: BaseRow) -> str:
     return "inode, size or time differ"
 
 
+def digest_of(descriptor: int) -> bytes:
+    """Return the SHA-256 of an open file, or of a block device."""
+    import hashlib  # it loads OpenSSL, which few need
+
+    if not stat.S_ISBLK(os.fstat(descriptor).st_mode):
+        with open(f"/proc/self/fd/{descriptor}", "rb") as file:  # opened anew, so it has an offset of its own
+            return hashlib.file_digest(file, "sha256").digest()
+    size_bytes = os.lseek(descriptor, 0, os.SEEK_END)
+    digest = hashlib.sha256()
+    with _Reader(descriptor) as reader:
+        for offset in range(0, size_bytes, _ENDS_BYTES):
+            digest.update(reader.read(offset, min(_ENDS_BYTES, size_bytes - offset)))
+    refuse_shorter(descriptor, size_bytes)
+    return digest.digest()
+
+
 def _fingerprint(descriptor: int, size_bytes: int) -> int:
     """Return 62 bits of the SHA-256 of what a block device holds at the places that are looked at."""
-    import hashlib  # it loads OpenSSL, which only devices need
+    import hashlib
 
     digest = hashlib.sha256()
     with _Reader(descriptor) as reader:

@@ -15,12 +15,12 @@ from onionskin.base.held import held
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.naming import is_text
-from onionskin.base.paths import FilePath, is_same
+from onionskin.base.paths import FilePath
 from onionskin.catalog import BaseRow, Catalog, LayerRow, SegmentRow, new_id, new_ids
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.errors import ChainError, StateError, VerifyError
-from onionskin.exchange.device_nodes import is_claimed, mount_point_of
-from onionskin.storage.base_looks import looks_in, looks_of, what_differs
+from onionskin.exchange.device_nodes import identity_of, is_claimed, mount_point_of, share_bytes
+from onionskin.storage.base_looks import digest_of, looks_in, looks_of, what_differs
 from onionskin.storage.layout import Layout, bytes_in
 from onionskin.storage.locks import BaseLock, ByteLocks
 
@@ -196,13 +196,13 @@ def _merges_into(catalog: Catalog, path: FilePath) -> list[bytes]:
     for work in catalog.base_merges():
         layers = catalog.chain(work.target)
         base = catalog.base_of(layers[0]) if layers else None
-        if base and is_same_file(FilePath(base.path), path):
+        if base and lead_to_same_bytes(FilePath(base.path), path):
             begun.append(work.target)
     return begun
 
 
-def is_same_file(a: FilePath, b: FilePath) -> bool:
-    """Whether two paths lead to one file, through hard links, symlinks or mounts.
+def lead_to_same_bytes(a: FilePath, b: FilePath) -> bool:
+    """Whether two paths lead to one file, through hard links, symlinks or mounts, or to devices that share its bytes.
 
     If one of the files is gone, the paths themselves are compared.
 
@@ -212,17 +212,9 @@ def is_same_file(a: FilePath, b: FilePath) -> bool:
         One of them cannot be looked at, so it may be the other.
     """
     try:
-        return a == b or is_same(a.stat(), b.stat())
+        return a == b or share_bytes(identity_of(a.stat()), identity_of(b.stat()))
     except (FileNotFoundError, NotADirectoryError):
         return False
-
-
-def digest_of(descriptor: int) -> bytes:
-    """Return the SHA-256 of an open file."""
-    with open(f"/proc/self/fd/{descriptor}", "rb") as file:  # opened anew, so it has an offset of its own
-        import hashlib  # this module loads OpenSSL, which only verifying needs
-
-        return hashlib.file_digest(file, "sha256").digest()
 
 
 @held
@@ -261,10 +253,16 @@ def _path_to_keep(path: FilePath) -> FilePath:
     """
     resolved = path.resolve(strict=True)
     if resolved.is_block_device():
-        kept = FilePath(f"{path.absolute().parent.resolve(strict=True)}/{path.name}")
-        if not kept.startswith("/proc/"):  # a descriptor of this process
-            return kept
+        kept = at = _with_directory_resolved(path)
+        while not at.startswith("/proc/"):  # a descriptor of this process, as /dev/stdin leads to
+            if at == resolved:
+                return kept
+            at = _with_directory_resolved(at.parent / os.readlink(at))  # noqa: PTH115
     return resolved
+
+
+def _with_directory_resolved(path: FilePath) -> FilePath:
+    return FilePath(f"{path.absolute().parent.resolve(strict=True)}/{path.name}")
 
 
 def refuse_used_device(descriptor: int, path: "str | os.PathLike[str]") -> None:

@@ -32,9 +32,18 @@ from onionskin.base.held import held
 from onionskin.base.modes import share_file
 from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.paths import FilePath, is_same
+from onionskin.base.signals import DeferredInterrupt
 from onionskin.base.waiting import within
 from onionskin.errors import FormatError, StateError
-from onionskin.exchange.device_nodes import open_at_own_node, open_own_node
+from onionskin.exchange.device_nodes import (
+    LoopFile,
+    identity_of,
+    in_turn,
+    open_at_own_node,
+    open_loop_file,
+    open_own_node,
+    written_with,
+)
 from onionskin.storage.base_looks import BaseLooks
 from onionskin.storage.layout import Layout
 
@@ -870,7 +879,7 @@ def start_ticks(pid: int) -> int:
     return int(text.rpartition(")")[2].split()[19])
 
 
-_READERS_BYTE, _MERGER_BYTE = 0, 1
+_READERS_BYTE, _MERGER_BYTE, _EXPORTS_BYTE = 0, 1, 2
 
 
 class BaseLock:
@@ -880,16 +889,25 @@ class BaseLock:
     file at any time. A merge first locks a second byte, which only merges use. So no other merge can come in between
     when it gives up its shared lock and takes the exclusive one.
 
+    Of a loop device, what it stands on is locked for reading too, so that nothing is merged into its file. An export over a
+    block device locks a third byte of all that it changes, and then looks for readers; a reader looks for it when it has
+    locked. So at least one of the two finds the other, and exports find each other not in the way.
+
     `half_merged` is what the file looked like under the lock, if a merge into it had begun and not ended then.
     """
 
     def __init__(self, path: FilePath) -> None:
         self.path = path
         self.half_merged: BaseLooks | None = None
+        self._below: list[int] = []
         self.descriptor: int = open_base(path)
-        if not _set_lock(self.descriptor, fcntl.F_RDLCK, _READERS_BYTE, 1):
+        try:
+            self._below = _opened_below(self.descriptor)
+            if not (_share_with_readers(self.descriptor) and all(map(_share_if_it_can, self._below))):
+                raise StateError(f"a merge or an export is writing the base {path}; wait for it to end, and open again")
+        except BaseException:
             self.after_fork()
-            raise StateError(f"a merge or an export is writing the base {path}; wait for it to end, and open again")
+            raise
         forking.register(self)
 
     def write_alone(self) -> None:
@@ -934,21 +952,61 @@ class BaseLock:
     def close(self) -> None:
         """Give the base up. Further calls do nothing."""
         descriptor, self.descriptor = self.descriptor, -1
-        if descriptor >= 0:
-            try:
-                _set_lock(descriptor, fcntl.F_UNLCK, 0, 0)
-            finally:
-                os.close(descriptor)
+        try:
+            if descriptor >= 0:
+                try:
+                    _set_lock(descriptor, fcntl.F_UNLCK, 0, 0)
+                finally:
+                    os.close(descriptor)
+        finally:
+            while self._below:
+                with suppress(OSError):  # as in `_share_if_it_can`; it is closed
+                    _unlock_and_close(self._below.pop())
 
     def after_fork(self) -> None:
-        """Close the descriptor in a forked child, but unlock nothing."""
+        """Close the descriptors in a forked child, but unlock nothing."""
         descriptor, self.descriptor = self.descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
+        for one in (descriptor, *self._below):
+            if one >= 0:
+                os.close(one)
+        self._below = []
 
     def __del__(self) -> None:
         if getattr(self, "descriptor", -1) >= 0:
             self.close()
+
+
+def _share_with_readers(descriptor: int) -> bool:
+    """Lock a base, or what is below it, for reading. False if somebody writes it."""
+    return _set_lock(descriptor, fcntl.F_RDLCK, _READERS_BYTE, 1) and not is_locked(descriptor, _EXPORTS_BYTE, 1)
+
+
+def _share_if_it_can(descriptor: int) -> bool:
+    try:
+        return _share_with_readers(descriptor)
+    except OSError:  # the file of a loop device, on a file system that has no locks
+        return True
+
+
+def _opened_below(descriptor: int) -> list[int]:
+    """Open what a base stands on if it is a loop device: other devices, and files, as far as they can be opened."""
+    found = os.fstat(descriptor)
+    if not stat.S_ISBLK(found.st_mode):
+        return []
+    return _opened(in_turn(identity_of(found))[1:], written_with(found.st_rdev).files)
+
+
+def _opened(devices: Iterable[int], files: Iterable[LoopFile]) -> list[int]:
+    opened: list[int] = []
+    try:
+        opened.extend(map(open_own_node, devices))
+        opened.extend(map(open_loop_file, files))
+    except BaseException:
+        for one in opened:
+            if one >= 0:
+                os.close(one)
+        raise
+    return [one for one in opened if one >= 0]
 
 
 def open_base(path: FilePath) -> int:
@@ -957,32 +1015,49 @@ def open_base(path: FilePath) -> int:
 
 
 @held
-def written_over(number: int, called: "str | os.PathLike[str]") -> Iterator[None]:
-    """Keep volumes of all stores from using a block device as their base, during the with block.
+def written_over(descriptor: int, called: "str | os.PathLike[str]") -> Iterator[None]:
+    """Keep volumes of all stores from using an open file or block device as their base, and what changes with it.
 
     Raises
     ------
     StateError
         Some volume has it open as its base.
     """
-    descriptor = open_own_node(number, os.O_RDWR)
+    marked = _opened_to_mark(descriptor)
     try:
-        if descriptor >= 0 and not _set_lock(descriptor, fcntl.F_WRLCK, _READERS_BYTE, 1):
-            raise StateError(f"{called} is in use, as a base of a volume of some store; choose another device")
+        for one in marked:
+            with suppress(OSError):  # a file system that has no locks
+                _set_lock(one, fcntl.F_RDLCK, _EXPORTS_BYTE, 1)
+        if any(is_locked(one, _READERS_BYTE, 1) for one in marked):
+            raise StateError(f"{called} is in use, as a base of a volume of some store; write elsewhere")
         yield
     finally:
-        if descriptor >= 0:
-            _unlock_and_close(descriptor)
+        with DeferredInterrupt():  # they would stay locked
+            for one in marked:
+                with suppress(OSError):  # it is closed
+                    _unlock_and_close(one)
 
 
-def is_device_in_use(number: int) -> bool:
-    """Whether some volume of any store has a block device open as its base now."""
-    descriptor = open_own_node(number)
+def _opened_to_mark(descriptor: int) -> list[int]:
+    found = os.fstat(descriptor)
+    if stat.S_ISBLK(found.st_mode):
+        below = written_with(found.st_rdev)
+        return _opened(below.devices, below.files)
+    try:  # anew: a lock would be that of all who share stdout
+        return [os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)]
+    except OSError:  # it may be written, but not read
+        return []
+
+
+def is_in_use_below(number: int) -> bool:
+    """Whether some volume of any store has open as its base what changes where a block device is written."""
+    below = written_with(number)
+    opened = _opened(below.devices, below.files)
     try:
-        return descriptor >= 0 and is_locked(descriptor, _READERS_BYTE, 1)
+        return any(is_locked(one, _READERS_BYTE, 1) for one in opened)
     finally:
-        if descriptor >= 0:
-            os.close(descriptor)
+        for one in opened:
+            os.close(one)
 
 
 def is_being_merged_into(path: FilePath) -> bool:

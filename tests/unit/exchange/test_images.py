@@ -12,6 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 import pytest
+from support.loop_devices import loop_devices
 
 from onionskin.base import files
 from onionskin.catalog import LayerRow, VolumeRow
@@ -232,6 +233,19 @@ def test_a_raw_image_that_is_written_to_while_it_is_imported_is_no_disk(store: S
 
     with pytest.raises(FormatError, match="changed while it was read"):
         import_image(store, raw, "web", progress=write_to_it)
+    assert store.volumes() == []
+
+
+def test_a_device_that_is_written_to_while_it_is_imported_is_no_disk(store: Store, raw: Path) -> None:
+    with loop_devices() as make:
+        device = make(raw)
+
+        def write_to_it(done: int, total: int) -> None:
+            with device.open("r+b") as file:
+                file.write(b"later")
+
+        with pytest.raises(FormatError, match="changed while it was read"):
+            import_image(store, device, "web", progress=write_to_it)
     assert store.volumes() == []
 
 

@@ -13,6 +13,7 @@ import pytest
 from support.loop_devices import MakeDevice, loop_devices
 
 import onionskin
+from onionskin.storage import locks
 from onionskin.storage.base_looks import looks_of
 
 MIB = 1 << 20
@@ -122,6 +123,19 @@ def test_a_write_past_pages_that_a_volume_has_read_is_noticed(
             web.export(disk.with_name("out.raw"))
 
 
+def test_the_digest_of_a_device_is_not_that_of_pages_that_a_volume_has_read(
+    store: onionskin.Store, disk: Path, device: MakeDevice
+) -> None:
+    at = device(disk)
+    with store.create("web", base=at, digest=True) as web:
+        web.snapshot("a")
+        assert web.read(0, SIZE) == disk.read_bytes()
+        store.open("web", snapshot="a", verify=True).close()
+        overwrite(disk, 5 * MIB, b"written past the device's own pages")
+        with pytest.raises(onionskin.VerifyError):
+            store.open("web", snapshot="a", verify=True)
+
+
 def test_a_device_of_another_size_is_another_base(store: onionskin.Store, disk: Path, device: MakeDevice) -> None:
     at = device(disk)
     store.create("web", base=at).close()
@@ -160,6 +174,19 @@ def test_a_link_to_a_device_is_kept_and_may_lead_to_another_node_later(
         assert web.read(0, SIZE) == disk.read_bytes()
 
 
+def test_a_link_to_a_descriptor_of_this_process_is_not_kept_but_what_it_leads_to(
+    store: onionskin.Store, tmp_path: Path, disk: Path, device: MakeDevice
+) -> None:
+    """As /dev/stdin is one."""
+    at = device(disk)
+    with at.open("rb") as file:
+        (tmp_path / "link").symlink_to(f"/proc/self/fd/{file.fileno()}")
+        (tmp_path / "link to that").symlink_to("link")
+        for number, base in enumerate([tmp_path / "link", tmp_path / "link to that", f"/dev/fd/{file.fileno()}"]):
+            store.create(f"web{number}", base=base).close()
+            assert store.info(f"web{number}").base == str(at)
+
+
 def test_a_file_in_the_place_of_a_device_is_another_base_until_somebody_says_that_it_is_the_same(
     store: onionskin.Store, tmp_path: Path, disk: Path, device: MakeDevice
 ) -> None:
@@ -187,7 +214,7 @@ def test_a_device_that_is_mounted_is_no_base(
     store: onionskin.Store, tmp_path: Path, disk: Path, device: MakeDevice
 ) -> None:
     subprocess.run(["mkfs.ext4", "-q", "-F", disk], check=True)
-    at, directory = device(disk), tmp_path / "mounted"
+    at, directory = device(disk), tmp_path / "mounted here"
     directory.mkdir()
     subprocess.run(["mount", at, directory], check=True)
     try:
@@ -290,3 +317,76 @@ def test_a_half_merged_file_is_not_exchanged_for_a_device(
     with store.open("web") as web:
         web.merge_into_base()
     assert disk.read_bytes()[:3] == b"new"
+
+
+def test_nothing_is_merged_into_the_file_below_a_device_that_is_a_base(
+    store: onionskin.Store, tmp_path: Path, disk: Path, device: MakeDevice
+) -> None:
+    before, at = disk.read_bytes(), device(disk)
+    store.create("over", base=at).close()
+    with store.create("web", base=disk) as web, onionskin.Store(tmp_path / "other") as other:
+        web.write(5 * MIB, b"new")
+        with pytest.raises(onionskin.StateError, match="is needed as it is by over"):
+            web.merge_into_base()
+        store.delete("over")
+        with (
+            other.create("over", base=at) as over,
+            pytest.raises(onionskin.StateError, match="close the volumes and views that stand on it"),
+        ):
+            web.merge_into_base()
+        assert over.closed
+        assert disk.read_bytes() == before
+        web.merge_into_base()
+    assert disk.read_bytes()[5 * MIB :][:3] == b"new"
+
+
+def test_a_device_over_a_half_merged_file_is_no_base(store: onionskin.Store, disk: Path, device: MakeDevice) -> None:
+    def cancel(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with store.create("web", base=disk) as web:
+        web.write(0, b"new")
+        with pytest.raises(KeyboardInterrupt):
+            web.merge_into_base(progress=cancel)
+    with pytest.raises(onionskin.StateError, match="was begun and has not ended"):
+        store.create("over", base=device(disk))
+
+
+def test_a_file_of_the_store_is_no_base_by_another_name_nor_below_a_device(
+    store: onionskin.Store, tmp_path: Path, disk: Path, device: MakeDevice
+) -> None:
+    with store.create("web", base=disk) as web:
+        web.write(0, os.urandom(SIZE))
+        web.snapshot("a")
+    own = max(tmp_path.joinpath("vms/segments").iterdir(), key=lambda path: path.stat().st_size)
+    os.link(own, tmp_path / "link")
+    for base in tmp_path / "link", device(own), device(device(own)):
+        with pytest.raises(onionskin.ChainError, match="is, or stands on, a file of the store itself"):
+            store.create("over", base=base, base_format="raw")
+        with pytest.raises(onionskin.ChainError, match="is, or stands on, a file of the store itself"):
+            store.relocate("web", base=base, trust=True)
+
+
+def test_a_device_that_cannot_be_read_is_named(store: onionskin.Store, disk: Path, device: MakeDevice) -> None:
+    at = device(disk)
+    os.truncate(disk, MIB)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        store.create("web", base=at)
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(at))
+
+
+def test_a_loop_device_over_a_file_that_cannot_be_locked_is_a_base(
+    store: onionskin.Store, disk: Path, device: MakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = disk.stat().st_ino
+    set_lock = locks._set_lock
+
+    def set_lock_elsewhere(descriptor: int, *given: int) -> bool:
+        if os.fstat(descriptor).st_ino == own:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        return set_lock(descriptor, *given)
+
+    at = device(disk)
+    monkeypatch.setattr(locks, "_set_lock", set_lock_elsewhere)
+    with store.create("web", base=at) as web:
+        assert web.read(0, SIZE) == disk.read_bytes()

@@ -129,3 +129,17 @@ def test_the_digest_that_lets_a_base_be_relocated_is_that_of_the_file_that_was_l
         monkeypatch.setattr(stores, "described_base", and_exchanged)
         with pytest.raises(onionskin.VerifyError):
             store.relocate("web", base=moved, verify=True)
+
+
+def test_a_volume_over_a_later_image_at_the_path_is_not_relocated_with_one_over_the_first(
+    tmp_path: Path, base: Path
+) -> None:
+    with onionskin.Store(tmp_path / "store") as store:
+        for name in "first", "beside":
+            store.create(name, base=base).close()
+        first = exchange(base)
+        store.create("later", base=base).close()
+        store.relocate("first", base=first)
+        for name, byte in {"first": b"b", "beside": b"b", "later": b"x"}.items():
+            with store.open(name) as volume:
+                assert volume.read(0, SIZE) == byte * SIZE

@@ -19,7 +19,7 @@ from onionskin.machine.ram import ComparedRam
 from onionskin.machine.record import ProcessId
 from onionskin.operations import check
 from onionskin.storage import locks
-from onionskin.storage.chain import is_same_file
+from onionskin.storage.chain import lead_to_same_bytes
 
 
 def failing(number: int) -> Callable[..., Any]:
@@ -110,8 +110,8 @@ def test_a_base_that_cannot_be_looked_at_may_be_the_one_that_is_merged_into(
 def test_a_file_that_is_gone_is_no_other_one(tmp_path: Path) -> None:
     gone, there = FilePath(tmp_path / "gone"), FilePath(tmp_path / "there")
     Path(there).touch()
-    assert not is_same_file(gone, there)
-    assert is_same_file(gone, gone)
+    assert not lead_to_same_bytes(gone, there)
+    assert lead_to_same_bytes(gone, gone)
 
 
 SHORTAGES = pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO])
