@@ -130,9 +130,7 @@ class Console:
 
         A line can begin with the start of another one: a machine that was put back within a line does not end it.
         """
-        return [
-            int(one, 16) for one in re.findall(r"tick ([0-9a-f]{8})$", self.text.rpartition("\n")[0], re.MULTILINE)
-        ]
+        return [int(one, 16) for one in re.findall(r"tick ([0-9a-f]{8})$", self.text.rpartition("\n")[0], re.MULTILINE)]
 
     def wait(self, wanted: Callable[[], bool]) -> None:
         """Return once something holds of what was read."""

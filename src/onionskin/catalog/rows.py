@@ -1,12 +1,13 @@
 """The rows of the catalog's tables, as Python sees them: named tuples, which cost a start less than dataclasses."""
 
 import os
+from struct import Struct, unpack
 from typing import TypeVar
 
 from onionskin.base.named_tuples import NamedTuple
 
-_COUNTED_BYTES, _RANDOM_BYTES = 7, 9  # of the ids that are drawn together
-_COUNTED_MAX = (1 << 8 * _COUNTED_BYTES) - 1
+_ID = Struct(">QQ")
+_HALF_MAX = (1 << 64) - 1  # of an id
 
 
 class BaseRow(NamedTuple):
@@ -248,14 +249,11 @@ def new_id() -> bytes:
 
 
 def new_ids(count: int) -> list[bytes]:
-    """Draw ids that lie side by side: their first 7 bytes count on from a random number, the other 72 bits are random.
+    """Draw ids that lie side by side: their first 7 bytes count on from a random number, and the last 8 are random.
 
     So the rows of one call lie side by side in each tree of the catalog, and a commit writes few pages of it. They differ
-    in the first 7 bytes, since these say which byte of the lock file stands for a volume.
+    in the first 7 bytes, since these say which byte of the lock file stands for a volume. The byte between is random, too,
+    and one for all.
     """
-    drawn = os.urandom(_COUNTED_BYTES + count * _RANDOM_BYTES)
-    first = int.from_bytes(drawn[:_COUNTED_BYTES], "big")
-    return [
-        (first + number & _COUNTED_MAX).to_bytes(_COUNTED_BYTES, "big") + drawn[at : at + _RANDOM_BYTES]
-        for number, at in enumerate(range(_COUNTED_BYTES, len(drawn), _RANDOM_BYTES))
-    ]
+    first, *rest = unpack(f">{count + 1}Q", os.urandom(8 * (count + 1)))
+    return [_ID.pack(first + (number << 8) & _HALF_MAX, half) for number, half in enumerate(rest)]

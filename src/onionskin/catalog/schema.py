@@ -229,6 +229,7 @@ def _one_of(*values: "str | int") -> Value:
     return Value(
         f"(typeof({{0}}) = '{kind}' AND {{0}} IN ({listed}))",
         lambda value: type(value) is type(values[0]) and value in values,
+        lambda found: set(map(type, found)) == {type(values[0])} and set(values).issuperset(found),
     )
 
 

@@ -65,7 +65,8 @@ class Pattern:
         """
         self.name(numbers[0])
         self.name(numbers[-1])
-        return [f"{self.prefix}{number:0{self.width}}{self.suffix}" for number in numbers]
+        prefix, suffix, width = self.prefix, self.suffix, self.width
+        return [prefix + str(number).zfill(width) + suffix for number in numbers]  # a third of what a format takes
 
 
 @record
@@ -441,12 +442,11 @@ def insert_named(
     )
     heads = insert_copies(catalog, first.layer._replace(created_ns=now_ns), len(names))
     ids = wanted.ids or new_ids(len(names))
-    volumes = [VolumeRow(id, name, head, now_ns, expires_ns) for id, name, head in zip(ids, names, heads, strict=True)]
-    catalog.insert_all(volumes)
-    lineage.begin(catalog, volumes, source.id, snapshot)
+    catalog.insert_copies(VolumeRow(ids[0], names[0], heads[0], now_ns, expires_ns), id=ids, name=names, head=heads)
+    lineage.begin_forks(catalog, ids, names, now_ns, source.id, snapshot)
     # In the order of the table, which has many rows then: out of order each one reads and writes a page of its own.
-    in_order = sorted(volumes, key=lambda row: row.id)
-    catalog.insert_all(LabelRow(row.id, key, value) for row in in_order for key, value in sorted(wanted.labels.items()))
+    labels = sorted(wanted.labels.items())
+    catalog.insert_all(LabelRow(id, key, value) for id in sorted(ids) for key, value in labels)
 
 
 def note_call(store: OpenStore, key: str, digest: bytes, names: Sequence[str]) -> None:

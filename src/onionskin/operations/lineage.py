@@ -4,7 +4,7 @@ What must hold: a volume that has a name has its lineage from the transaction th
 has now; one that is gone keeps it as long as another comes from it, and no longer.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 
 from onionskin.base.records import record
@@ -38,15 +38,22 @@ class Ancestor:
     dropped: datetime | None
 
 
-def begin(
-    catalog: Catalog,
-    volumes: Iterable[VolumeRow],
-    parent: bytes | None = None,
-    snapshot: SnapshotRow | None = None,
-) -> None:
+def begin(catalog: Catalog, volumes: Iterable[VolumeRow], parent: bytes | None = None) -> None:
     """Write down where new volumes come from. Inside the transaction that makes them."""
+    catalog.insert_all(LineageRow(row.id, parent, row.name, None, None, row.created_ns, None) for row in volumes)
+
+
+def begin_forks(
+    catalog: Catalog,
+    ids: Sequence[bytes],
+    names: Sequence[str],
+    created_ns: int,
+    parent: bytes,
+    snapshot: SnapshotRow | None,
+) -> None:
+    """Write down that new volumes are forks of one. Inside the transaction that makes them."""
     name, guid = (snapshot.name, snapshot.guid) if snapshot else (None, None)
-    catalog.insert_all(LineageRow(row.id, parent, row.name, name, guid, row.created_ns, None) for row in volumes)
+    catalog.insert_copies(LineageRow(ids[0], parent, names[0], name, guid, created_ns), volume=ids, name=names)
 
 
 def rename(catalog: Catalog, volume: bytes, name: str) -> None:

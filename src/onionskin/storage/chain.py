@@ -465,18 +465,14 @@ class NewHead(NamedTuple):
 def insert_copies(catalog: Catalog, head: LayerRow, count: int) -> list[bytes]:
     """Write the rows of empty heads, all as `head` is; returns the ids of their layers. Inside a transaction."""
     lock_bytes = catalog.take_lock_bytes(3 * count)
-    layers, maps, segments = new_ids(count), new_ids(count), new_ids(2 * count)
-    before, behind = head[1:7], head[9:]  # all but the id, the map's id and its lock byte
-    assert head._fields[7:9] == ("map_id", "map_lock_byte")
-    catalog.insert_all(
-        LayerRow(id, *before, map_id, lock_byte, *behind)
-        for id, map_id, lock_byte in zip(layers, maps, lock_bytes[:count], strict=True)
-    )
-    roles = ("own", "spare") * count
-    heads = (id for id in layers for _ in range(2))
-    catalog.insert_all(
-        SegmentRow(id, layer, role, 0, lock_byte)
-        for id, layer, role, lock_byte in zip(segments, heads, roles, lock_bytes[count:], strict=True)
+    layers, segments = new_ids(count), new_ids(2 * count)
+    catalog.insert_copies(head, id=layers, map_id=new_ids(count), map_lock_byte=lock_bytes[:count])
+    catalog.insert_copies(
+        SegmentRow(segments[0], layers[0], "own", 0, 0),
+        id=segments,
+        layer=[id for id in layers for _ in range(2)],
+        role=("own", "spare") * count,
+        lock_byte=lock_bytes[count:],
     )
     return layers
 

@@ -1,13 +1,17 @@
 """Many rows are looked at by column before they are written: what is refused alone is refused among others too."""
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from onionskin.catalog import Catalog
 from onionskin.catalog.connection import check_rows
-from onionskin.catalog.rows import COLUMNS, LayerRow, SegmentRow, VolumeRow, new_ids
+from onionskin.catalog.rows import COLUMNS, LayerRow, LineageRow, SegmentRow, VolumeRow, new_ids
 from onionskin.catalog.schema import VALUES
 
+COUNTS = (1, 9, 10, 99, 100, 111, 321)
 CANDIDATES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 1 << 62, 1 << 63, 4096, 5000, 1.0, "", "web", "a\0b", "\ud800", "ä", "own", "zero"),
     *("scrub", "live", b"", bytes(15), bytes(16), bytes(17), bytearray(16)),
@@ -47,3 +51,63 @@ def test_ids_that_are_drawn_together_differ_in_what_their_locks_go_by() -> None:
 
 def test_the_rows_are_tuples_in_the_order_of_their_columns() -> None:
     assert all(kind._fields == COLUMNS[kind] for kind in (LayerRow, SegmentRow, VolumeRow))
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Iterator[Catalog]:
+    opened = Catalog(tmp_path / "catalog.db", create=True)
+    yield opened
+    opened.close()
+
+
+def _copies(count: int) -> list[LineageRow]:
+    return [
+        LineageRow(id, None, f"job-{number}", "clean", id[::-1], number, None if number % 2 else number)
+        for number, id in enumerate(new_ids(count))
+    ]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_many_rows_are_written_as_they_are(catalog: Catalog, count: int) -> None:
+    rows = _copies(count)
+    with catalog.transaction():
+        catalog.insert_all(rows)
+    assert sorted(catalog.all_sound(LineageRow)) == sorted(rows)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_copies_have_what_is_common_to_them_and_their_own(catalog: Catalog, count: int) -> None:
+    rows = [row._replace(guid=bytes(16), dropped_ns=None) for row in _copies(count)]
+    common = rows[0]._replace(name="of none", created_ns=77)
+    with catalog.transaction():
+        catalog.insert_copies(
+            common,
+            volume=[row.volume for row in rows],
+            name=[row.name for row in rows],
+            created_ns=range(count),
+        )
+    assert sorted(catalog.all_sound(LineageRow)) == sorted(rows)
+
+
+@pytest.mark.parametrize("bad", [{"name": "a\0b"}, {"guid": bytes(15)}, {"dropped_ns": 1.0}])
+def test_a_bad_value_that_copies_have_in_common_is_refused(catalog: Catalog, bad: dict[str, Any]) -> None:
+    (row,) = _copies(1)
+    with catalog.transaction(), pytest.raises(ValueError, match=f"{next(iter(bad))} of lineage cannot be"):
+        catalog.insert_copies(row._replace(**bad), volume=new_ids(100))
+    assert not catalog.all_sound(LineageRow)
+
+
+def test_a_bad_value_of_one_of_the_copies_is_refused(catalog: Catalog) -> None:
+    (row,) = _copies(1)
+    names = [f"job-{number}" for number in range(100)]
+    names[50] = ""
+    with catalog.transaction(), pytest.raises(ValueError, match="name of lineage cannot be ''"):
+        catalog.insert_copies(row, volume=new_ids(100), name=names)
+    assert not catalog.all_sound(LineageRow)
+
+
+def test_columns_of_copies_have_one_length(catalog: Catalog) -> None:
+    (row,) = _copies(1)
+    with catalog.transaction(), pytest.raises(ValueError, match="zip"):
+        catalog.insert_copies(row, volume=new_ids(100), name=["job-1"])
+    assert not catalog.all_sound(LineageRow)
