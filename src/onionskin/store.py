@@ -383,7 +383,8 @@ class Store:
         verify : bool
             Compare the SHA-256 of the base with the one that `create(digest=True)` took.
         mode : {"w", "r"}
-            "r" opens a head read-only, which nobody may have open for writing. It writes, makes and frees nothing.
+            "r" opens a head read-only, which nobody may have open for writing. It writes, makes and frees nothing, but for
+            what was dropped by other handles of this `Store` and waited for its end.
             Others may read the head too, but nobody can open it for writing meanwhile. With `snapshot`, the mode makes
             no difference.
 
@@ -490,7 +491,8 @@ class Store:
             self._opened.catalog.sync_found()
         head = None if verify else self._open_unwritten(row, lock)
         if head is None:
-            head = OpenHead(self._opened, row, self._open_head(row, verify), volume_lock=lock, finish=_finish)
+            opened = self._open_head(row, verify)
+            head = OpenHead(self._opened, row, opened, volume_lock=lock, finish=_finish, free_waiting=_work_soon)
         self._opened.register(head)
         try:
             self._after_open(head)
@@ -546,8 +548,10 @@ class Store:
     def _unwritten_head(self, row: VolumeRow, head: "LayerRow", opened: "OpenChain", lock: VolumeLock) -> OpenHead:
         """Make the handle of a head that nothing was written to, from the view that it is read through."""
         assert head.parent is not None
-        how = Unwritten(head, head.parent, self._open_for_first_write, self._after_first_write, _work_soon)
-        return OpenHead(self._opened, row, opened, volume_lock=lock, finish=_finish, unwritten=how)
+        how = Unwritten(head, head.parent, self._open_for_first_write, self._after_first_write)
+        return OpenHead(
+            self._opened, row, opened, volume_lock=lock, finish=_finish, free_waiting=_work_soon, unwritten=how
+        )
 
     def _is_on_its_base(self, opened: "OpenChain") -> bool:
         """Whether the base of a view that was open already is the file that it should be, if the view has one."""
@@ -810,7 +814,8 @@ class Store:
             What their names look like, by default ``"{source}-{n}"``: ``{n}``, or ``{n:03}``, stands for numbers that go on
             from the greatest that any volume's name of that look has, from 1; ``{source}`` for the volume's name.
         idempotency_key : str, optional
-            The same call again under this key, within a day, makes nothing and returns the same names, also after a crash.
+            The same call again under this key, within a day, makes nothing and returns the same names, also after a crash,
+            and also of forks that were dropped or renamed since.
         lifetime : str, int, float or datetime.timedelta, optional
             After this time `expire`, or a server of the store, may drop them: ``"90s"``, ``"15m"``, ``"2h"``, ``"7d"``,
             ``"2w"``, or seconds.

@@ -116,6 +116,7 @@ class OpenStore:
         # `note_unwipeable`.
         self.unwipeable_bytes: int = 0
         self.reported_work: set[int] = set()
+        self.does_work = False  # whether it has done pending work, as no handle does that only looks
         self._counting = threading.Lock()
         self._background = Background(partial(work, self), "onionskin pending work")
         self._open: weakref.WeakSet[Handle] = weakref.WeakSet()
