@@ -160,10 +160,11 @@ def _opened_head(store: Store, row: VolumeRow, head: LayerRow, lock: VolumeLock)
     of, below = store._opened, head.parent
     assert below is not None
     view = of.views.take(below, lambda: of.open_layer(below))
+    use = [below]
     try:
-        handle = store._unwritten_head(row, head, view, lock)
+        handle = store._unwritten_head(row, head, view, lock, use)
     except BaseException:
-        of.views.give_back(below)
+        of.views.end(use)
         raise
     of.register(handle)
     return handle

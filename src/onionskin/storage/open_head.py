@@ -254,6 +254,7 @@ class OpenView(OpenDisk):
     ) -> None:
         super().__init__(store, row, opened)
         self.snapshot_name = snapshot
+        self._use = [self.head]  # of the store's views, until it is given back
         self._read_lock = read_lock
         self._free_waiting = free_waiting
 
@@ -287,7 +288,7 @@ class OpenView(OpenDisk):
     def _give_back(self) -> None:
         self._path = closed_path(self._path)  # other views of the layer may still use the open one
         self._tell(self._path)
-        self.store.views.give_back(self.head)
+        self.store.views.end(self._use)
 
 
 def is_unwritten(store: OpenStore, volume: bytes, head: "LayerRow") -> bool:
@@ -329,6 +330,8 @@ class Unwritten(NamedTuple):
         The head, as it was when the volume was locked.
     below : bytes
         The sealed layer, whose view the head is read through.
+    use : list of bytes
+        That use of the store's views, for `SealedViews.end`.
     open_head : callable
         Opens the head for writing, by what the catalog says then.
     after_open : callable
@@ -337,6 +340,7 @@ class Unwritten(NamedTuple):
 
     head: "LayerRow"
     below: bytes
+    use: list[bytes]
     open_head: "Callable[[OpenHead], OpenChain]"
     after_open: "Callable[[OpenHead], None]"
 
@@ -449,7 +453,7 @@ class OpenHead(OpenDisk):
                 opened.path.thaw()
             # Later reads go to the new path, where they find what is written from now on. Those under way in the view
             # are waited for, if nobody else reads it.
-            self.store.views.give_back(unwritten.below)
+            self.store.views.end(unwritten.use)
         unwritten.after_open(self)
         return True
 
@@ -745,14 +749,14 @@ class OpenHead(OpenDisk):
         """Give back the view that a head which nothing was written to was read through."""
         self._path = closed_path(self._path)  # others may read through the open one
         self._tell(self._path)
+        self.store.views.end(unwritten.use)
         self._unwritten = None
-        self.store.views.give_back(unwritten.below)
 
     def __del__(self) -> None:
         """Warn if an open volume is dropped with writes that were not flushed: those are lost. End its use of a view."""
         unwritten = getattr(self, "_unwritten", None)
         if unwritten and not self._forked:
-            self.store.views.drop(unwritten.below)
+            self.store.views.drop(unwritten.use)
         if not getattr(self, "_released", True) and not self._forked and self._path.unflushed:
             warnings.warn(f"unclosed Volume {self.row.name!r}", ResourceWarning, source=self, stacklevel=2)
 
