@@ -758,6 +758,21 @@ def test_what_is_open_or_has_snapshots_or_forks_stays_beyond_its_lifetime(store:
     assert store.expire() == ["parent"] and list(store) == ["kept", "web"]
 
 
+def test_one_that_cannot_be_locked_keeps_no_other_beyond_its_lifetime(
+    store: onionskin.Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.fork("web@clean", names=["a", "b", "c"], lifetime="1h")
+    layout = store._opened.layout
+    Path(layout.volume_lock(store._opened.catalog.volume("b").id)).mkdir()
+    expire_now(store, "a", "b", "c")
+    assert store.expire(dry_run=True) == ["a", "c"]
+    assert store.expire() == ["a", "c"]
+    assert store.expire() == []
+    (said,) = [record.getMessage() for record in caplog.records if "lifetime" in record.getMessage()]
+    assert "'b'" in said
+    assert "not a regular file" in said
+
+
 def test_labels_find_volumes(store: onionskin.Store) -> None:
     store.fork("web@clean", names=["a", "b"], labels={"task": "42", "who": "me"})
     store.fork("web@clean", names=["c"], labels={"task": "43"})
