@@ -249,6 +249,7 @@ def test_a_label_that_has_to_wait_does_not_grow(tmp_path: Path, server: Server) 
         store.rename("a", "x")
         for _ in range(600):
             table.follow_names()
+        assert [name for name, _ in server.exports.names_behind("")] == ["x"]
         server._nbd.remove_export("x")
         table.follow_names()
         assert table.served == {"x": served}

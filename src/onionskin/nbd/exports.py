@@ -278,7 +278,11 @@ class Exports:
         self.table.follow_names()
         with self.table.guard:
             kept = sorted(name.partition("@")[::2] for name, view in self.table.views.items() if view.is_kept)
-            volumes = {name: (one.volume.store, one.opened.row.id) for name, one in self.table.served.items()}
+            volumes = {
+                name: (one.volume.store, one.opened.row.id)
+                for name, one in self.table.served.items()
+                if one.is_fixed or "@@" not in name  # on its way to its new name
+            }
         for store in self._whole_stores:
             hidden = store._opened.catalog.owned_volumes()
             rows = (row for row in store._opened.catalog.volumes() if row.id not in hidden)
