@@ -382,7 +382,8 @@ class Store:
         verify : bool
             Compare the SHA-256 of the base with the one that `create(digest=True)` took.
         mode : {"w", "r"}
-            "r" opens a head read-only, which nobody may have open for writing. It writes, makes and frees nothing.
+            "r" opens a head read-only, which nobody may have open for writing. It writes, makes and frees nothing, but for
+            what was dropped by other handles of this `Store` and waited for its end.
             Others may read the head too, but nobody can open it for writing meanwhile. With `snapshot`, the mode makes
             no difference.
 
@@ -489,7 +490,8 @@ class Store:
             self._opened.catalog.sync_found()
         head = None if verify else self._open_unwritten(row, lock)
         if head is None:
-            head = OpenHead(self._opened, row, self._open_head(row, verify), volume_lock=lock, finish=_finish)
+            opened = self._open_head(row, verify)
+            head = OpenHead(self._opened, row, opened, volume_lock=lock, finish=_finish, free_waiting=_work_soon)
         self._opened.register(head)
         try:
             self._after_open(head)
@@ -521,17 +523,18 @@ class Store:
             opened = store.views.take(below, lambda: store.open_layer(below))
         except (OSError, OnionskinError):
             return None  # whatever it is, the opening of the head meets it again, or it has gone
+        use = [below]  # which the handle ends too, as soon as there is one
         try:
             # The rows were read before the view's files were locked, so they are compared again now.
             as_read = store.catalog.version() == version or store.catalog.layer(head.id) == head
             top = opened.chain.top
             as_read = as_read and (opened.users == 1 or self._is_on_its_base(opened))
             if as_read and (top.size_bytes, top.block_size) == (head.size_bytes, head.block_size):
-                return self._unwritten_head(row, head, opened, lock)
+                return self._unwritten_head(row, head, opened, lock, use)
         except BaseException:
-            store.views.give_back(below)
+            store.views.end(use)
             raise
-        store.views.give_back(below)
+        store.views.end(use)
         return None
 
     def _is_read_through(self, below: bytes, *volumes: bytes) -> bool:
@@ -542,11 +545,18 @@ class Store:
             layer.wipe == "zero" or catalog.only_child_of(layer.id) for layer in catalog.unnamed_in_chain(below)
         )
 
-    def _unwritten_head(self, row: VolumeRow, head: "LayerRow", opened: "OpenChain", lock: VolumeLock) -> OpenHead:
-        """Make the handle of a head that nothing was written to, from the view that it is read through."""
+    def _unwritten_head(
+        self, row: VolumeRow, head: "LayerRow", opened: "OpenChain", lock: VolumeLock, use: list[bytes]
+    ) -> OpenHead:
+        """Make the handle of a head that nothing was written to, from the view that it is read through.
+
+        The handle ends that use of the view; it may have done so where this raises.
+        """
         assert head.parent is not None
-        how = Unwritten(head, head.parent, self._open_for_first_write, self._after_first_write, _work_soon)
-        return OpenHead(self._opened, row, opened, volume_lock=lock, finish=_finish, unwritten=how)
+        how = Unwritten(head, head.parent, use, self._open_for_first_write, self._after_first_write)
+        return OpenHead(
+            self._opened, row, opened, volume_lock=lock, finish=_finish, free_waiting=_work_soon, unwritten=how
+        )
 
     def _is_on_its_base(self, opened: "OpenChain") -> bool:
         """Whether the base of a view that was open already is the file that it should be, if the view has one."""
@@ -632,15 +642,16 @@ class Store:
                 if self._find_layer(name, snapshot)[1] == layer:
                     raise
                 continue
+            use = [layer]
             try:
                 if self._find_layer(name, snapshot)[1] != layer:
-                    self._opened.views.give_back(layer)
+                    store.views.end(use)
                     continue
                 if opened.chain.base and opened.users > 1:
                     check_base(self._opened.catalog, opened.chain.base, verify=verify)
                 view = OpenView(store, row, opened, snapshot=snapshot, free_waiting=reclaim.work_soon)
             except BaseException:
-                self._opened.views.give_back(layer)
+                store.views.end(use)
                 raise
             self._opened.register(view)
             return Volume(view, self)
@@ -809,7 +820,8 @@ class Store:
             What their names look like, by default ``"{source}-{n}"``: ``{n}``, or ``{n:03}``, stands for numbers that go on
             from the greatest that any volume's name of that look has, from 1; ``{source}`` for the volume's name.
         idempotency_key : str, optional
-            The same call again under this key, within a day, makes nothing and returns the same names, also after a crash.
+            The same call again under this key, within a day, makes nothing and returns the same names, also after a crash,
+            and also of forks that were dropped or renamed since.
         lifetime : str, int, float or datetime.timedelta, optional
             After this time `expire`, or a server of the store, may drop them: ``"90s"``, ``"15m"``, ``"2h"``, ``"7d"``,
             ``"2w"``, or seconds.
@@ -1015,26 +1027,37 @@ class Store:
         """
         from dataclasses import replace
 
-        from onionskin.operations import forks, reclaim, volumes
+        from onionskin.operations import forks
 
         names = None if name is None else [name]
         pattern = "{source}-tmp-{n}" if name is None else None
         wanted = forks.check_wanted(source, snapshot, names, None, pattern, None, lifetime, None, wipe)
         id = new_id()  # by which it is found, since others may give its name to another volume
-        process = os.getpid()
+        process, volume = os.getpid(), None
         try:
             self._fork(replace(wanted, ids=(id,)))
-            with self._open_by_id(id) as volume:
-                try:
-                    yield volume
-                finally:
-                    with suppress(OSError, OnionskinError):  # what it could not make durable goes anyway
-                        volume.close()
+            volume = self._open_by_id(id)
+            yield volume
         finally:
-            if os.getpid() == process:  # a child of os.fork() that leaves the block drops nothing of its parent's
-                stood_on = volumes.delete_by_id(self._opened, id)
-                reclaim.work_soon(self._opened)
-                forks.fold_what_stays(self._opened, stood_on)
+            try:
+                self._end_temporary(process, id, volume)
+            except BaseException as error:
+                if not isinstance(error, Exception):  # an interrupt, behind which the fork would stay
+                    self._end_temporary(process, id, volume)
+                raise
+
+    def _end_temporary(self, process: int, id: bytes, volume: "Volume | None") -> None:
+        """Close a temporary fork and drop it, in the process that made it: a child of os.fork() drops nothing of that."""
+        from onionskin.operations import forks, reclaim, volumes
+
+        if volume is not None:
+            with suppress(OSError, OnionskinError):  # what it could not make durable goes anyway
+                volume.close()
+        if os.getpid() != process:
+            return
+        stood_on = volumes.delete_by_id(self._opened, id)
+        reclaim.work_soon(self._opened)
+        forks.fold_what_stays(self._opened, stood_on)
 
     def _open_by_id(self, id: bytes) -> "Volume":
         """Open a volume for writing, whatever it is called by then."""

@@ -125,7 +125,8 @@ def test_an_export_that_gets_another_name_on_a_full_disk_is_flushed_itself(
         asked.append(name)
         if len(asked) == 1:  # another process has let the two exchange their names
             with exports.table.guard:
-                exports.table._relabel({"web": "db", "db": "web"})
+                table = exports.table
+                table._relabel({"web": "db", "db": "web"}, table.served.keys(), table._move_volume)
         return exports._make_room(name)
 
     server._nbd.on_full_disk = make_room

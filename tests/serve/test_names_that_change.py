@@ -7,7 +7,7 @@ import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +220,109 @@ def test_a_snapshot_that_is_gone_is_not_served(tmp_path: Path, server: Server) -
         assert is_refused(server, "web@none")
         with pytest.raises(SnapshotNotFoundError):
             server.exports.add_snapshot(tmp_path / "vms", "web", "none")
+
+
+def test_snapshots_whose_volumes_exchanged_their_names_are_served_by_the_new_ones(
+    tmp_path: Path, server: Server
+) -> None:
+    with library.Store(tmp_path / "vms") as store, ExitStack() as clients:
+        for name in ("a", "b", "c"):
+            store.create(name, size=MIB).close()
+            write(store, name, name.encode(), "s")
+        server.exports.add_store(tmp_path / "vms")
+        for name in ("a", "b", "c"):
+            clients.enter_context(client_of(server, f"{name}@s"))  # which keep the views open
+        for old, new in [("a", "x"), ("b", "a"), ("c", "b"), ("x", "c")]:
+            store.rename(old, new)
+        for name, data in [("a", b"b"), ("b", b"c"), ("c", b"a")]:
+            with client_of(server, f"{name}@s") as client:
+                assert client.read(0, 1) == data
+
+
+def test_a_label_that_has_to_wait_does_not_grow(tmp_path: Path, server: Server) -> None:
+    table = server.exports.table
+    with library.Store(tmp_path / "vms") as store:
+        store.create("a", size=MIB).close()
+        server.exports.add_store(tmp_path / "vms")
+        served = table.served["a"]
+        server._nbd.add_export("x", served.volume._path, read_only=True)  # as one that is just being made
+        store.rename("a", "x")
+        for _ in range(600):
+            table.follow_names()
+        assert [name for name, _ in server.exports.names_behind("")] == ["x"]
+        server._nbd.remove_export("x")
+        table.follow_names()
+        assert table.served == {"x": served}
+
+
+# ---- volumes and servers that are gone ----
+
+
+def test_verbs_that_run_while_the_server_ends_are_done_or_refused_in_its_terms(tmp_path: Path, server: Server) -> None:
+    with library.Store(tmp_path / "vms") as store:
+        store.create("web", size=MIB).close()
+        write(store, "web", b"old", "s")
+        server.exports.add_volume(tmp_path / "vms", "web")
+        served = server.exports.table.served["web"]
+        assert server.exports._changed_blocks.find("web", "onionskin:changed-since:s")
+        with served.paused():
+            server._nbd.stop(grace_seconds=0)
+        served.rename("moved")
+        assert [*store] == ["moved"]
+        with served.without_views({"s"}):
+            pass
+        for verb in (served.stats, served.paused().__enter__):
+            with pytest.raises(StateError, match="does not serve the volume any more"):
+                verb()
+
+
+def test_what_is_done_to_a_volume_that_was_taken_away_is_not_done_to_another_of_its_label(
+    tmp_path: Path, server: Server
+) -> None:
+    table = server.exports.table
+    with library.Store(tmp_path / "vms") as store:
+        for name in ("web", "db"):
+            store.create(name, size=MIB).close()
+            write(store, name, name.encode())
+        server.exports.add_store(tmp_path / "vms")
+        web = table.served["web"]
+        with table.taken_away([web]):
+            for old, new in (("web", "moved"), ("db", "web")):
+                store.rename(old, new)
+            table.follow_names()
+            for verb in (web.stats, web.paused().__enter__):
+                with pytest.raises(StateError, match="does not serve the volume any more"):
+                    verb()
+            web._switch(web.volume._path)
+            with client_of(server, "web") as client:
+                assert client.read(0, 2) == b"db"
+            web.give_up()
+
+
+def test_a_volume_whose_disk_is_just_replaced_is_not_taken_away(tmp_path: Path, server: Server) -> None:
+    with library.Store(tmp_path / "vms") as store:
+        store.create("web", size=MIB).close()
+        server.exports.add_volume(tmp_path / "vms", "web")
+        served, table = server.exports.table.served["web"], server.exports.table
+        path = served.volume._path
+        looked, go_on = threading.Event(), threading.Event()
+
+        class Late:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(server._nbd, name)
+
+            def replace_path(self, label: str, path: Any) -> None:
+                looked.set()
+                assert go_on.wait(300)
+                server._nbd.replace_path(label, path)
+
+        served._nbd = Late()  # type: ignore[assignment]
+        thread, results = in_thread(lambda: served._switch(path))
+        assert looked.wait(300)
+        assert not table.take_served(served)
+        go_on.set()
+        thread.join()
+        assert results == [None]
 
 
 # ---- the guard ----

@@ -124,7 +124,8 @@ class ChangedBlocks:
             for context in [context for context in exported.contexts if _snapshot_of(context) in names]:
                 del exported.contexts[context]
                 if (size_bytes := exported.volume.size_bytes) and (label := self._table.label_of(exported)):
-                    self._nbd.set_changed_since(label, context, [(0, size_bytes)])
+                    with suppress(KeyError):  # the server was stopped, and nobody can ask for it any more
+                        self._nbd.set_changed_since(label, context, [(0, size_bytes)])
 
 
 def _snapshot_of(context: str) -> str:

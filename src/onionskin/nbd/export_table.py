@@ -7,8 +7,9 @@ held while something is opened, closed, read from a catalog or computed, because
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager, suppress
+from itertools import count
 
 from onionskin.errors import StateError
 from onionskin.nbd._nbd import NbdServer
@@ -32,6 +33,7 @@ class ExportTable:
         self._log = log
         self.served: dict[str, ServedVolume] = {}
         self.views: dict[str, View] = {}
+        self._moves = count()
         self._opening: set[str] = set()  # labels for which a thread is making an export
         # It protects the three above, and the fields of Exported and ServedVolume whose comments name it. It is never
         # held while something is opened, closed, read from a catalog or computed, because handshakes of clients wait
@@ -105,44 +107,50 @@ class ExportTable:
                 for one in names
                 if self.served.get(one.name) is one and not (one.operations or one.switching)
             }
-            self._relabel(wanted)
-            labels = {view: label for label, view in self.views.items()}
-            for view, meant in meanings.items():
-                label = labels.get(view)
-                if label is None or view.operations:
-                    continue
-                # If the snapshot's name is gone or means another snapshot, the view gets a label that no client asks
-                # for. Its present clients keep it.
-                new = meant or f"{label.partition('@@')[0]}@@{view.row.guid.hex()[:8]}"
-                if new not in self.views:
-                    self._nbd.rename_export(label, new, description=f"snapshot {view.row.name}")
-                    self.views[new] = self.views.pop(label)
+            self._relabel(wanted, self.served.keys(), self._move_volume)
+            wanted = {}
+            for label, view in self.views.items():
+                if view in meanings and not view.operations:
+                    # If the snapshot's name is gone or means another snapshot, the view gets a label that no client asks
+                    # for. Its present clients keep it.
+                    wanted[label] = meanings[view] or f"{label.partition('@@')[0]}@@{view.row.guid.hex()[:8]}"
+            self._relabel(wanted, self.views.keys(), self._move_view)
 
-    def _relabel(self, wanted: dict[str, str]) -> None:
-        """Give served volumes new labels. The caller holds the guard.
+    def _relabel(self, wanted: dict[str, str], labels: Set[str], move: Callable[[str, str], None]) -> None:
+        """Give exports new labels. The caller holds the guard.
 
-        Each volume passes through a temporary label, so that volumes can exchange theirs.
+        Each export passes through a temporary label, so that exports can exchange theirs.
         """
         moves: dict[str, str] = {}
         left = {old: new for old, new in wanted.items() if old != new}
-        while left != moves:  # a volume that cannot move keeps its label, so another cannot move there
+        while left != moves:  # an export that cannot move keeps its label, so another cannot move there
             moves, left = left, {}
             for old, new in moves.items():
-                if new not in self.served.keys() - moves.keys() and new not in left.values():
+                if new not in labels - moves.keys() and new not in left.values():
                     left[old] = new
+        through = {old: f"{old.partition('@@')[0]}@@moving-{next(self._moves)}" for old in moves}
         for old in moves:
-            self._move_label(old, f"{old}@@moving")
+            move(old, through[old])
         for old, new in moves.items():
             # An export that is just being made may have the label by the name that its volume had. It is in the table soon,
             # and then both follow their names.
             with suppress(FileExistsError):
-                self._move_label(f"{old}@@moving", new)
-                self._log(f"{old} is {new} now")
+                move(through[old], new)
 
-    def _move_label(self, old: str, new: str) -> None:
-        self._nbd.rename_export(old, new, description=f"volume {new}")
-        self.served[new] = self.served.pop(old)
-        self.served[new].name = new
+    def _move_volume(self, old: str, new: str) -> None:
+        self._move_label(old, new, f"volume {new}")
+        self.served[new] = served = self.served.pop(old)
+        served.name = new
+        if "@@" not in new:
+            self._log(f"{old.partition('@@')[0]} is {new} now")
+
+    def _move_view(self, old: str, new: str) -> None:
+        self._move_label(old, new, f"snapshot {self.views[old].row.name}")
+        self.views[new] = self.views.pop(old)
+
+    def _move_label(self, old: str, new: str, description: str) -> None:
+        with suppress(KeyError):  # the server has been stopped, and clients can ask for nothing any more
+            self._nbd.rename_export(old, new, description=description)
 
     def only(self) -> str | None:
         """Return the label of the only export, or None if there is none or a choice. Clients that name none get it."""
@@ -222,10 +230,12 @@ class ExportTable:
         """Take a volume away unless a client, a program on its control socket or an operation uses it or is about to."""
         with self.guard:
             is_there = self.served.get(served.name) is served
-            if not is_there or served.operations or served.views_changing or served.control.is_connected:
+            is_used = served.operations or served.switching or served.views_changing or served.control.is_connected
+            if not is_there or is_used:
                 return False
             if not self._nbd.remove_export(served.name, if_unused=True):
                 return False
+            served.is_taken_away = True
             del self.served[served.name]
             return True
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 GRACE_SECONDS = 10.0
 OPEN_TRIES = 10
+_GONE = "this process does not serve the volume any more; try again"
 LIST_PAGE = 256  # snapshots that are read from the catalog together
 
 
@@ -160,6 +161,7 @@ class ServedVolume(Exported):
         self._log = log
         self.name = name  # under the table's guard
         self._is_refused = False  # the export of that name is another volume's
+        self.is_taken_away = False  # so that of its label may be another volume's; under the table's guard
         self.switching = 0  # how many threads are giving the C server another data path for it; under the table's guard
         self.views_changing = 0  # the number of its views that are being opened or closed; under the table's guard
         self._bars: Counter[str | None] = Counter()  # snapshots of which no view may be opened; None: all
@@ -217,6 +219,24 @@ class ServedVolume(Exported):
         """Close the volume, then wait for the control socket to send the replies of operations that this cut off."""
         call_all([lambda: self.control.join(GRACE_SECONDS), self.volume.close, self.control.let_go])
 
+    def refuse_taken_away(self) -> None:
+        """Raise StateError if clients cannot ask for it any more: what is done to its label is done to another export.
+
+        A program may have come to its control socket just before that was closed. One whose `operations` count, or under
+        the table's guard, it is not taken away behind this.
+        """
+        with self._guard:
+            if self.is_taken_away:
+                raise StateError(_GONE)
+
+    @contextmanager
+    def while_exported(self) -> Iterator[None]:
+        """Say so in the terms of a caller where the C server does not have it, because that was stopped."""
+        try:
+            yield
+        except KeyError:
+            raise StateError(_GONE) from None
+
     def diff(self, since: str) -> Extents:
         """Compare it with a snapshot."""
         return self.volume._diff(since)
@@ -253,9 +273,9 @@ class ServedVolume(Exported):
         No request is under way in the old one. The label stays the same meanwhile: by another one the C server would find
         nothing, or even another volume.
         """
-        if self._is_refused:
-            return
         with self._guard:
+            if self._is_refused or self.is_taken_away:
+                return
             self.switching += 1
         try:
             with self.contexts_guard:

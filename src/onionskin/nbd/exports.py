@@ -244,8 +244,9 @@ class Exports:
 
     def set_default(self) -> None:
         """If there is only one export, give it to clients that name none."""
-        if (only := self.table.only()) is not None:
-            self._nbd.set_default(only)
+        with self.table.guard:
+            if (only := self.table.only()) is not None:
+                self._nbd.set_default(only)
 
     def rename(self, served: ServedVolume, new_name: str) -> None:
         """Give a volume another name, in the catalog and to clients that come from now on.
@@ -277,7 +278,11 @@ class Exports:
         self.table.follow_names()
         with self.table.guard:
             kept = sorted(name.partition("@")[::2] for name, view in self.table.views.items() if view.is_kept)
-            volumes = {name: (one.volume.store, one.opened.row.id) for name, one in self.table.served.items()}
+            volumes = {
+                name: (one.volume.store, one.opened.row.id)
+                for name, one in self.table.served.items()
+                if one.is_fixed or "@@" not in name  # on its way to its new name
+            }
         for store in self._whole_stores:
             hidden = store._opened.catalog.owned_volumes()
             rows = (row for row in store._opened.catalog.volumes() if row.id not in hidden)
@@ -458,10 +463,12 @@ class Exports:
         """Return the counters of a volume's export, and of the export of each of its open snapshots."""
         with self.table.guard:
             views = sorted(label for label, view in self.table.views.items() if view.is_of(served))
-            return [
-                {"export": export, "connections": self.clients_of(export), **self._nbd.counters(export)}
-                for export in (served.name, *views)
-            ]
+            served.refuse_taken_away()
+            with served.while_exported():
+                return [
+                    {"export": export, "connections": self.clients_of(export), **self._nbd.counters(export)}
+                    for export in (served.name, *views)
+                ]
 
     @contextmanager
     def without_views(self, served: ServedVolume, names: set[str] | None) -> Iterator[None]:
@@ -501,11 +508,14 @@ class Exports:
     def paused(self, served: ServedVolume) -> Iterator[None]:
         """Hold all requests for a volume back while the context is active. Clients wait, and see no error."""
         with self.table.operation(served):
-            self._nbd.pause(served.name)
+            served.refuse_taken_away()
+            with served.while_exported():
+                self._nbd.pause(served.name)
             try:
                 yield
             finally:
-                self._nbd.resume(served.name)
+                with suppress(KeyError):  # the server was stopped meanwhile, which lets all requests go on
+                    self._nbd.resume(served.name)
 
     def _close_idle_views(self, *, keep: int) -> None:
         """Close views that no client reads any more, except the `keep` that were used last and not long ago."""

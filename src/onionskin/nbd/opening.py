@@ -115,7 +115,9 @@ def _open_locked(
     with of.catalog.reading():
         now = [row for row, _ in locks.values()]
         if of.catalog.version() != version:  # until they were locked, the names may have come to mean other volumes
-            now = [row for row in of.catalog.volumes_named(locks) if row.id == locks[row.name][0].id]
+            owned = of.catalog.owned_volumes()  # a machine may have come between the two questions of `_lock_all`
+            named = of.catalog.volumes_named(locks)
+            now = [row for row in named if row.id == locks[row.name][0].id and row.id not in owned]
         rows = {row.head: row for row in now}
         heads = [head for head in of.catalog.layers_with_ids(rows) if head.parent == top.id]
         segments = of.catalog.segments_of(heads)
@@ -158,10 +160,11 @@ def _opened_head(store: Store, row: VolumeRow, head: LayerRow, lock: VolumeLock)
     of, below = store._opened, head.parent
     assert below is not None
     view = of.views.take(below, lambda: of.open_layer(below))
+    use = [below]
     try:
-        handle = store._unwritten_head(row, head, view, lock)
+        handle = store._unwritten_head(row, head, view, lock, use)
     except BaseException:
-        of.views.give_back(below)
+        of.views.end(use)
         raise
     of.register(handle)
     return handle

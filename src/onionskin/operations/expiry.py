@@ -10,17 +10,20 @@ is set forward, volumes go early; where it is set back, late.
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from functools import partial
 
 from onionskin.base.held import enter, held_together
+from onionskin.base.lazy import logger
 from onionskin.catalog import VolumeRow
-from onionskin.errors import StateError
+from onionskin.errors import FormatError, StateError, VolumeNotFoundError
 from onionskin.operations import forks, reclaim
 from onionskin.operations.unflushed import refuse_open
 from onionskin.operations.volumes import remove_volumes, unlink_files
 from onionskin.storage.locks import locked_to_remove
 from onionskin.storage.open_store import OpenStore
+
+_log = logger(__name__)
 
 _AT_ONCE = 64  # that are locked together, and dropped in one transaction
 
@@ -36,7 +39,7 @@ def would_expire(store: OpenStore) -> list[str]:
     names = []
     for rows in due(store):
         for row in rows:
-            with suppress(StateError):  # it is open
+            with _left_alone(store, row):
                 refuse_open(store, row.name)
                 names.append(row.name)
     return sorted(names)
@@ -63,7 +66,7 @@ def _drop(store: OpenStore, rows: Sequence[VolumeRow]) -> tuple[list[str], list[
     with held_together() as stack:
         locked = []
         for row in rows:
-            with suppress(StateError):  # it is open
+            with _left_alone(store, row):
                 enter(stack, partial(locked_to_remove, store.layout, {row.id: row.name}))
                 locked.append(row.id)
 
@@ -80,6 +83,19 @@ def _drop(store: OpenStore, rows: Sequence[VolumeRow]) -> tuple[list[str], list[
         gone, stood_on = store.change(change)
         unlink_files(store, [row.id for row in gone])
     return [row.name for row in gone], stood_on
+
+
+@contextmanager
+def _left_alone(store: OpenStore, row: VolumeRow) -> Iterator[None]:
+    """Go on with the others where a volume is open, or has something else in place of its lock file. That is said once."""
+    try:
+        yield
+    except (StateError, VolumeNotFoundError):  # it is open, or has gone
+        pass
+    except FormatError as error:
+        if row.id not in store.reported_volumes:
+            store.reported_volumes.add(row.id)
+            _log.warning("%s: the lifetime of volume %r is over, and it stays: %s", store.path, row.name, error)
 
 
 def _may_go(store: OpenStore, row: VolumeRow) -> bool:

@@ -38,8 +38,12 @@ class GroupWanted:
         import json
         from hashlib import sha256
 
-        asked = [[source, wanted.digest().hex()] for source, wanted in self.sources.items()]
+        asked = [self.sources[source].digest().hex() for source in self.in_order()]
         return sha256(json.dumps(["group", asked]).encode()).digest()
+
+    def in_order(self) -> list[str]:
+        """Return the sources by their volumes: a mapping is the same in whatever order it was made."""
+        return sorted(self.sources, key=lambda source: self.sources[source].volume)
 
 
 def check_group(
@@ -123,7 +127,8 @@ def _insert_all(store: OpenStore, wanted: GroupWanted, sealed: Mapping[str, tupl
     for source, one in wanted.sources.items():
         forks.insert_named(store, one, names[source], *_origin(store, one, sealed))
     if wanted.key is not None:
-        forks.note_call(store, wanted.key, wanted.digest(), [name for found in names.values() for name in found])
+        every = [name for source in wanted.in_order() for name in names[source]]
+        forks.note_call(store, wanted.key, wanted.digest(), every)
     return names
 
 
@@ -144,11 +149,9 @@ def _origin(
 def _free_names(store: OpenStore, wanted: GroupWanted) -> Forks:
     """Return the names with the next numbers that no disk of the group has yet; none of them is taken."""
     patterns = {source: one.pattern for source, one in wanted.sources.items()}
-    last = max(store.catalog.greatest_number(one.prefix, one.suffix) for one in patterns.values())
-    names = {
-        source: [patterns[source].name(number) for number in range(last + 1, last + one.count + 1)]
-        for source, one in wanted.sources.items()
-    }
+    count = max(one.count for one in wanted.sources.values())  # of each disk as many
+    numbers = forks.next_numbers(store, list(patterns.values()), count)
+    names = {source: pattern.names(numbers) for source, pattern in patterns.items()}
     every = [name for found in names.values() for name in found]
     if len(set(every)) < len(every):
         twice = sorted({name for name in every if every.count(name) > 1})
@@ -172,4 +175,5 @@ def _by_source(store: OpenStore, wanted: GroupWanted, names: list[str]) -> Forks
             store.catalog.path, f"what was forked under the key {wanted.key!r} are other names than were asked for"
         )
     rest = iter(names)
-    return {source: [next(rest) for _ in range(one.count)] for source, one in wanted.sources.items()}
+    made = {source: [next(rest) for _ in range(wanted.sources[source].count)] for source in wanted.in_order()}
+    return {source: made[source] for source in wanted.sources}

@@ -464,15 +464,22 @@ def _free_names(store: OpenStore, wanted: Wanted) -> list[str]:
     if wanted.names is not None:
         names = list(wanted.names)
     else:
-        last = store.catalog.greatest_number(pattern.prefix, pattern.suffix)
-        if last + wanted.count > NUMBER_MAX:
-            raise StateError(
-                f"the numbers of {pattern.name(last)!r} go up to {NUMBER_MAX}, and those above {last} are not enough; "
-                "choose another pattern"
-            )
-        names = pattern.names(range(last + 1, last + wanted.count + 1))
+        names = pattern.names(next_numbers(store, [pattern], wanted.count))
     refuse_taken(store, names)
     return names
+
+
+def next_numbers(store: OpenStore, patterns: Sequence[Pattern], count: int) -> range:
+    """Return so many numbers behind the greatest that the name of a volume has by one of the patterns."""
+    last, pattern = max(
+        ((store.catalog.greatest_number(one.prefix, one.suffix), one) for one in patterns), key=lambda found: found[0]
+    )
+    if last + count > NUMBER_MAX:
+        raise StateError(
+            f"the numbers of {pattern.name(last)!r} go up to {NUMBER_MAX}, and those above {last} are not enough; "
+            "choose another pattern"
+        )
+    return range(last + 1, last + count + 1)
 
 
 def refuse_taken(store: OpenStore, names: Sequence[str]) -> None:

@@ -95,6 +95,7 @@ def do_work(store: OpenStore, *, policy: str | None = None) -> int:
     noted the work is durable before anything is done, also where its process died in it: what it freed is needed again if
     the power fails and undoes it.
     """
+    store.does_work = True
     store.catalog.sync_found()
     store.views.end_dropped()  # they keep files
     left, unlinked, slots = 0, policy != "zero", SlotsOfLayers(store)

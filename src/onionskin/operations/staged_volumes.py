@@ -205,7 +205,8 @@ def _make(
     try:
         row, layer = store.change(insert)
         store.reserve.retry(lock.make_file)
-        head = OpenHead(store, row, store.open_head(layer, id), volume_lock=lock, finish=finish)
+        opened = store.open_head(layer, id)
+        head = OpenHead(store, row, opened, volume_lock=lock, finish=finish, free_waiting=reclaim.work_soon)
     except BaseException:
         lock.close()
         raise

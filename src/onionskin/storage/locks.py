@@ -397,7 +397,11 @@ class VolumeLock:
                 descriptor, self._byte_descriptor = self._byte_descriptor, -1
                 self._leave_opening(descriptor)
             raise
-        forking.register(self)
+        try:
+            forking.register(self)
+        except BaseException:  # an interrupt, with which this object lives on, and the lock with it
+            self.close()
+            raise
 
     def make_file(self, shared: "SharedFile | None" = None) -> None:
         """Lock the volume's own file too, and write into it which process holds the volume. The volume has a row.

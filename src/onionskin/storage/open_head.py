@@ -239,7 +239,7 @@ class OpenView(OpenDisk):
     read_lock : ReadersLock, optional
         For a head: it keeps writers away.
     free_waiting : callable
-        Called with the store when a snapshot's files are given up. It frees those files that waited for this.
+        Called with the store when the files are given up. It frees those that waited for this.
     """
 
     def __init__(
@@ -254,6 +254,7 @@ class OpenView(OpenDisk):
     ) -> None:
         super().__init__(store, row, opened)
         self.snapshot_name = snapshot
+        self._use = [self.head]  # of the store's views, until it is given back
         self._read_lock = read_lock
         self._free_waiting = free_waiting
 
@@ -274,19 +275,20 @@ class OpenView(OpenDisk):
             self.store.forget(self)
             if self.snapshot_name is None:
                 self._path.close()
-                self._locks = self.base_lock = self._read_lock = None
-                self._released = True
             else:
                 self._give_back()
+            self._locks = self.base_lock = self._read_lock = None
+            self._released = True
+            if self.snapshot_name is not None or self.store.does_work:  # whoever only reads a head frees nothing
+                with suppress(
+                    OSError, OnionskinError
+                ):  # this frees what waited for these files, which may hold secrets
+                    self._free_waiting(self.store)
 
     def _give_back(self) -> None:
         self._path = closed_path(self._path)  # other views of the layer may still use the open one
         self._tell(self._path)
-        self.store.views.give_back(self.head)
-        self._locks = self.base_lock = None
-        self._released = True
-        with suppress(OSError, OnionskinError):  # this frees what waited for these files, which may hold secrets
-            self._free_waiting(self.store)
+        self.store.views.end(self._use)
 
 
 def is_unwritten(store: OpenStore, volume: bytes, head: "LayerRow") -> bool:
@@ -328,19 +330,19 @@ class Unwritten(NamedTuple):
         The head, as it was when the volume was locked.
     below : bytes
         The sealed layer, whose view the head is read through.
+    use : list of bytes
+        That use of the store's views, for `SealedViews.end`.
     open_head : callable
         Opens the head for writing, by what the catalog says then.
     after_open : callable
         Called with the head after that, for work that was left over.
-    free_waiting : callable
-        Called with the store when a head that was never written has given the view back, as for an `OpenView`.
     """
 
     head: "LayerRow"
     below: bytes
+    use: list[bytes]
     open_head: "Callable[[OpenHead], OpenChain]"
     after_open: "Callable[[OpenHead], None]"
-    free_waiting: "Callable[[OpenStore], None]"
 
 
 class OpenHead(OpenDisk):
@@ -357,6 +359,8 @@ class OpenHead(OpenDisk):
     finish : callable
         Called with the head when it is closed, to make durable what was written. It is not called if the data path is
         poisoned.
+    free_waiting : callable
+        As for an `OpenView`. What others dropped while the head shared its files waits for the end of that.
 
     Attributes
     ----------
@@ -376,6 +380,7 @@ class OpenHead(OpenDisk):
         *,
         volume_lock: "VolumeLock",
         finish: "Callable[[OpenHead], None]",
+        free_waiting: "Callable[[OpenStore], None]",
         unwritten: "Unwritten | None" = None,
     ) -> None:
         super().__init__(store, row, opened)
@@ -386,6 +391,7 @@ class OpenHead(OpenDisk):
             self._locks = self.base_lock = None  # those of the view are not this handle's to lend or to give up
         self._volume_lock = volume_lock
         self._finish = finish
+        self._free_waiting = free_waiting
         self._merge_end = threading.Condition(self.guard)
         self.is_merging: bool = False
         self.merge_stop: bool = False
@@ -447,7 +453,7 @@ class OpenHead(OpenDisk):
                 opened.path.thaw()
             # Later reads go to the new path, where they find what is written from now on. Those under way in the view
             # are waited for, if nobody else reads it.
-            self.store.views.give_back(unwritten.below)
+            self.store.views.end(unwritten.use)
         unwritten.after_open(self)
         return True
 
@@ -710,16 +716,14 @@ class OpenHead(OpenDisk):
             if self._released:  # by another thread that waited too
                 return
             self._closed = True  # a second call goes on here if an interrupt came before the end
-            unwritten = self._unwritten
             try:
                 self._resolve()
-                if not (unwritten or self._path.poisoned or self._path.closed):
+                if not (self._unwritten or self._path.poisoned or self._path.closed):
                     self._finish(self)
             finally:
                 self._release()
-            if unwritten:
-                with suppress(OSError, OnionskinError):  # this frees what waited for the files of the view
-                    unwritten.free_waiting(self.store)
+            with suppress(OSError, OnionskinError):  # this frees what waited for its files, which may hold secrets
+                self._free_waiting(self.store)
 
     def abandon(self) -> None:
         """Close the volume without a flush: what was written is not wanted."""
@@ -745,14 +749,14 @@ class OpenHead(OpenDisk):
         """Give back the view that a head which nothing was written to was read through."""
         self._path = closed_path(self._path)  # others may read through the open one
         self._tell(self._path)
+        self.store.views.end(unwritten.use)
         self._unwritten = None
-        self.store.views.give_back(unwritten.below)
 
     def __del__(self) -> None:
         """Warn if an open volume is dropped with writes that were not flushed: those are lost. End its use of a view."""
         unwritten = getattr(self, "_unwritten", None)
         if unwritten and not self._forked:
-            self.store.views.drop(unwritten.below)
+            self.store.views.drop(unwritten.use)
         if not getattr(self, "_released", True) and not self._forked and self._path.unflushed:
             warnings.warn(f"unclosed Volume {self.row.name!r}", ResourceWarning, source=self, stacklevel=2)
 

@@ -96,6 +96,10 @@ class OpenStore:
         What stands for the lock files of volumes that are opened as some of many.
     reported_work : set of int
         The ids of the pending work whose failure was logged already.
+    reported_volumes : set of bytes
+        The ids of the volumes of which it was logged that they stay beyond their lifetime, and why.
+    does_work : bool
+        Whether this handle has done pending work, as none does that only looks.
     """
 
     def __init__(
@@ -116,6 +120,8 @@ class OpenStore:
         # `note_unwipeable`.
         self.unwipeable_bytes: int = 0
         self.reported_work: set[int] = set()
+        self.reported_volumes: set[bytes] = set()
+        self.does_work: bool = False
         self._counting = threading.Lock()
         self._background = Background(partial(work, self), "onionskin pending work")
         self._open: weakref.WeakSet[Handle] = weakref.WeakSet()

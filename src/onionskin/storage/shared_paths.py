@@ -89,9 +89,19 @@ class SealedViews:
         view.users += 1
         return view
 
-    def drop(self, layer: bytes) -> None:
-        """End one use of a layer from a finalizer, which may run inside any of these methods: the next call does it."""
-        self._dropped.append(layer)
+    def drop(self, use: list[bytes]) -> None:
+        """End a use from a finalizer, which may run inside any of these methods: the next call does it. As `end`."""
+        with suppress(IndexError):
+            self._dropped.append(use.pop())
+
+    def end(self, use: list[bytes]) -> None:
+        """End a use that several may end, and nobody more than once: a list that holds its layer until then.
+
+        Where an interrupt comes, both the handle that got the use and whoever took it for that handle may end it. Twice,
+        it would be the use of somebody else.
+        """
+        with suppress(IndexError):
+            self.give_back(use.pop())
 
     def end_dropped(self) -> None:
         """End the uses that were dropped."""

@@ -39,14 +39,16 @@ from onionskin.storage.open_head import OpenHead
 SECONDS = 20  # for which a thread is waited for that should not wait at all
 
 
-def at_each_event(call: Callable[[], object], number: int = signal.SIGINT) -> Iterator[KeyboardInterrupt | None]:
-    """Interrupt a call at its first event, then at its second, until it ends before."""
+def at_each_event(
+    call: Callable[[], object], number: int = signal.SIGINT, *, step: int = 1
+) -> Iterator[KeyboardInterrupt | None]:
+    """Interrupt a call at its first event, then at its second (or so many behind it), until it ends before."""
     strikes = Strikes()
     strikes.begin(0)
     call()
     events = strikes.end()
     assert events > 5
-    for at in range(1, events + 1):
+    for at in range(1, events + 1, step):
         yield strikes.interrupted(at, call, number)
 
 
@@ -485,3 +487,16 @@ def test_a_temporary_fork_is_dropped_where_an_interrupt_comes_just_behind_its_bl
             raised.append(interrupt)
         assert [row.name for row in store.volumes()] == ["a", "b"], at
     assert raised
+
+
+# As above: where something dies at the event, the interrupt is not raised.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_temporary_fork_is_dropped_wherever_an_interrupt_comes(store: onionskin.Store) -> None:
+    def use() -> None:
+        with store.temporary("a@s") as volume:
+            assert not volume.closed
+
+    with store.open("a", snapshot="s") as view:
+        for interrupt in at_each_event(use, step=5):
+            assert [row.name for row in store.volumes()] == ["a", "b"], interrupt
+            assert view.read(0, 1)  # its use of the view, which the fork is read through, is not given back for it

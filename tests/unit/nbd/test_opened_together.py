@@ -92,6 +92,25 @@ def test_what_a_dead_writer_left_or_a_machine_owns_is_left_out(store: Store, mon
     assert _together(store, "job-0", "job-1", "job-2") == {"job-2"}
 
 
+def test_a_disk_of_a_machine_that_came_between_two_questions_is_left_out(
+    store: Store, at: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog = store._opened.catalog
+    owned: set[bytes] = set()
+
+    def ask_and_be_overtaken() -> set[bytes]:
+        before = set(owned)
+        with Store(at) as other:
+            other.fork(
+                "web@clean", names=[f"job-{len(NAMES) + len(other)}"]
+            )  # which changes the version of the catalog
+        owned.add(catalog.volume("job-1").id)
+        return before
+
+    monkeypatch.setattr(catalog, "owned_volumes", ask_and_be_overtaken)
+    assert _together(store, "job-0", "job-1") == {"job-0"}
+
+
 def test_nothing_is_opened_beside_the_volume_whose_snapshot_it_is(store: Store) -> None:
     with store.open("web") as web:
         web.revert("clean")

@@ -103,6 +103,13 @@ def test_numbers_that_are_used_up_are_refused_and_not_said_to_be_taken(store: on
             store.fork("web@clean", pattern="job-{n}")
 
 
+def test_numbers_that_are_used_up_are_refused_for_a_group_too(store: onionskin.Store) -> None:
+    store.fork("web@clean", names=[f"job-{10**18 - 2}-web"])
+    with pytest.raises(onionskin.StateError, match="numbers"):
+        store.fork_group({"web": "clean"}, count=2, pattern="job-{n}-{source}")
+    assert len(store) == 2
+
+
 def test_a_name_that_is_taken_fails_the_whole_call(store: onionskin.Store) -> None:
     before = rows(store)
     with pytest.raises(onionskin.VolumeExistsError, match="'web'"):
@@ -230,6 +237,16 @@ def test_names_under_a_key_that_are_damaged_are_refused(store: onionskin.Store, 
         catalog.commit()
     with pytest.raises(onionskin.FormatError, match="key 'k'"):
         store.fork("web@clean", idempotency_key="k")
+
+
+def test_a_group_under_a_key_is_the_same_in_any_order(store: onionskin.Store) -> None:
+    store.create("db", size="1M").close()
+    made = store.fork_group({"web": "clean", "db": None}, count=2, idempotency_key="k")
+    assert store.fork_group({"db": None, "web": "clean"}, count=2, idempotency_key="k") == made
+    again = store.fork_group({"db": None, "web@clean": None}, count=2, idempotency_key="k")
+    assert again == {"db": made["db"], "web@clean": made["web"]}
+    with pytest.raises(onionskin.StateError, match="key"):
+        store.fork_group({"db": None, "web": None}, count=2, idempotency_key="k")
 
 
 def test_a_cut_under_a_key_is_done_once(store: onionskin.Store) -> None:
@@ -561,6 +578,52 @@ def test_the_files_of_many_that_were_deleted_go_with_the_background(store: onion
     assert store.check() == []
 
 
+@pytest.mark.parametrize("mode", ["w", "r"])
+def test_what_was_dropped_under_an_open_fork_is_freed_when_that_closes(store: onionskin.Store, mode: Any) -> None:
+    with store.open("web") as web:
+        web.write(0, b"b" * BLOCK)
+        web.snapshot("later")
+    store.fork("web@later", names=["job"])
+    with store.open("job") as job:
+        job.write(BLOCK, b"c" * BLOCK)
+    with store.open("job", mode=mode):
+        with store.open("web") as web:
+            web.merge("clean")
+        store.finish_work()
+        assert "pending work: map" in [problem.what for problem in store.check()]  # that handle reads it
+    store.finish_work()
+    assert store.check() == []
+
+
+def test_what_was_hidden_under_a_head_that_is_read_is_wiped_when_that_closes(tmp_path: Path) -> None:
+    secret = b"never to be found again!" * 64
+    with onionskin.Store(tmp_path / "zero") as store:
+        with store.create("web", size=64 * BLOCK, wipe="zero") as web:
+            for name, data in (("clean", secret), ("later", b"b" * BLOCK)):
+                web.write(0, data)
+                web.snapshot(name)
+        store.fork("web@later", names=["job"])
+        with store.open("job", mode="r"):
+            with store.open("web") as web:
+                web.merge("clean")
+            assert files_with(store.path / "segments", secret)
+        assert not files_with(store.path / "segments", secret)
+
+
+def test_what_others_dropped_under_a_head_that_is_read_is_left_to_them(store: onionskin.Store) -> None:
+    with store.open("web") as web:
+        web.write(0, b"b" * BLOCK)
+        web.snapshot("later")
+    store.fork("web@later", names=["job"])
+    with onionskin.Store(store.path) as other:
+        with other.open("job", mode="r"):
+            with store.open("web") as web:
+                web.merge("clean")
+            store.finish_work()
+        other.finish_work()
+        assert "pending work: map" in [problem.what for problem in other.check()]
+
+
 def test_what_stands_on_each_other_goes_together_and_what_it_stood_on_is_said(store: onionskin.Store) -> None:
     (low,) = store.fork("web@clean", names=["low"])
     with store.open(low) as disk:
@@ -693,6 +756,21 @@ def test_what_is_open_or_has_snapshots_or_forks_stays_beyond_its_lifetime(store:
     assert store.expire() == ["open"]
     store.delete("child")
     assert store.expire() == ["parent"] and list(store) == ["kept", "web"]
+
+
+def test_one_that_cannot_be_locked_keeps_no_other_beyond_its_lifetime(
+    store: onionskin.Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.fork("web@clean", names=["a", "b", "c"], lifetime="1h")
+    layout = store._opened.layout
+    Path(layout.volume_lock(store._opened.catalog.volume("b").id)).mkdir()
+    expire_now(store, "a", "b", "c")
+    assert store.expire(dry_run=True) == ["a", "c"]
+    assert store.expire() == ["a", "c"]
+    assert store.expire() == []
+    (said,) = [record.getMessage() for record in caplog.records if "lifetime" in record.getMessage()]
+    assert "'b'" in said
+    assert "not a regular file" in said
 
 
 def test_labels_find_volumes(store: onionskin.Store) -> None:
