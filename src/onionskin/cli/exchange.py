@@ -28,6 +28,7 @@ from onionskin.cli.arguments import (
 from onionskin.cli.chosen import same_store
 from onionskin.cli.disk_output import stdout_for_a_disk
 from onionskin.cli.output import json_option
+from onionskin.cli.question import confirm_loss
 from onionskin.cli.values import snapshot_value, volume_value
 from onionskin.errors import FormatError
 from onionskin.exchange.image_formats import KNOWN, READ, SUFFIXES, refuse_options
@@ -242,7 +243,7 @@ def _export_to_device(name: Name, image: "FilePath", *, as_json: bool, yes: bool
     with name.open_store() as store, open_to_read(store, name) as volume, BlockDevice(image) as device:
         refuse_device(volume, device)
         size_bytes = volume.size_bytes
-        output.confirm_loss(
+        confirm_loss(
             f"{image} has {output.size(device.size_bytes)}. Write over its first {output.size(size_bytes)}?",
             f"export would write over what {image} holds",
             yes=yes,

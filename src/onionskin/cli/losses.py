@@ -12,6 +12,7 @@ import click
 from onionskin.base.naming import some_of
 from onionskin.cli import output
 from onionskin.cli.arguments import live
+from onionskin.cli.question import confirm_loss
 from onionskin.errors import StateError
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def agree(verb: str, losses: "Sequence[Loss]", *, yes: bool) -> None:
         what = describe(losses)
         # A snapshot saves nothing of a volume that goes itself.
         advice = "drop them" if any(loss.volumes for loss in losses) else "drop them, or take a snapshot first"
-        output.confirm_loss(f"{verb} drops {what}. Drop them?", f"{verb} would drop {what}", yes=yes, advice=advice)
+        confirm_loss(f"{verb} drops {what}. Drop them?", f"{verb} would drop {what}", yes=yes, advice=advice)
 
 
 def flushed(store: "Store", name: str) -> "LiveVolume | None":

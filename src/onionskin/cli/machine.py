@@ -38,6 +38,7 @@ from onionskin.cli.ending_options import with_help
 from onionskin.cli.losses import dry_run_option, yes_option
 from onionskin.cli.machine_pool import pool
 from onionskin.cli.output import json_option
+from onionskin.cli.question import confirm_loss
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -223,7 +224,7 @@ def _agree_to_boot(store: "Store", name: Name, *, yes: bool) -> None:
 
     if machines.has_unnamed_ram(store._opened, name.volume):
         what = f"the RAM that {name.volume} would go on from, which no snapshot has"
-        output.confirm_loss(f"start --fresh drops {what}. Drop it?", f"start --fresh would drop {what}", yes=yes)
+        confirm_loss(f"start --fresh drops {what}. Drop it?", f"start --fresh would drop {what}", yes=yes)
 
 
 @_verb()
@@ -734,4 +735,4 @@ def _agree(verb: str, machines: Sequence[str], loss: "Loss", *, yes: bool, also:
     """Ask before something is lost; where nothing is, ask nothing."""
     if loss.is_lost or also:
         what = _described(machines, loss, also)
-        output.confirm_loss(f"{verb} drops {what}. Drop them?", f"{verb} would drop {what}", yes=yes)
+        confirm_loss(f"{verb} drops {what}. Drop them?", f"{verb} would drop {what}", yes=yes)
