@@ -528,13 +528,16 @@ def revert(name: Name, beginning: bool, yes: bool, dry_run: bool, as_json: bool)
     if name.snapshot is None:
         raise click.UsageError(f"'{name}' names no snapshot: write {name}@SNAPSHOT, or --beginning for a fork")
     with name.open_store() as store:
+        target = store.open_machine(name.volume)
+        if dry_run or not yes:
+            target._refuse_revert(name.required_snapshot)
         loss = machine_usage.loss_of_revert(store._opened, name.volume, name.required_snapshot)
         runs = store.machine_info(name.volume).state != "off"
         if dry_run:
             _tell_dry_run(as_json, "revert", (), loss)
             return
         _agree("revert", (), loss, yes=yes, also="what its guest has not written" if runs else "")
-        store.open_machine(name.volume).revert(name.required_snapshot)
+        target.revert(name.required_snapshot)
     output.tell(
         as_json,
         {"machine": name.volume, "snapshot": name.snapshot},
@@ -548,12 +551,15 @@ def _revert_to_beginning(name: Name, *, yes: bool, dry_run: bool, as_json: bool)
     if name.snapshot is not None:
         raise click.UsageError("--beginning is of a fork itself: leave out the snapshot")
     with name.open_store() as store:
+        target = store.open_machine(name.volume)
+        if dry_run or not yes:
+            target._refuse_beginning()
         loss = machine_usage.loss_of_beginning(store._opened, name.volume)
         if dry_run:
             _tell_dry_run(as_json, "revert", (), loss)
             return
         _agree("revert", (), loss, yes=yes)
-        store.open_machine(name.volume).revert_to_beginning()
+        target.revert_to_beginning()
     value = {"machine": name.volume, "snapshot": None}
     output.tell(as_json, value, lambda: f"{name} goes on from what it was forked from")
 
