@@ -1,9 +1,9 @@
 """A program that runs command lines many times, each in a copy of a store, and interrupts them somewhere else each time.
 
 Each line of stdin is a JSON object: template, work, words, number, and places, which are parts of the run of the verb, from 0
-to 1. With `base`, a file that the verb writes to has what `pristine` has at the
-beginning of each run, and looks as it did then. The answer is a line of JSON: the contents of the store before the verb, how a whole run ended and what it left, and the
-same of each run that was struck. With `store` and `at` instead of `template` and `places`, the verb runs once, in the store
+to 1. With `base`, a file that the verb writes to has what `pristine` has at the beginning of each run, and looks as then.
+The answer is a line of JSON: the contents of the store before the verb, how a whole run ended and what it left, and the same
+of each run that was struck. With `store` and `at` instead of `template` and `places`, the verb runs once, in the store
 itself, and is struck at that event (0: at none); the answer says how it ended, and how many events there were.
 All modules are loaded once, and a child is forked for each run.
 """
