@@ -38,7 +38,6 @@ from onionskin.cli.ending_options import with_help
 from onionskin.cli.losses import dry_run_option, yes_option
 from onionskin.cli.machine_pool import pool
 from onionskin.cli.output import json_option
-from onionskin.cli.question import confirm_loss
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -222,9 +221,11 @@ def _agree_to_boot(store: "Store", name: Name, *, yes: bool) -> None:
     """Ask before RAM is given up that no snapshot has."""
     from onionskin.operations import machines
 
-    if machines.has_unnamed_ram(store._opened, name.volume):
+    if not yes and machines.has_unnamed_ram(store._opened, name.volume):
+        from onionskin.cli.question import confirm_loss
+
         what = f"the RAM that {name.volume} would go on from, which no snapshot has"
-        confirm_loss(f"start --fresh drops {what}. Drop it?", f"start --fresh would drop {what}", yes=yes)
+        confirm_loss(f"start --fresh drops {what}. Drop it?", f"start --fresh would drop {what}")
 
 
 @_verb()
@@ -739,6 +740,8 @@ def _tell_dry_run(as_json: bool, verb: str, machines: Sequence[str], loss: "Loss
 
 def _agree(verb: str, machines: Sequence[str], loss: "Loss", *, yes: bool, also: str = "") -> None:
     """Ask before something is lost; where nothing is, ask nothing."""
-    if loss.is_lost or also:
+    if not yes and (loss.is_lost or also):
+        from onionskin.cli.question import confirm_loss
+
         what = _described(machines, loss, also)
-        confirm_loss(f"{verb} drops {what}. Drop them?", f"{verb} would drop {what}", yes=yes)
+        confirm_loss(f"{verb} drops {what}. Drop them?", f"{verb} would drop {what}")

@@ -21,18 +21,16 @@ from onionskin.errors import StateError
 _ANSWERS = {b"y": True, b"yes": True, b"n": False, b"no": False, b"": False}
 
 
-def confirm_loss(question: str, loss: str, *, yes: bool, advice: str = "drop them, or take a snapshot first") -> None:
-    """Ask on a terminal before data is lost; elsewhere require --yes.
+def confirm_loss(question: str, loss: str, *, advice: str = "drop them, or take a snapshot first") -> None:
+    """Ask on a terminal before data is lost, where --yes was not given; elsewhere require it.
 
     Raises
     ------
     StateError
-        There is no terminal and ``yes`` is false. ``loss`` says what would be lost.
+        There is no terminal. ``loss`` says what would be lost.
     click.Abort
         The answer was no, or the input ended.
     """
-    if yes:
-        return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise StateError(f"{loss}; give --yes to {advice}")
     if not _is_agreed(cell(question)):
