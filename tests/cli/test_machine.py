@@ -235,8 +235,17 @@ def test_a_fork_under_a_key_is_made_once(run: Run, vms: str) -> None:
     for _ in range(2):
         value = as_json(run, "fork", f"{vms}/lab@a", "-n", "2", "--key", "task 7", "--no-start")
         assert value == {"source": f"{vms}/lab@a", "forks": ["lab-1", "lab-2"], "warnings": []}
+
+
+def test_a_dry_run_says_what_a_fork_loses_that_is_put_back_to_its_beginning(run: Run, vms: str) -> None:
+    assert run("machine", "snapshot", f"{vms}/lab@off").exit_code == 0
+    assert run("machine", "fork", f"{vms}/lab@off", "--no-start").exit_code == 0
     told = run("machine", "revert", f"{vms}/lab-1", "--beginning", "--dry-run")
-    assert told.exit_code == 0 and "0 B of data" in told.stdout
+    assert told.exit_code == 0 and "0 B of data" in told.stdout, told.stderr
+    live(vms, "ready", b"a")  # by nobody who could say on what it ran
+    assert run("machine", "fork", f"{vms}/lab@ready", "--no-start").exit_code == 0
+    refused = run("machine", "revert", f"{vms}/lab-2", "--beginning", "--dry-run")
+    assert refused.exit_code == 6 and "cannot be read" in refused.stderr
 
 
 def test_a_kernel_that_does_not_notice_a_fork_is_warned_of(run: Run, vms: str) -> None:
@@ -248,3 +257,39 @@ def test_a_kernel_that_does_not_notice_a_fork_is_warned_of(run: Run, vms: str) -
     assert "warning: forks of lab@a: its guest booted Linux 6.1.0-53-cloud-amd64" in made.stderr
     (said,) = as_json(run, "fork", f"{vms}/lab@a", "--no-start")["warnings"]  # type: ignore[index]
     assert "the same random numbers" in said
+
+
+VERBS_THAT_DROP = ["discard {vms}/lab@a --recursive", "delete {vms}/lab --recursive"]
+
+
+@pytest.mark.parametrize("verb", [*VERBS_THAT_DROP, "merge {vms}/lab@a --dry-run"])
+def test_a_snapshot_that_somebody_holds_is_refused_before_anything_is_asked(run: Run, vms: str, verb: str) -> None:
+    live(vms, "a", b"a")
+    assert run("hold", f"{vms}/web@a", "backup").exit_code == 0
+    words = verb.format(vms=vms).split()
+    for more in ([], ["--dry-run"], ["--yes"][: "merge" not in verb]):
+        refused = run("machine", *words, *more)
+        assert refused.exit_code == 5 and "held: web@a by 'backup'" in refused.stderr
+
+
+def test_a_removal_of_snapshots_says_what_only_they_read_of_disks_that_stay(run: Run, vms: str) -> None:
+    for name in ("a", "b"):
+        assert run("write", f"{vms}/web", 0, input=name.encode() * 8192).exit_code == 0
+        assert run("machine", "snapshot", f"{vms}/lab@{name}").exit_code == 0
+    value = as_json(run, "delete", f"{vms}/lab", "--recursive", "--dry-run")
+    assert value["snapshots"] == ["lab@a", "lab@b"] and value["bytes_freed"] == 8192  # type: ignore[index]
+    refused = run("machine", "delete", f"{vms}/lab", "--recursive")
+    assert refused.exit_code == 5 and "8 KiB of data that nothing else holds; give --yes" in refused.stderr
+    assert run("machine", "delete", f"{vms}/lab", "--recursive", "--yes").exit_code == 0
+    assert run("read", f"{vms}/web", 0, 8192).stdout_bytes == b"b" * 8192
+
+
+@pytest.mark.parametrize("verb", ["discard", "revert"])
+def test_a_disk_that_somebody_has_open_is_refused_before_anything_is_asked(run: Run, vms: str, verb: str) -> None:
+    assert run("machine", "snapshot", f"{vms}/lab@a").exit_code == 0
+    with library.Store(vms) as store, store.open("web") as web:
+        web.write(0, b"later")
+        web.flush()
+        for more in ([], ["--dry-run"]):
+            refused = run("machine", verb, f"{vms}/lab@a", *more)
+            assert refused.exit_code == 5 and "volume 'web'" in refused.stderr and "--yes" not in refused.stderr

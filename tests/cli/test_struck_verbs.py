@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,8 +98,8 @@ def judge(found: dict[str, Any], number: int) -> None:
         assert run["left"] in (before, whole["left"]), where
         if run["status"] == 0:
             assert run["left"] == whole["left"] and run["out"] and not run["err"], where
-        elif run["status"] == -number:  # before the verb began
-            assert run["left"] == before and run["out"] == run["err"] == "", where
+        elif run["status"] == -number:  # before the verb began, or killed anywhere
+            assert number == signal.SIGKILL or (run["left"] == before and run["out"] == run["err"] == ""), where
         else:
             assert run["status"] == 128 + number, where
             said = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
@@ -125,6 +126,52 @@ def test_another_signal_that_ends_a_command_does_as_an_interrupt(
 
 def test_a_signal_when_all_is_printed_changes_nothing(struck: Callable[..., None]) -> None:
     struck("hold {store}/web@a..@c me", [1 - part / 2000 for part in range(12)])
+
+
+MERGES = ["merge {store}/web --into-base", "merge {store}/web@a --into-base"]
+
+
+@pytest.fixture
+def struck_merge(tmp_path: Path, program: "subprocess.Popen[str]") -> Callable[..., None]:
+    """Interrupt a merge into the base at parts of its run, look at what it leaves, and have it go on."""
+    base, pristine, template = (tmp_path / name for name in ("base.raw", "pristine", "template"))
+    base.write_bytes(bytes(range(256)) * (BLOCK // 2))
+    shutil.copy2(base, pristine)
+
+    def interrupt(verb: str, places: list[float], number: int = signal.SIGINT) -> None:
+        with Store(template) as store, store.create("web", base=base) as volume:
+            volume.write(0, b"a" * 8 * BLOCK)
+            volume.trim(20 * BLOCK, BLOCK)
+            if "@a" in verb:
+                volume.snapshot("a")
+            volume.write(4 * BLOCK, b"h" * 8 * BLOCK)
+        given = {"template": str(template), "work": str(tmp_path), "words": verb.split(), "places": places}
+        given |= {"number": number, "base": str(base), "pristine": str(pristine)}
+        print(json.dumps(given), file=program.stdin, flush=True)
+        found = json.loads(program.stdout.readline())
+        judge(found, number)
+        ((_, _, disks, _),) = found["before"].values()
+        for run in found["struck"]:
+            assert run["again"] == 0 and run["then"] == found["before"], run
+            assert run["base"] == disks["a" if "@a" in verb else ""][0], run
+
+    return interrupt
+
+
+@pytest.mark.parametrize("verb", MERGES)
+def test_an_interrupted_merge_into_the_base_changes_no_disk_and_goes_on(
+    struck_merge: Callable[..., None], verb: str
+) -> None:
+    struck_merge(verb, [0.0, *spread(3, 0.4), 1.0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("verb", MERGES)
+def test_a_merge_into_the_base_that_is_ended_anywhere_changes_no_disk_and_goes_on(
+    struck_merge: Callable[..., None], verb: str, number: int
+) -> None:
+    struck_merge(verb, [*spread(60), *spread(10, 0.99)], number)
 
 
 @pytest.mark.slow

@@ -4,13 +4,13 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import termios
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import IO
 
 import click
 import pytest
@@ -22,15 +22,40 @@ Run = Callable[..., Result]
 Spawn = Callable[..., "subprocess.Popen[bytes]"]
 
 
-def on_terminal(spawn: Spawn, answer: bytes, *arguments: object, columns: int = 80) -> tuple[int, bytes]:
-    """Run a command on a terminal of its own, type an answer, and give its status and what it showed."""
+def on_terminal(
+    spawn: Spawn,
+    answer: bytes | signal.Signals,
+    *arguments: object,
+    columns: int = 80,
+    asked: bytes = b"",
+    stdout: IO[bytes] | None = None,
+    **environment: str,
+) -> tuple[int, bytes]:
+    """Run a command on a terminal of its own, type an answer once it has asked, and give its status and what it showed.
+
+    What is no text is a signal. Keys that end something do so of this command alone.
+    """
     ours, its = pty.openpty()
     termios.tcsetwinsize(its, (24, columns))
-    environment = {"TERM": "xterm-256color", "COLUMNS": "", "LINES": ""}  # the width is that of the terminal
-    process = spawn(*arguments, stdin=its, stdout=its, stderr=its, env=environment)
+    environment |= {"TERM": "xterm-256color", "COLUMNS": "", "LINES": ""}  # the width is that of the terminal
+
+    process = spawn(
+        *arguments,
+        stdin=its,
+        stdout=its if stdout is None else stdout,
+        stderr=its,
+        env=environment,
+        start_new_session=True,  # whose terminal this one is then
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
     os.close(its)
-    os.write(ours, answer)
     shown = b""
+    while asked not in shown:
+        shown += os.read(ours, 4096)
+    if isinstance(answer, signal.Signals):
+        process.send_signal(answer)
+    else:
+        os.write(ours, answer)
     while True:
         try:
             part = os.read(ours, 4096)
@@ -62,15 +87,62 @@ def test_no_keeps_the_changes(spawn: Spawn, run: Run, dirty: Path, verb: str) ->
     assert first_bytes(run, dirty) == b"dirty"
 
 
-def test_an_interrupt_at_the_question_is_one_and_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(prompt: str) -> str:
-        raise KeyboardInterrupt
+@pytest.fixture(params=["revert", "discard", "delete --recursive", "resize --force"])
+def question(request: pytest.FixtureRequest, run: Run, dirty: Path) -> list[str]:
+    """Each verb of volumes that asks."""
+    verb, *options = request.param.split()
+    assert run("write", f"{dirty}/web", "64K", input=b"behind the end").exit_code == 0
+    names = {"delete": [f"{dirty}/web"], "resize": [f"{dirty}/web", "4K"]}
+    return [verb, *names.get(verb, [f"{dirty}/web@clean"]), *options]
 
-    terminal = SimpleNamespace(isatty=lambda: True)
-    monkeypatch.setattr(output, "sys", SimpleNamespace(stdin=terminal, stderr=terminal))
-    monkeypatch.setattr("click.termui.visible_prompt_func", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        output.confirm_loss("Drop these changes?", "changes", yes=False)
+
+CUT_SHORT = {
+    "an interrupt": (b"\x03", 130, b"onionskin: interrupted; "),
+    "an interrupt behind a part of an answer": (b"ye\x03", 130, b"onionskin: interrupted; "),
+    "an interrupt behind a wrong answer": (b"maybe\n\x03", 130, b"onionskin: interrupted; "),
+    "the end of the input": (b"\x04", 1, b"\r\nonionskin: nothing was changed"),
+    "the end of the input behind yes": (b"yes\x04\x04", 1, b"onionskin: nothing was changed"),
+    "an empty line": (b"\n", 1, b"onionskin: nothing was changed"),
+    "no, behind what is no answer": (b"yyy\n\xff\nno\n", 1, b"onionskin: nothing was changed"),
+}
+
+
+@pytest.mark.parametrize("how", CUT_SHORT)
+def test_a_question_that_is_not_answered_with_yes_changes_nothing_and_says_one_line(
+    spawn: Spawn, run: Run, dirty: Path, question: list[str], how: str
+) -> None:
+    typed, wanted, line = CUT_SHORT[how]
+    status, shown = on_terminal(spawn, typed, *question, asked=b"[y/N]: ")
+    assert status == wanted and shown.count(b"onionskin: ") == 1, shown
+    assert line in shown
+    assert first_bytes(run, dirty) == b"dirty"
+    assert run(*question, "--yes").exit_code == 0  # nothing is locked
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_at_a_question_ends_it(
+    spawn: Spawn, run: Run, dirty: Path, hangup: None, number: signal.Signals
+) -> None:
+    status, shown = on_terminal(spawn, number, "revert", f"{dirty}/web@clean", asked=b"[y/N]: ")
+    assert status == 128 + number and shown.count(b"onionskin: ") == 1, shown
+    assert first_bytes(run, dirty) == b"dirty"
+
+
+def test_an_interrupt_just_before_an_answer_is_awaited_ends_the_question(
+    spawn: Spawn, run: Run, dirty: Path, tmp_path: Path
+) -> None:
+    source = Path(__file__).parents[1] / "support" / "interrupt_before_waiting.c"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "strike.so", source], check=True)
+    status, shown = on_terminal(spawn, b"", "revert", f"{dirty}/web@clean", LD_PRELOAD=str(tmp_path / "strike.so"))
+    assert status == 130 and b"onionskin: interrupted; " in shown
+    assert first_bytes(run, dirty) == b"dirty"
+
+
+def test_an_answer_is_not_mixed_with_the_output(spawn: Spawn, dirty: Path, tmp_path: Path) -> None:
+    with (tmp_path / "out").open("w+b") as out:
+        status, _ = on_terminal(spawn, b"y\n", "revert", f"{dirty}/web@clean", "--json", stdout=out)
+        assert status == 0
+        assert (tmp_path / "out").read_bytes().startswith(b"{")
 
 
 @pytest.mark.parametrize("verb", ["revert", "discard"])
@@ -210,13 +282,7 @@ def test_bytes_of_a_disk_are_not_written_to_a_terminal_but_their_base64_is(spawn
 
 @pytest.mark.parametrize("path", ["-", "/dev/tty"])
 def test_an_image_is_not_written_to_a_terminal_by_any_of_its_names(spawn: Spawn, vms: Path, path: str) -> None:
-    def start(*arguments: object, **options: Any) -> "subprocess.Popen[bytes]":
-        # A session of its own, whose terminal this one is then, as /dev/tty says.
-        return spawn(
-            *arguments, **options, start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-        )
-
-    status, shown = on_terminal(start, b"", "export", f"{vms}/web", path)
+    status, shown = on_terminal(spawn, b"", "export", f"{vms}/web", path)
     assert status == 2
     assert b"pipe" in shown
     assert b"clean" not in shown

@@ -1,8 +1,9 @@
 """A program that runs command lines many times, each in a copy of a store, and interrupts them somewhere else each time.
 
 Each line of stdin is a JSON object: template, work, words, number, and places, which are parts of the run of the verb, from 0
-to 1. The answer is a line of JSON: the contents of the store before the verb, how a whole run ended and what it left, and the
-same of each run that was struck. With `store` and `at` instead of `template` and `places`, the verb runs once, in the store
+to 1. With `base`, a file that the verb writes to has what `pristine` has at the beginning of each run, and looks as then.
+The answer is a line of JSON: the contents of the store before the verb, how a whole run ended and what it left, and the same
+of each run that was struck. With `store` and `at` instead of `template` and `places`, the verb runs once, in the store
 itself, and is struck at that event (0: at none); the answer says how it ended, and how many events there were.
 All modules are loaded once, and a child is forked for each run.
 """
@@ -65,9 +66,29 @@ class Runs:
         """Run it in a fresh copy, and strike at an event, if it is not 0."""
         shutil.rmtree(self.store, ignore_errors=True)
         shutil.copytree(self.given["template"], self.store)
-        return self.run_here(at) | {"left": contents(self.store), "errors": errors(self.store)}
+        self.restore_base()
+        return self.run_here(at) | {"left": contents(self.store), "errors": errors(self.store)} | self._run_again(at)
 
-    def run_here(self, at: int) -> dict[str, Any]:
+    def restore_base(self) -> None:
+        """Give the base its first bytes, its size and its time: it is the same file then, as the store sees it."""
+        if "base" not in self.given:
+            return
+        pristine, base = Path(self.given["pristine"]), Path(self.given["base"])
+        with base.open("r+b") as file:
+            file.truncate(0)
+            file.write(pristine.read_bytes())
+        looks = pristine.stat()
+        os.utime(base, ns=(looks.st_atime_ns, looks.st_mtime_ns))
+
+    def _run_again(self, at: int) -> dict[str, Any]:
+        """Run what goes on where an interrupted run ended, and say what is there then."""
+        if "base" not in self.given or at == 0:
+            return {}
+        again = self.run_here(None)
+        base = hashlib.sha256(Path(self.given["base"]).read_bytes()).hexdigest()
+        return {"again": again["status"], "then": contents(self.store), "base": base, "said": again["err"]}
+
+    def run_here(self, at: int | None) -> dict[str, Any]:
         """Run it in the store as it is."""
         child = os.fork()
         if child == 0:
@@ -77,7 +98,7 @@ class Runs:
         ended = {"at": at, "status": os.waitstatus_to_exitcode(status), "events": self.events}
         return ended | {name: (self.work / name).read_text() for name in ("out", "err")}
 
-    def _become_the_command(self, at: int) -> None:
+    def _become_the_command(self, at: int | None) -> None:
         """Run the command line as a process of its own does, and count from where its verb begins."""
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, name in ((1, "out"), (2, "err")):
@@ -88,7 +109,7 @@ class Runs:
         resolve, leave = exit_status.Verbs.resolve_command, os._exit
 
         def begin(group: exit_status.Verbs, *rest: Any) -> Any:
-            if group is app.onionskin:
+            if group is app.onionskin and at is not None:
                 self._strikes.begin(at, self.given["number"])
             return resolve(group, *rest)
 
@@ -98,7 +119,7 @@ class Runs:
             onionskin.cli.main()
         except SystemExit as ended:
             status = int(ended.code or 0)
-            events = self._strikes.end()
+            events = self._strikes.end() if at is not None else 0
             if at == 0:
                 (self.work / "events").write_text(str(events))
         finally:
@@ -120,6 +141,7 @@ def main() -> None:
         if "at" in runs.given:
             print(json.dumps(runs.run_here(runs.given["at"])), flush=True)
             continue
+        runs.restore_base()
         before = contents(Path(runs.given["template"]))
         whole = runs.run(0)
         struck = [runs.run(max(1, round(place * runs.events))) for place in runs.given["places"]]

@@ -242,12 +242,14 @@ def _export_to_device(name: Name, image: "FilePath", *, as_json: bool, yes: bool
     with name.open_store() as store, open_to_read(store, name) as volume, BlockDevice(image) as device:
         refuse_device(volume, device)
         size_bytes = volume.size_bytes
-        output.confirm_loss(
-            f"{image} has {output.size(device.size_bytes)}. Write over its first {output.size(size_bytes)}?",
-            f"export would write over what {image} holds",
-            yes=yes,
-            advice="do so",
-        )
+        if not yes:
+            from onionskin.cli.question import confirm_loss
+
+            confirm_loss(
+                f"{image} has {output.size(device.size_bytes)}. Write over its first {output.size(size_bytes)}?",
+                f"export would write over what {image} holds",
+                advice="do so",
+            )
         with output.progress(f"export {name}", as_json) as progress:
             export_to_device(volume, device, progress=progress)
     value = {"path": str(image), "format": "raw", "size_bytes": size_bytes, "allocated_bytes": size_bytes}

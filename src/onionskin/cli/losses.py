@@ -54,11 +54,13 @@ def tell_dry_run(as_json: bool, verb: str, losses: "Sequence[Loss]") -> None:
 
 def agree(verb: str, losses: "Sequence[Loss]", *, yes: bool) -> None:
     """Ask before something is lost; where nothing is, ask nothing."""
-    if any(loss.is_lost for loss in losses):
+    if not yes and any(loss.is_lost for loss in losses):
+        from onionskin.cli.question import confirm_loss
+
         what = describe(losses)
         # A snapshot saves nothing of a volume that goes itself.
         advice = "drop them" if any(loss.volumes for loss in losses) else "drop them, or take a snapshot first"
-        output.confirm_loss(f"{verb} drops {what}. Drop them?", f"{verb} would drop {what}", yes=yes, advice=advice)
+        confirm_loss(f"{verb} drops {what}. Drop them?", f"{verb} would drop {what}", advice=advice)
 
 
 def flushed(store: "Store", name: str) -> "LiveVolume | None":

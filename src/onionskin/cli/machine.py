@@ -221,9 +221,11 @@ def _agree_to_boot(store: "Store", name: Name, *, yes: bool) -> None:
     """Ask before RAM is given up that no snapshot has."""
     from onionskin.operations import machines
 
-    if machines.has_unnamed_ram(store._opened, name.volume):
+    if not yes and machines.has_unnamed_ram(store._opened, name.volume):
+        from onionskin.cli.question import confirm_loss
+
         what = f"the RAM that {name.volume} would go on from, which no snapshot has"
-        output.confirm_loss(f"start --fresh drops {what}. Drop it?", f"start --fresh would drop {what}", yes=yes)
+        confirm_loss(f"start --fresh drops {what}. Drop it?", f"start --fresh would drop {what}")
 
 
 @_verb()
@@ -527,13 +529,16 @@ def revert(name: Name, beginning: bool, yes: bool, dry_run: bool, as_json: bool)
     if name.snapshot is None:
         raise click.UsageError(f"'{name}' names no snapshot: write {name}@SNAPSHOT, or --beginning for a fork")
     with name.open_store() as store:
+        target = store.open_machine(name.volume)
+        if dry_run or not yes:
+            target._refuse_revert(name.required_snapshot)
         loss = machine_usage.loss_of_revert(store._opened, name.volume, name.required_snapshot)
         runs = store.machine_info(name.volume).state != "off"
         if dry_run:
             _tell_dry_run(as_json, "revert", (), loss)
             return
         _agree("revert", (), loss, yes=yes, also="what its guest has not written" if runs else "")
-        store.open_machine(name.volume).revert(name.required_snapshot)
+        target.revert(name.required_snapshot)
     output.tell(
         as_json,
         {"machine": name.volume, "snapshot": name.snapshot},
@@ -547,12 +552,15 @@ def _revert_to_beginning(name: Name, *, yes: bool, dry_run: bool, as_json: bool)
     if name.snapshot is not None:
         raise click.UsageError("--beginning is of a fork itself: leave out the snapshot")
     with name.open_store() as store:
+        target = store.open_machine(name.volume)
+        if dry_run or not yes:
+            target._refuse_beginning()
         loss = machine_usage.loss_of_beginning(store._opened, name.volume)
         if dry_run:
             _tell_dry_run(as_json, "revert", (), loss)
             return
         _agree("revert", (), loss, yes=yes)
-        store.open_machine(name.volume).revert_to_beginning()
+        target.revert_to_beginning()
     value = {"machine": name.volume, "snapshot": None}
     output.tell(as_json, value, lambda: f"{name} goes on from what it was forked from")
 
@@ -732,6 +740,8 @@ def _tell_dry_run(as_json: bool, verb: str, machines: Sequence[str], loss: "Loss
 
 def _agree(verb: str, machines: Sequence[str], loss: "Loss", *, yes: bool, also: str = "") -> None:
     """Ask before something is lost; where nothing is, ask nothing."""
-    if loss.is_lost or also:
+    if not yes and (loss.is_lost or also):
+        from onionskin.cli.question import confirm_loss
+
         what = _described(machines, loss, also)
-        output.confirm_loss(f"{verb} drops {what}. Drop them?", f"{verb} would drop {what}", yes=yes)
+        confirm_loss(f"{verb} drops {what}. Drop them?", f"{verb} would drop {what}")

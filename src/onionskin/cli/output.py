@@ -21,7 +21,6 @@ from onionskin.base.fsync import sync_file
 from onionskin.base.progress import Progress
 from onionskin.base.sizes import format_size
 from onionskin.base.states import DATA, HOLE, ZERO
-from onionskin.errors import StateError
 
 Draw = Callable[[], str]
 
@@ -297,26 +296,3 @@ def progress(title: str, as_json: bool) -> Iterator[Progress | None]:
 def amount(done: int, total: int) -> str:
     """Write how much is done for people; a total of 0 is one that nobody knows."""
     return f"{format_size(done)} of {format_size(total)}" if total else format_size(done)
-
-
-def confirm_loss(question: str, loss: str, *, yes: bool, advice: str = "drop them, or take a snapshot first") -> None:
-    """Ask on a terminal before data is lost; elsewhere require --yes.
-
-    Raises
-    ------
-    StateError
-        There is no terminal and ``yes`` is false. ``loss`` says what would be lost.
-    """
-    if yes:
-        return
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise StateError(f"{loss}; give --yes to {advice}")
-    try:
-        agreed = click.confirm(cell(question), err=True)
-    except click.Abort as ended:
-        click.echo(err=True)  # the line of the question has not ended
-        if isinstance(ended.__context__, KeyboardInterrupt):  # click makes one of Ctrl-C and of the end of the input
-            raise KeyboardInterrupt from None
-        raise
-    if not agreed:
-        raise click.Abort

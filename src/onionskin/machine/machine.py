@@ -412,13 +412,42 @@ class Machine:
         OSError
             A file could not be read or written.
         """
+        taken = self._refuse_beginning()
+        self._store._put_machine_back_to_beginning(self._name)
+        self._start(only_from=None if taken.ram is None else record.BEGINNING)
+
+    def _refuse_revert(self, name: str) -> None:
+        """Raise what a revert would raise before anything is touched, so far as that can be told without doing it."""
+        taken = machines.find_snapshot(self._store._opened.catalog, self._row, name)
+        with self._supervisor() as control:
+            if control is not None:
+                from onionskin.machine.restore import find_saved
+
+                find_saved(self._store, self._row, name)
+        self._refuse_unlike(taken)
+        if control is None:
+            self._refuse_held_disks(but_served=True)
+
+    def _refuse_beginning(self) -> "MachineSnapshotRow":
+        """Raise what a revert to the beginning would raise, and return the snapshot of its origin that this is."""
         with self._supervisor() as control:
             if control is not None:
                 raise StateError(f"machine {self._name!r} runs; stop it first, with 'onionskin machine stop --force'")
         taken = machine_tree.beginning_of_fork(self._store._opened.catalog, self._row)[1]
         self._refuse_unlike(taken)
-        self._store._put_machine_back_to_beginning(self._name)
-        self._start(only_from=None if taken.ram is None else record.BEGINNING)
+        self._refuse_held_disks(but_served=False)
+        return taken
+
+    def _refuse_held_disks(self, *, but_served: bool) -> None:
+        """Raise StateError where somebody has a disk of a machine that is off; not a server that lets it change."""
+        import onionskin
+        from onionskin.operations.unflushed import refuse_open
+
+        for volume in machines.disks_of(self._store._opened.catalog, self._row).values():
+            is_ours = self._store._open_here(volume) is not None
+            if but_served and (is_ours or onionskin.agrees_to_revert(self._store, volume)):
+                continue
+            refuse_open(self._store._opened, volume)
 
     def _refuse_unlike(self, snapshot: "MachineSnapshotRow") -> None:
         """Raise StateError where a snapshot that has RAM cannot be loaded here, before anything is put back.

@@ -122,25 +122,9 @@ def of_merge(store: OpenStore, name: str, snapshots: Sequence[str], *, for_machi
         holds.refuse_held(catalog, dropped, for_machine=for_machine)
         in_order = sorted(rows, key=lambda one: one.number)
         going = _going(catalog, [], [f"{name}@{one.name}" for one in in_order], dropped)
-        gone = {layer.id for layer in going.layers}
-        runs: list[list[LayerRow]] = []
-        seen: set[bytes] = set()
-        # What stood beside a layer that goes may be alone on the one below now.
-        for layer in (*(one.layer for one in in_order), *(one.parent for one in going.layers)):
-            if layer is not None and layer not in gone and layer not in seen:
-                runs.append(fold_policy.run_around(catalog, row.head, layer, dropped=dropped, gone=gone))
-                seen.update(one.id for one in runs[-1])
-        return going, runs
+        return going, _runs(catalog, row.head, [one.layer for one in in_order], going)
 
-    def layers_of(found: tuple[_Going, list[list[LayerRow]]]) -> list[LayerRow]:
-        going, runs = found
-        return [*going.layers, *(layer for run in runs for layer in run)]
-
-    with locked_maps(store, find, layers_of) as (going, runs):
-        loss = _count(store, going)
-        folded = _freed_by_folds(store, runs)
-    freed = None if loss.bytes_freed is None or folded is None else loss.bytes_freed + folded
-    return replaced(loss, bytes_freed=freed)
+    return _measured_with_folds(store, find)
 
 
 def of_names(
@@ -156,6 +140,53 @@ def of_names(
         return _going(store.catalog, volumes, snapshots, dropped, kept=kept)
 
     return _measured(store, going)
+
+
+def of_names_and_folds(
+    store: OpenStore,
+    find: Callable[[], tuple[list[VolumeRow], list[str], Collection[bytes], list[tuple[bytes, list[bytes]]]]],
+) -> Loss:
+    """Return what goes with volumes and with names of volumes that stay, of which what nothing reads then is dropped too.
+
+    `find` returns the volumes, what the snapshots are called, and all layers that lose their names or heads; and of each
+    volume that stays, its head and which of these layers were its snapshots, in the order of taking.
+    """
+
+    def going() -> tuple[_Going, list[list[LayerRow]]]:
+        volumes, snapshots, dropped, staying = find()
+        found = _going(store.catalog, volumes, snapshots, dropped)
+        return found, [run for head, layers in staying for run in _runs(store.catalog, head, layers, found)]
+
+    loss = _measured_with_folds(store, going)
+    return replaced(loss, is_lost=loss.is_lost or loss.bytes_freed != 0)
+
+
+def _runs(catalog: Catalog, head: bytes, layers: Sequence[bytes], going: _Going) -> list[list[LayerRow]]:
+    """Return the runs that are folded in a volume whose snapshots of these layers lose their names. Inside `reading`."""
+    dropped = set(layers)
+    gone = {layer.id for layer in going.layers}
+    runs: list[list[LayerRow]] = []
+    seen: set[bytes] = set()
+    # What stood beside a layer that goes may be alone on the one below now.
+    for layer in (*layers, *(one.parent for one in going.layers)):
+        if layer is not None and layer not in gone and layer not in seen:
+            runs.append(fold_policy.run_around(catalog, head, layer, dropped=dropped, gone=gone))
+            seen.update(one.id for one in runs[-1])
+    return runs
+
+
+def _measured_with_folds(store: OpenStore, find: Callable[[], tuple[_Going, list[list[LayerRow]]]]) -> Loss:
+    """Count the data of the layers that go, and what folding those frees that stay. Their maps are locked meanwhile."""
+
+    def layers_of(found: tuple[_Going, list[list[LayerRow]]]) -> list[LayerRow]:
+        going, runs = found
+        return [*going.layers, *(layer for run in runs for layer in run)]
+
+    with locked_maps(store, find, layers_of) as (going, runs):
+        loss = _count(store, going)
+        folded = _freed_by_folds(store, runs)
+    freed = None if loss.bytes_freed is None or folded is None else loss.bytes_freed + folded
+    return replaced(loss, bytes_freed=freed)
 
 
 def _freed_by_folds(store: OpenStore, runs: Iterable[Sequence[LayerRow]]) -> int | None:

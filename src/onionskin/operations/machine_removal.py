@@ -90,14 +90,17 @@ def loss_of_delete(store: OpenStore, names: Sequence[str], *, recursive: bool) -
     catalog = store.catalog
     ids = list(ids_of(catalog, names).values())
 
-    def find() -> tuple[list[VolumeRow], list[str], list[bytes], list[bytes]]:
+    def find() -> tuple[list[VolumeRow], list[str], list[bytes], list[tuple[bytes, list[bytes]]]]:
         parts = _parts(catalog, ids, recursive=recursive)
         own = catalog.snapshots_of_volumes(row.id for row in parts.going)
-        layers = [row.layer for rows in own.values() for row in rows] + [row.head for row in parts.going]
-        return parts.going, parts.names, [*layers, *parts.layers], []
+        layers = [row.layer for rows in own.values() for row in rows]
+        holds.refuse_held(catalog, [*layers, *parts.layers], for_machine=True)
+        named = sorted(catalog.snapshots_of_layers(parts.layers), key=lambda row: row.number)
+        staying = [(disk.head, [row.layer for row in named if row.volume == disk.id]) for disk in parts.staying]
+        return parts.going, parts.names, [*layers, *(row.head for row in parts.going), *parts.layers], staying
 
     with _kept_off(store, ids):
-        return losses.of_names(store, find)
+        return losses.of_names_and_folds(store, find)
 
 
 @held

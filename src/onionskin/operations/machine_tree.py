@@ -337,16 +337,13 @@ def discard(
         going = going_with(catalog, machine, snapshots, recursive=recursive)
         refuse_awaited(catalog, machine, going, but_own=held is not None)
         stands = machine.stands_on in {row.id for row in going}
-        if stands and held is None:
-            raise StateError(
-                f"machine {machine.name!r} runs on what would be discarded; stop it, or revert it to another snapshot first; "
-                "nothing was discarded"
-            )
+        if held is None:
+            refuse_run_on(machine, going)
         named = catalog.snapshots_of_layers(catalog.layers_of_machine_snapshots(row.id for row in going))
         if held is not None:
             reset_ram(store, machine, without={row.layer for row in named})
         layers = _layers_of_branches(store, named, recursive=recursive, held=held or ())
-        _refuse_others(catalog, layers, going)
+        refuse_others(catalog, layers, going)
         holds.refuse_held(catalog, layers, for_machine=True)
         _forget(catalog, going)
         if stands:
@@ -449,7 +446,16 @@ def _layers_of_branches(
     return layers
 
 
-def _refuse_others(catalog: Catalog, layers: set[bytes], going: Sequence[MachineSnapshotRow]) -> None:
+def refuse_run_on(machine: MachineRow, going: Sequence[MachineSnapshotRow]) -> None:
+    """Raise StateError where a machine that runs stands on one of these."""
+    if machine.stands_on in {row.id for row in going}:
+        raise StateError(
+            f"machine {machine.name!r} runs on what would be discarded; stop it, or revert it to another snapshot first; "
+            "nothing was discarded"
+        )
+
+
+def refuse_others(catalog: Catalog, layers: set[bytes], going: Sequence[MachineSnapshotRow]) -> None:
     """Raise StateError if a snapshot of a machine would lose a part that is not discarded as a whole."""
     ids = {row.id for row in going}
     others = {row.name for row in catalog.machine_snapshots_of_layers(layers).values() if row.id not in ids}

@@ -7,10 +7,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from onionskin.catalog import Catalog, MachineRow, MachineSnapshotRow, VolumeRow
-from onionskin.operations import losses, machine_tree, machines
+from onionskin.operations import holds, losses, machine_tree, machines
 from onionskin.operations import usage as usages
 from onionskin.operations.losses import Loss
 from onionskin.operations.snapshots import all_of_branches, refuse_discard
+from onionskin.operations.unflushed import refuse_open
 from onionskin.storage.open_store import OpenStore
 
 
@@ -120,12 +121,20 @@ def loss_of_merge(store: OpenStore, name: str, snapshots: Sequence[str]) -> Loss
 def loss_of_discard(store: OpenStore, name: str, snapshots: Sequence[str], *, recursive: bool) -> Loss:
     """Return what a discard of snapshots of a machine would drop, with all that was written after them."""
     catalog = store.catalog
+    runs = machines.is_running(store, machines.find(catalog, name))
 
     def find() -> tuple[list[VolumeRow], list[str], Collection[bytes], Collection[bytes]]:
         machine = machines.find(catalog, name)
         going = machine_tree.going_with(catalog, machine, snapshots, recursive=recursive)
-        machine_tree.refuse_awaited(catalog, machine, going, but_own=True)
+        machine_tree.refuse_awaited(catalog, machine, going, but_own=not runs)
+        if runs:
+            machine_tree.refuse_run_on(machine, going)
+        elif machine.stands_on in {row.id for row in going}:
+            for disk in machines.disks_of(catalog, machine).values():
+                refuse_open(store, disk)
         dropped, kept = _branches(catalog, machine, going, recursive)
+        machine_tree.refuse_others(catalog, dropped, going)
+        holds.refuse_held(catalog, dropped, for_machine=True)
         return [], [f"{machine.name}@{row.name}" for row in going], dropped, kept
 
     return losses.of_names(store, find)

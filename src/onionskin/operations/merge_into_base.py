@@ -7,12 +7,15 @@ written is the base, and its path leads to it. Reads do not change, whatever ste
 
 import os
 import time
+from collections.abc import Callable, Iterator
 from errno import EDQUOT, ENOSPC
 from typing import TYPE_CHECKING
 
 from onionskin.base.fsync import sync_file
+from onionskin.base.held import held
 from onionskin.base.naming import some_of
 from onionskin.base.paths import FilePath
+from onionskin.base.signals import DeferredInterrupt
 from onionskin.catalog import BaseRow, Catalog, LayerRow, SnapshotRow, WorkRow, new_id
 from onionskin.catalog.tree import descendants, find_snapshot, remove_unreachable_layers
 from onionskin.errors import ChainError, StateError
@@ -46,14 +49,49 @@ def merge_into_base(
     """
     resumes = True
     while resumes:
-        with volume.operation(may_resume=True):
-            interrupted = unfinished_base_merges(volume.store.catalog, volume.head)
-            resumes = bool(interrupted)
-            target = interrupted[0] if interrupted else _target_of(volume, upto)
-            folded = _begin_base_merge(volume, target, is_new=not interrupted)
-            volume.is_merging = True
-        _run_base_merge(volume, folded, progress, threads, bytes_per_second)
+        with _let_go_at_the_end(volume) as begins:
+            with volume.operation(may_resume=True):
+                interrupted = unfinished_base_merges(volume.store.catalog, volume.head)
+                resumes = bool(interrupted)
+                target = interrupted[0] if interrupted else _target_of(volume, upto)
+                begins()
+                folded = _begin_base_merge(volume, target, is_new=not interrupted)
+            _run_base_merge(volume, folded, progress, threads, bytes_per_second)
     reclaim.work_soon(volume.store)
+
+
+@held
+def _let_go_at_the_end(volume: OpenHead) -> Iterator[Callable[[], None]]:
+    """Let others have the base, and end the volume, when a merge ends that the block begins by what this gives it.
+
+    An interrupt may come anywhere. If it left the volume merging, a `close` would wait for ever.
+    """
+    begun: list[bool] = []
+
+    def begin() -> None:
+        begun.append(True)
+        volume.is_merging = True
+
+    try:
+        yield begin
+    finally:
+        try:
+            _let_go(volume, begun)
+        except BaseException:  # an interrupt, before it was held back
+            _let_go(volume, begun)
+            raise
+
+
+def _let_go(volume: OpenHead, begun: list[bool]) -> None:
+    with DeferredInterrupt(), volume.guard:
+        if not begun:
+            return
+        begun.clear()
+        try:
+            if volume.base_lock is not None:
+                volume.base_lock.share()
+        finally:
+            volume.merge_ended()
 
 
 def _target_of(volume: OpenHead, upto: str | None) -> bytes:
@@ -126,24 +164,17 @@ def _run_base_merge(
 ) -> None:
     store, lock = volume.store, volume.base_lock
     assert folded.base is not None and lock is not None
-    try:
-        _copy_into_base(
-            store,
-            folded,
-            lock,
-            progress=_stoppable(volume, progress),
-            threads=threads,
-            bytes_per_second=bytes_per_second,
-        )
-        with volume.guard:
-            _switch_to_base(volume, folded, lock)
-            fold_where_unnamed(volume, [folded.top.id])
-    finally:
-        with volume.guard:
-            try:
-                lock.share()
-            finally:
-                volume.merge_ended()
+    _copy_into_base(
+        store,
+        folded,
+        lock,
+        progress=_stoppable(volume, progress),
+        threads=threads,
+        bytes_per_second=bytes_per_second,
+    )
+    with volume.guard:
+        _switch_to_base(volume, folded, lock)
+        fold_where_unnamed(volume, [folded.top.id])
 
 
 def _switch_to_base(volume: OpenHead, folded: Chain, lock: BaseLock) -> None:

@@ -60,6 +60,18 @@ def test_merging_again_ends_it(web: onionskin.Volume, tmp_path: Path) -> None:
     assert web.store._opened.catalog.rows(WorkRow, "kind = 'base-merge'") == []
 
 
+def test_an_interrupt_before_anything_is_copied_lets_the_volume_be_closed(web: onionskin.Volume) -> None:
+    before = web.read(0, web.size_bytes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge_into_base, "_run_base_merge", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            web.merge_into_base("a")
+    with web.store.open("web", snapshot="a"):  # the base can be read by others too
+        pass
+    web.merge_into_base("a")
+    assert web.read(0, web.size_bytes) == before
+
+
 def test_no_volume_is_made_over_a_base_that_is_half_merged(web: onionskin.Volume, tmp_path: Path) -> None:
     for name in ("base.raw", "hard link", "symlink"):
         with pytest.raises(onionskin.StateError, match="has not ended"):
