@@ -708,7 +708,7 @@ def _start(
     is_tracked: bool,
     kept: Sequence[int],
 ) -> QemuProcess:
-    for socket in (qemu_command.QMP, qemu_command.CONSOLE, qemu_command.AGENT, qemu_command.PRELOAD):
+    for socket in qemu_command.SOCKETS:
         (directory / socket).unlink(missing_ok=True)
     environment = dict(os.environ)
     if is_tracked:

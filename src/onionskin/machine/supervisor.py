@@ -682,7 +682,9 @@ class Supervisor:
         if self._moved:
             return
         if error is None and self._is_recorded:
-            (self._directory / record.RECORD).unlink(missing_ok=True)
+            sockets = qemu_command.SOCKETS if hasattr(self, "_process") and self._process.wait(0) is not None else ()
+            for name in (record.RECORD, *sockets):  # of a hypervisor that was killed, and of the library in any
+                (self._directory / name).unlink(missing_ok=True)
         record.note_reachable(self._directory)
 
     # ---- verbs: each is given a function that raises once its caller has gone ----
