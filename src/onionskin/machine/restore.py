@@ -235,7 +235,7 @@ def revert(
         It has no RAM, or cannot run here: nothing was touched. Or it failed half-way: the machine stays stopped until it is
         reverted again, or stopped.
     """
-    with running.guard:
+    with running.guard, machines.snapshots_kept(running.store._opened, running.machine.id):
         running.open_ram_again()
         saved = find_saved(running.store, running.machine, snapshot)
         compare(saved.recorded, running.recorded)
@@ -246,18 +246,11 @@ def revert(
             _state_of(view, saved) as state,
             _VolumesGoingBack(running, going_back) as volumes,
             # A guest that runs keeps the hypervisor from answering for milliseconds each time, and it is thrown away.
-            _stopped_to_revert(running, stays) as stop,
+            _stopped_to_revert(running, stays, lambda: _look(running, saved, snapshot)) as stop,
             ExitStack() as opened,
         ):
-            _refuse_resized(running, snapshot)
-            running.refuse_other_devices("nothing was changed")
+            elsewhere = _look(running, saved, snapshot)
             load_state = opened.enter_context(running.process.loading(state.path))
-            elsewhere = _changed_between(running, saved)
-            if isinstance(running.guest_ram, GuestRam):
-                running.guest_ram.note_written()
-            else:
-                running.guest_ram.collect()
-            running.refuse_without_room(elsewhere, "nothing was changed")
             mark(running.guest_ram._unsaved, elsewhere)
             with _unsaved_unless_done(running), volumes.going():
                 _put_back(running, saved, view)
@@ -367,6 +360,22 @@ class _VolumesGoingBack:
                 self._work.result()
 
 
+def _look(running: Running, saved: Saved, snapshot: str) -> NDArray[np.void]:
+    """Return the runs of RAM that differ between what a machine stands on and a snapshot, before anything is changed.
+
+    StateError: it cannot go back to that in the process that it runs in.
+    """
+    _refuse_resized(running, snapshot)
+    running.refuse_other_devices("nothing was changed")
+    elsewhere = _changed_between(running, saved)
+    if isinstance(running.guest_ram, GuestRam):
+        running.guest_ram.note_written()
+    else:
+        running.guest_ram.collect()
+    running.refuse_without_room(elsewhere, "nothing was changed")
+    return elsewhere
+
+
 def _refuse_resized(running: Running, snapshot: str) -> None:
     """Raise StateError where a disk has another size in a snapshot: a hypervisor learns that of a disk when it starts."""
     catalog = running.store._opened.catalog
@@ -466,11 +475,14 @@ def _source_of(running: Running, saved: Saved) -> Source:
 
 
 @contextmanager
-def _stopped_to_revert(running: Running, stays: bool) -> Iterator[Stop]:
-    """Stop a machine for the time of the block. It goes on behind that, unless it is between two states then."""
+def _stopped_to_revert(running: Running, stays: bool, look: Callable[[], object]) -> Iterator[Stop]:
+    """Stop a machine for the time of the block. It goes on behind that, unless it is between two states then.
+
+    One that sleeps is woken, as it might wake by itself, and write to disks that are being put back; but where `look` refuses
+    the revert, it sleeps on.
+    """
     was_broken = running.is_broken
-    # One that sleeps might wake, and write to disks that are being put back.
-    with stopped(running.process, wakes=True) as stop:
+    with stopped(running.process, before_waking=look) as stop:
         had_ended = not stop.ran and not stays and running.process.guest_has_ended
         running.goes_on = stop.ran or had_ended or (was_broken and running.goes_on)
         try:

@@ -7,7 +7,7 @@ before (`stopped`). One thing is done at a time (`guard`).
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -259,16 +259,16 @@ def source_of(store: "Store", volume: "VolumeRow", layer: bytes, length: int) ->
 
 
 @contextmanager
-def stopped(process: "Process", *, wakes: bool = False) -> Iterator["Stop"]:
+def stopped(process: "Process", *, before_waking: Callable[[], object] | None = None) -> Iterator["Stop"]:
     """Stop a machine for the time of the block, or until `Stop.end`. One that was stopped before stays so.
 
-    With `wakes`, one whose guest sleeps (S3) is woken before; else it cannot be stopped.
+    One whose guest sleeps (S3) is woken before, behind `before_waking`, which may refuse that; without, it is not stopped.
 
     What the block fails with is raised also where the machine does not answer when it is to go on: that is why.
     """
     stop = Stop(process)
     try:
-        stop.begin(wakes=wakes)
+        stop.begin(before_waking)
         yield stop
     except BaseException:
         try:
@@ -297,10 +297,10 @@ class Stop:
         self.seconds: float = 0.0
         self.ran: bool = False
 
-    def begin(self, *, wakes: bool = False) -> None:
+    def begin(self, before_waking: Callable[[], object] | None = None) -> None:
         """Stop it. See `stopped`."""
         self._standstill = self._process.watch(stands=True)
-        self.ran = self._process.wake() if wakes else not self._process.is_paused
+        self.ran = not self._process.is_paused if before_waking is None else self._process.wake(before_waking)
         self._begun = time.monotonic()
         if self.ran:
             self._standstill = self._process.watch(stands=False)

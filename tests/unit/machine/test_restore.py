@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from onionskin.machine import running as running_module
 from onionskin.machine.monitor import MonitorTimeout
 from onionskin.machine.preload import RefusedError
 from onionskin.machine.ram import GuestRam
+from onionskin.machine.record import make_directory
 from onionskin.machine.running import Running
 from onionskin.operations import machine_tree, machines, restart, snapshots
 from onionskin.operations.machine_snapshots import MachineCut
@@ -222,6 +224,46 @@ def test_a_machine_that_runs_with_a_disk_of_another_size_is_not_put_back_in_plac
     with pytest.raises(StateError, match=r"disk 'data' had .*stop the machine"):
         restore.revert(running, "a")
     assert not process.is_paused and is_at(running, process, "a", ram)
+
+
+def test_a_snapshot_is_not_dropped_while_a_machine_is_put_back_to_it(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ram = snapshot(running, process, "a", {1: 1})
+    process.write(1, 2)
+    opened, load = running.store._opened, process.load_state
+    make_directory(opened.layout.root, running.machine.id)
+    monkeypatch.setattr(machines, "KEPT_SECONDS", 0.0)
+    refused: list[str] = []
+
+    def drop_and_load(path: Path) -> None:
+        for drop in (machine_tree.merge, partial(machine_tree.discard, recursive=True, held=None)):
+            with pytest.raises(StateError) as error:
+                drop(opened, running.name, ["a"])
+            refused.append(str(error.value))
+        load(path)
+
+    monkeypatch.setattr(process, "load_state", drop_and_load)
+    restore.revert(running, "a")
+    assert [text.startswith("another process has put the machine back") for text in refused] == [True] * 2
+    assert is_at(running, process, "a", ram)
+
+
+def test_a_machine_is_not_put_back_while_snapshots_of_it_are_dropped(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot(running, process, "a", {1: 1})
+    process.write(1, 2)
+    before = process.whole()
+    opened = running.store._opened
+    make_directory(opened.layout.root, running.machine.id)
+    monkeypatch.setattr(machines, "KEPT_SECONDS", 0.0)
+    with (
+        machines.snapshots_kept(opened, running.machine.id, to_drop=True),
+        pytest.raises(StateError, match="nothing was changed"),
+    ):
+        restore.revert(running, "a")
+    assert process.whole() == before and not process.is_paused and not running.is_broken
 
 
 def test_a_machine_whose_devices_were_changed_while_it_ran_is_not_put_back_in_place(
