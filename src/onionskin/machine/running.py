@@ -25,6 +25,7 @@ from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.kernels import _ram
 from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine.device_state import crc32_of, open_layer, read_state
+from onionskin.machine.monitor import MonitorTimeout
 from onionskin.machine.ram import ComparedRam, GuestRam, UnsavedRam, page_aligned
 from onionskin.machine.ram_files import RamFiles, Source, was_written_to
 from onionskin.operations.differences import diff_of_chains
@@ -304,7 +305,13 @@ class Stop:
         self._begun = time.monotonic()
         if self.ran:
             self._standstill = self._process.watch(stands=False)
-            self._process.pause(runs=True)  # if this fails, it may be stopped all the same, later: `end` lets it go on
+            try:
+                self._process.pause(
+                    runs=True
+                )  # if this fails, it may be stopped all the same, later: `end` lets it go on
+            except MonitorTimeout:  # it was told to go on behind that, whenever it answers again
+                self.ran = False
+                raise
             if not self._standstill.stands:
                 raise StateError(
                     "its guest sleeps (S3), and it is not stopped then; wake it, with 'onionskin machine resume'"
@@ -336,6 +343,8 @@ class Stop:
             try:
                 self._process.resume()
                 break
+            except MonitorTimeout:  # it was told, and goes on when it answers again: nobody waits for that three times
+                raise
             except (OSError, OnionskinError):
                 if not left:
                     raise

@@ -167,7 +167,7 @@ def test_who_does_not_answer_as_it_was_stopped_is_named_with_what_lets_it_go_on(
     qemu: Qemu, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("onionskin.machine.monitor.is_stopped", lambda pid: pid == os.getpid())
-    said = f"its process {os.getpid()} was stopped .'kill -CONT {os.getpid()}'"
+    said = f"its process {os.getpid()} was stopped .kill -CONT lets it go on"
     with Monitor(path, "lab") as monitor, pytest.raises(MonitorTimeout, match=said):
         monitor.execute("silent", seconds=0.1)
 

@@ -320,6 +320,26 @@ def test_what_failed_is_said_also_where_the_machine_does_not_answer_when_it_is_t
         pass
 
 
+@pytest.mark.parametrize(("silent", "told"), [("stop", ["stop"]), ("cont", ["stop", "cont"])])
+def test_a_machine_that_does_not_answer_is_not_waited_for_again_and_again(silent: str, told: list[str]) -> None:
+    asked: list[str] = []
+
+    def ask(command: str) -> None:
+        asked.append(command)
+        if command == silent:
+            raise MonitorTimeout(f"did not answer {command!r}")
+
+    process = SimpleNamespace(
+        watch=lambda stands: SimpleNamespace(stands=True),
+        is_paused=False,
+        pause=lambda runs: ask("stop"),
+        resume=lambda: ask("cont"),
+    )
+    with pytest.raises(MonitorTimeout, match=silent), running_module.stopped(process):  # type: ignore[arg-type]
+        pass
+    assert asked == told
+
+
 def test_the_ram_volume_is_made_ready_while_the_devices_are_loaded_and_put_back_behind_that(
     running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -284,7 +284,8 @@ def test_who_waits_for_a_supervisor_that_waits_itself_is_told_once_for_whom(
         assert control.call("pause") is True
     server.close()
     assert [record.message for record in caplog.records if record.name == "onionskin.machine.control"] == [
-        "waiting for process 5, which serves the disks of machine 'lab': it is stopped; kill -CONT lets it go on"
+        "waiting for process 5, which serves the disks of machine 'lab': it is stopped; kill -CONT lets it go on, or thawing "
+        "its cgroup"
     ]
 
 
