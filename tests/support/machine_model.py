@@ -75,7 +75,8 @@ class Verb:
 
 
 def _if(holds: Callable[[State], bool], then: Callable[[State], State]) -> Effect:
-    return lambda state: [then(state)] if state.name == "lab" and holds(state) else []
+    """Of a machine that is there: a verb that found it by its name goes on with it when it is renamed meanwhile."""
+    return lambda state: [then(state)] if state.name and holds(state) else []
 
 
 def _snapshot(name: str, *, mode: str | None) -> Verb:
@@ -94,7 +95,7 @@ def _revert(name: str) -> Verb:
         return replace(state, at=name, runs=RUNNING if state.runs == OFF else state.runs, resumes=False)
 
     def half(state: State) -> list[State]:  # its disks are put back, and it is not started
-        is_off = state.runs == OFF and name in state.taken and state.name == "lab"
+        is_off = state.runs == OFF and name in state.taken
         return [replace(state, at=name, resumes=True)] if is_off else []
 
     return Verb(("machine", "revert", f"{{store}}/lab@{name}", "--yes"), _if(lambda s: name in s.taken, go), half)
@@ -143,7 +144,7 @@ def _rename(state: State) -> list[State]:
 
 
 def _delete(state: State) -> list[State]:
-    if state.name != "lab" or state.runs != OFF or state.fork or state.has_pool:
+    if not state.name or state.runs != OFF or state.fork or state.has_pool:
         return []
     return [replace(state, name="", snapshots=(), at="", resumes=False)]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from onionskin.store import Store
 
 _log = logger(__name__)
+_T = TypeVar("_T")
 _GENERATION_BYTES = 16
 _GENERATION_OFFSET = 40  # in its page, of which nothing else is set: QEMU's docs/specs/vmgenid
 # The firmware puts that page near the end of RAM, or of that part of a larger one which is below 4 GiB.
@@ -209,7 +210,11 @@ def _has_generation(page: NDArray[np.uint8], wanted: NDArray[np.uint8], generati
 
 
 def revert(
-    running: Running, snapshot: str, *, stays: bool = False, when_back: Callable[[], None] = lambda: None
+    running: Running,
+    snapshot: str,
+    *,
+    stays: bool = False,
+    to_note: Callable[[Recorded, bool], Callable[[], None]] = lambda recorded, is_frozen: lambda: None,
 ) -> None:
     """Put a machine back to a snapshot, in the process that it runs in. It goes on if it ran, and stays stopped if not.
 
@@ -224,8 +229,9 @@ def revert(
         The name.
     stays : bool
         Whether its user wants it to stand still.
-    when_back : callable
-        Called when it is back, and that is durable, before it goes on.
+    to_note : callable
+        Called while that becomes durable, with what is recorded of the machine then, and whether its file systems are frozen.
+        What it returns is called when it is durable, before the guest goes on.
 
     Raises
     ------
@@ -259,12 +265,16 @@ def revert(
                 renew_generation(running)
                 volumes.wait_until_ready()
                 stop.refuse_went_on(f"a revert to {snapshot!r}")
-                # The guest may write from here on. What it would wait for in the hypervisor is done beside the transaction.
-                volumes.finish(opened.close)
-            running.recorded = replace(running.recorded, guest_kernel=saved.recorded.guest_kernel)
-            running.is_frozen = saved.recorded.is_frozen
-            running.is_broken = False
-            when_back()
+                recorded = replace(running.recorded, guest_kernel=saved.recorded.guest_kernel)
+
+                def beside() -> Callable[[], None]:
+                    with opened:
+                        return to_note(recorded, saved.recorded.is_frozen)
+
+                # The guest may write from here on. What it would wait for otherwise is done beside the transaction.
+                note = volumes.finish(beside)
+            running.recorded, running.is_frozen, running.is_broken = recorded, saved.recorded.is_frozen, False
+            note()
 
 
 class _NotPutBack(Exception):
@@ -345,15 +355,15 @@ class _VolumesGoingBack:
         if self._work.done():
             self._work.result()
 
-    def finish(self, beside: Callable[[], None] = lambda: None) -> None:
-        """Put the RAM volume back: the machine is. `beside` is done meanwhile.
+    def finish(self, beside: Callable[[], _T]) -> _T:
+        """Put the RAM volume back: the machine is. `beside` is done meanwhile; return what it returns.
 
         On return that is durable. What the volume was is given up behind it, while the guest begins to run.
         """
         self._goes_on = True
         self._is_told.set()
         try:
-            beside()
+            return beside()
         finally:
             self._is_changed.wait()
             if not self._has_changed:

@@ -892,14 +892,11 @@ class Supervisor:
             goes_on = self.running.goes_on if self.running.is_broken else self._would_go_on()
             self._note(is_reverting=True, is_standing=goes_on)
             stays = False
-
-            def note_back() -> None:
-                # Before the guest goes on: one that did is not to be put back again because this process was killed then.
-                self._note_what_is(is_reverting=False, **self._of_guest())
-
             self._goes_back = True
             try:
-                restore.revert(self.running, name, stays=self.record.is_paused, when_back=note_back)
+                # Before the guest goes on: one that did is not to be put back again because this process was killed then.
+                with self._noting_back() as to_note:
+                    restore.revert(self.running, name, stays=self.record.is_paused, to_note=to_note)
             except BaseException:
                 # One that did not answer when it was to go on may be found stopped when it does.
                 stays = goes_on and not self.running.is_broken and self._may_stand(for_us_alone=True)
@@ -911,6 +908,37 @@ class Supervisor:
                 self._note_what_is(is_reverting=is_broken, is_standing=is_standing, **self._of_guest())
             if self.running.is_frozen and not self._process.is_paused:  # it answers late while its guest begins to run
                 self._thaw()
+
+    @contextmanager
+    def _noting_back(self) -> Iterator[Callable[[Recorded, bool], Callable[[], None]]]:
+        """Give what writes beforehand what is noted when a machine is back, and returns what notes it then, at once."""
+        with ExitStack() as drafts:
+
+            def to_note(recorded: Recorded, is_frozen: bool) -> Callable[[], None]:
+                what: dict[str, Any] = {
+                    "recorded": recorded.to_json(), "told": self.running.generation, "is_frozen": is_frozen,
+                    "is_reverting": False,
+                }  # fmt: skip
+                with self._guard:
+                    before, noted = self.record, replace(self.record, **what)
+                with suppress(OSError):
+                    draft = noted.stage(self._directory)
+                    drafts.callback(draft.drop)
+                    return lambda: self._put(draft, before, noted, what)
+                return lambda: self._note_what_is(**what)
+
+            yield to_note
+
+    def _put(self, draft: record.Staged, before: Record, noted: Record, what: dict[str, Any]) -> None:
+        """Note what was written beforehand. Where something else was noted since, or it cannot be put there, write it now."""
+        with self._guard:
+            with suppress(OSError, StateError):
+                self._store._opened.catalog.refuse_moved()
+                if self.record is before:
+                    draft.put()
+                    self.record = noted
+                    return
+            self._note_what_is(**what)
 
     def _of_guest(self) -> dict[str, Any]:
         """Return what a record has of the guest that a revert put in the place of the one before."""

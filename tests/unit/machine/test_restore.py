@@ -20,6 +20,7 @@ from onionskin.errors import FormatError, SnapshotNotFoundError, StateError
 from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine import capture, restore
 from onionskin.machine import running as running_module
+from onionskin.machine.hypervisor import Recorded
 from onionskin.machine.monitor import MonitorTimeout
 from onionskin.machine.preload import RefusedError
 from onionskin.machine.ram import GuestRam
@@ -399,15 +400,19 @@ def test_who_notes_that_a_guest_is_back_does_so_when_that_is_durable_and_before_
 ) -> None:
     ram = snapshot(running, process, "a", {1: 1})
     process.write(1, 2)
-    found = []
+    found: list[tuple[bool, ...]] = []
+
+    def to_note(recorded: Recorded, is_frozen: bool) -> Callable[[], None]:
+        found.append((process.is_paused, running.is_broken))
+        return note
 
     def note() -> None:
         with onionskin.Store(running.store.path) as other:
             row = machines.find(other._opened.catalog, running.name)
             found.append((process.is_paused, running.is_broken, row.resumes == machines.BOOTS))
 
-    restore.revert(running, "a", when_back=note)
-    assert found == [(True, False, True)]
+    restore.revert(running, "a", to_note=to_note)
+    assert found == [(True, True), (True, False, True)]
     assert not process.is_paused and is_at(running, process, "a", ram)
 
 
