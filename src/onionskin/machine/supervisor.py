@@ -76,14 +76,23 @@ class Supervisor:
         The machine.
     log : callable
         Takes a line.
+    machine : bytes, optional
+        The id of the machine, which may have another name by now.
     pool : socket, optional
         The other end is the pool's for which the machine waits, stopped before it goes on from its snapshot, until a fork
         takes it. When the pool closes it before that, the machine ends, and nothing of it is left.
     """
 
     def __init__(
-        self, store: "Store", name: str, log: Callable[[str], None], *, pool: socket.socket | None = None
+        self,
+        store: "Store",
+        name: str,
+        log: Callable[[str], None],
+        *,
+        machine: bytes | None = None,
+        pool: socket.socket | None = None,
     ) -> None:
+        self._id = machine
         self._pool = pool
         self._store = store
         self._name = name
@@ -132,9 +141,12 @@ class Supervisor:
 
     def _begin(self, paused: bool, only_from: str | None) -> None:
         _refuse_without_pidfd()
-        row = machines.find(self._store._opened.catalog, self._name)
+        row = self._row_to_run()
         volume = self._store._open_ram(row)
         self._ends.callback(lambda: (self.running.ram_volume if hasattr(self, "running") else volume).close())
+        self._id = row.id
+        row = self._row_to_run()  # nobody renames it from here on, as it is held
+        self._name = row.name
         self._directory = record.make_directory(self._store._opened.layout.root, row.id)
         self._ends.push(self._forget)
         record.note_under_way(self._directory)
@@ -160,6 +172,15 @@ class Supervisor:
         self._process.are_disks_served = self._are_disks_served
         self._listen()
         record.note_reachable(self._directory)
+
+    def _row_to_run(self) -> "MachineRow":
+        catalog = self._store._opened.catalog
+        if self._id is None:
+            return machines.find(catalog, self._name)
+        row = catalog.machine_with_id(self._id)
+        if row is None:
+            raise StateError(f"machine {self._name!r} was deleted meanwhile, so it was not started")
+        return row
 
     def _start(
         self, machine: bytes, volume: "Volume", paused: bool, only_from: str | None, keep_served: Callable[[], None]
@@ -1053,6 +1074,7 @@ def supervise(
     store: "Store",
     name: str,
     *,
+    machine: bytes | None = None,
     paused: bool = False,
     only_from: str | None = None,
     log: Callable[[str], None],
@@ -1064,7 +1086,7 @@ def supervise(
     SIGTERM, SIGINT and SIGHUP have the guest shut down. With `pool`, the machine waits in a pool at first: see `Supervisor`.
     """
     with _short_turns_of_threads():
-        return _supervise(Supervisor(store, name, log, pool=pool), paused, only_from, ready)
+        return _supervise(Supervisor(store, name, log, machine=machine, pool=pool), paused, only_from, ready)
 
 
 @contextmanager
