@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -296,6 +297,36 @@ def test_a_machine_that_somebody_else_lets_go_on_in_a_revert_is_stopped_until_it
     assert process.is_paused and running.is_broken
     restore.revert(running, "a")
     assert not process.is_paused and not running.is_broken and is_at(running, process, "a", ram)
+
+
+def test_it_is_looked_when_the_disks_are_back_whether_somebody_else_let_the_machine_go_on(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot(running, process, "a", {1: 1})
+    is_loaded, are_back = threading.Event(), threading.Event()
+    put_back, renew, refuse = (
+        machine_tree.RevertInPlace.put_disks_back, restore.renew_generation, running_module.Stop.refuse_went_on,
+    )  # fmt: skip
+    found: list[bool] = []
+
+    def put_back_late(*given: Any) -> None:
+        assert is_loaded.wait(300)
+        put_back(*given)
+        are_back.set()
+
+    def renew_and_say_so(one: Running) -> None:
+        renew(one)
+        is_loaded.set()
+
+    def look(stop: running_module.Stop, what: str) -> None:
+        found.append(are_back.is_set())
+        refuse(stop, what)
+
+    monkeypatch.setattr(machine_tree.RevertInPlace, "put_disks_back", put_back_late)
+    monkeypatch.setattr(restore, "renew_generation", renew_and_say_so)
+    monkeypatch.setattr(running_module.Stop, "refuse_went_on", look)
+    restore.revert(running, "a")
+    assert found == [True]
 
 
 def test_memory_that_may_be_dropped_later_is_not_written_over(running: Running) -> None:
