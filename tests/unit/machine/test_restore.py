@@ -447,16 +447,17 @@ def test_who_notes_that_a_guest_is_back_does_so_when_that_is_durable_and_before_
     assert not process.is_paused and is_at(running, process, "a", ram)
 
 
-@pytest.mark.parametrize("room_bytes", [0, 1 << 62])
+@pytest.mark.parametrize(("room_bytes", "rests"), [((1 << 30) - 4096, False), (1 << 30, True)])
 def test_the_background_rests_behind_a_revert_unless_room_may_be_missed_meanwhile(
-    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch, room_bytes: int
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch, room_bytes: int, rests: bool
 ) -> None:
     snapshot(running, process, "a", {1: 1})
-    rests = []
-    monkeypatch.setattr(running.store._opened, "rest", rests.append)
-    monkeypatch.setattr(snapshots, "GUEST_ROOM_BYTES", room_bytes)
+    found: list[float] = []
+    monkeypatch.setattr(running.store._opened, "rest", found.append)
+    free = SimpleNamespace(f_bavail=room_bytes // 4096, f_frsize=4096)
+    monkeypatch.setattr(snapshots, "os", SimpleNamespace(statvfs=lambda path: free))
     restore.revert(running, "a")
-    assert bool(rests) is not bool(room_bytes)
+    assert bool(found) is rests
 
 
 @pytest.mark.parametrize("fails", [False, True])
