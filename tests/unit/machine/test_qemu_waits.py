@@ -1,4 +1,4 @@
-"""How long somebody waits for a QEMU that was started to answer: longer as long as it was not stopped."""
+"""How long a QEMU is waited for that starts, or that is to stop its machine: longer as long as who it waits for is at it."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +8,7 @@ import pytest
 
 from onionskin.errors import StateError
 from onionskin.machine import qemu
+from onionskin.machine.monitor import MonitorTimeout
 from onionskin.machine.qemu import QemuProcess
 
 
@@ -45,3 +46,25 @@ def test_no_qemu_is_waited_for_without_end(starting: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(qemu, "START_SECONDS_MAX", -1.0)
     with pytest.raises(StateError, match="did not answer within 0 s"):
         QemuProcess._connect(starting, None)
+
+
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_a_machine_whose_disks_are_served_has_longer_to_stop_and_one_that_does_not_goes_on(ends_well: bool) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    class Monitor:
+        def execute(self, command: str, *, seconds: float, seconds_max: float, is_at_it: object) -> None:
+            asked.append((command, seconds_max > seconds and is_at_it is process.are_disks_served))
+            if not ends_well:
+                raise MonitorTimeout("it did not answer")
+
+        def request(self, command: str) -> None:
+            asked.append((command, False))
+
+    process: Any = SimpleNamespace(monitor=Monitor(), are_disks_served=lambda: True)
+    if ends_well:
+        assert QemuProcess.pause(process, runs=True)
+    else:
+        with pytest.raises(MonitorTimeout):
+            QemuProcess.pause(process, runs=True)
+    assert asked == [("stop", True)] + [("cont", False)] * (not ends_well)
