@@ -57,6 +57,7 @@ OF_A_REVERT = (
     *("GuestRam.note_written", "RevertInPlace.put_disks_back", "GuestRam.drop", "QemuProcess._run_on_state", "_settle"),
     *("renew_generation", "Stop.refuse_went_on", "RevertInPlace.put_ram_back", "QemuProcess.resume"),
     *("QemuProcess._remove_node", "_VolumesGoingBack.finish", "_VolumesGoingBack._note_changed"),
+    *("Record.stage", "Staged.put"),
 )
 OF_A_PAUSE = ("QemuProcess.pause", "Record.write")
 OF_A_RESUME = ("QemuProcess.resume", "Record.write")

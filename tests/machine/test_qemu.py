@@ -355,6 +355,9 @@ def test_without_tracking_its_ram_is_a_shared_file_of_its_own(
         (("-device", "nvme,serial=a,drive=d"), "cannot save the state of nvme"),
         (("-device", '{"driver":"nvme","serial":"a"}'), "cannot save the state of nvme"),
         (("-device", "usb-mtp,rootdir=/srv"), "cannot save the state of usb-mtp"),
+        (("-device", "usb-wacom-tablet"), "cannot save the state of usb-wacom-tablet"),
+        (("-device", "virtio-input-host-pci,evdev=/dev/input/event0"), "cannot save the state of virtio-input-host"),
+        (("-device", "rocker,name=a"), "cannot save the state of rocker"),
         (("-incoming", "defer"), "-incoming"),
         (("alone",), "belongs to no option"),
         (("-nodefaults", "disk.raw"), "belongs to no option"),  # QEMU takes it for a disk

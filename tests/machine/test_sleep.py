@@ -52,6 +52,17 @@ def test_a_revert_wakes_it_and_it_goes_on_from_the_snapshot(lab: Machine, screen
     assert screen.wait_back(SLEEPS_AT - 1) == 1
 
 
+def test_a_revert_that_is_refused_leaves_it_asleep(lab: Machine) -> None:
+    lab.stop(force=True)
+    with lab._store.open("web") as disk:
+        disk.resize("2M")
+    lab.start()
+    until(lambda: lab.status()["hypervisor"] == "suspended")
+    with pytest.raises(StateError, match=r"disk 'web' had .* stop the machine"):
+        lab.revert("awake")
+    assert lab.status()["hypervisor"] == "suspended"
+
+
 def test_a_stop_wakes_it_so_that_it_hears_its_power_button(lab: Machine, screen: Console) -> None:
     with pytest.raises(StateError, match="did not shut down"):  # this guest has nothing to go on with when it is woken
         lab.stop(0)

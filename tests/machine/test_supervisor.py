@@ -458,7 +458,8 @@ def test_a_stop_with_a_dead_server_ends_with_an_error_in_bounded_time_and_the_ma
         screen.wait_ticks(5)
     assert lab.state == "running"
     assert [record.getMessage() for record in caplog.records if record.name == "onionskin.machine.control"] == [
-        f"waiting for process {server}, which serves the disks of machine 'lab': it is stopped; kill -CONT lets it go on"
+        f"waiting for process {server}, which serves the disks of machine 'lab': it is stopped; kill -CONT lets it go on, or "
+        "thawing its cgroup"
     ]
 
 

@@ -82,6 +82,19 @@ def test_a_revert_puts_a_machine_back_that_somebody_else_was_faster_to_start(
     assert lab.info().stands_on == "ready"
 
 
+def test_a_machine_that_is_renamed_before_its_supervisor_is_there_starts_and_no_other_one_that_has_its_name(
+    lab: Machine, store: onionskin.Store, before_start: Callable[[Callable[[], object]], None]
+) -> None:
+    def rename() -> None:
+        store.rename_machine("lab", "other")
+        store.create_machine("lab", disks=["data"], memory="16M")
+
+    before_start(rename)
+    lab.revert("ready")
+    assert (lab.state, lab._name) == ("running", "other")
+    assert (store.open_machine("lab").state, store.machine_info("other").stands_on) == ("off", "ready")
+
+
 def test_a_revert_puts_a_machine_back_in_place_that_was_started_before_its_disks_were(
     lab: Machine, store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,7 +129,7 @@ class StandIn:
     def resume(self) -> None:
         self._is_paused = False
 
-    def wake(self) -> bool:
+    def wake(self, before: Callable[[], object] = lambda: None) -> bool:
         return not self.is_paused
 
     def watch(self, *, stands: bool) -> Standstill:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 
 _log = logger(__name__)
+_PROCESSES, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def connect(store: "str | PathLike[str] | Store", name: str) -> "LiveVolume":
@@ -116,12 +117,43 @@ def flush_served(store: Store, name: str) -> None:
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process is stopped by a signal (SIGSTOP, SIGTSTP) or a debugger; false where /proc does not say."""
+    """Whether a process is stopped: by a signal (SIGSTOP, SIGTSTP), a debugger or its cgroup; false where nothing says so."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+        state = (_PROCESSES / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()[0]
     except (OSError, IndexError):
         return False
-    return state in (b"T", b"t")
+    return state in (b"T", b"t") or is_frozen(pid)
+
+
+def is_frozen(pid: int) -> bool:
+    """Whether the cgroup of a process is frozen, as that of a container that is paused; false where nothing says so."""
+    try:
+        lines = (_PROCESSES / str(pid) / "cgroup").read_text().splitlines()
+    except OSError:
+        return False
+    return any(_is_frozen_in(*line.split(":", 2)[1:]) for line in lines)
+
+
+def _is_frozen_in(controllers: str, path: str) -> bool:
+    """Whether a cgroup is frozen, as a line of /proc/PID/cgroup has it; of the second version it has no controllers."""
+    group = path.strip("/")
+    if not controllers:
+        found = [_said(_CGROUPS / mount / group / "cgroup.events") for mount in ("", "unified")]
+        return any("frozen 1" in text.splitlines() for text in found)
+    state = _said(_CGROUPS / "freezer" / group / "freezer.state").strip() if "freezer" in controllers.split(",") else ""
+    return state in ("FROZEN", "FREEZING")
+
+
+def _said(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def what_lets_it_go_on(pid: int) -> str:
+    """Return what lets a process go on that is stopped."""
+    return "thawing its cgroup" if is_frozen(pid) else "kill -CONT"
 
 
 def say_whom_one_waits_for(connection: socket.socket, pid: int, what_it_does: str) -> None:
@@ -133,7 +165,9 @@ def say_whom_one_waits_for(connection: socket.socket, pid: int, what_it_does: st
             "waiting for process %s, which %s: it is %s (at most %.0f s)",
             pid,
             what_it_does,
-            "stopped; kill -CONT lets it go on" if is_stopped(pid) else "silent, and may hang on its disk",
+            f"stopped; {what_lets_it_go_on(pid)} lets it go on"
+            if is_stopped(pid)
+            else "silent, and may hang on its disk",
             connection.gettimeout(),
         )
 
@@ -143,7 +177,7 @@ def _silent(name: str, pid: int, seconds: float | None = None) -> str:
     waited = seconds or frames.SILENCE_SECONDS
     return (
         f"{who}, which serves volume {name!r}, has not answered for {waited:.0f} s; it was stopped (then let "
-        "it go on: kill -CONT), or its disk hangs"
+        f"it go on: {what_lets_it_go_on(pid)}), or its disk hangs"
     )
 
 

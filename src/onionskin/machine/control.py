@@ -29,7 +29,7 @@ from onionskin.base.sockets import (
 )
 from onionskin.base.threads import SureThread
 from onionskin.control import frames
-from onionskin.control.client import is_stopped, say_whom_one_waits_for
+from onionskin.control.client import is_stopped, say_whom_one_waits_for, what_lets_it_go_on
 from onionskin.errors import FormatError, OnionskinError, StateError
 
 VERSION = 1
@@ -307,7 +307,7 @@ class MachineControl:
                 who = reply.get("stopped")
                 if isinstance(who, str) and who not in ("", said):
                     said = who
-                    _log.warning("waiting for %s: it is stopped; kill -CONT lets it go on", who)
+                    _log.warning("waiting for %s: it is stopped; kill -CONT lets it go on, or thawing its cgroup", who)
         except (KeyboardInterrupt, FormatError):
             self.close()  # so that it is given up
             raise
@@ -323,7 +323,12 @@ class MachineControl:
         return reply
 
     def _silent(self) -> StateError:
-        why = "it was stopped (kill -CONT lets it go on)" if is_stopped(self.pid) else "it hangs, maybe on a disk"
+        is_known = is_stopped(self.pid)
+        why = (
+            f"it was stopped ({what_lets_it_go_on(self.pid)} lets it go on)"
+            if is_known
+            else "it hangs, maybe on a disk"
+        )
         # Between its last step and the answer nobody takes back what was done.
         later = f", and may do what '{self._asked}' asked for then: look, before you ask again" * bool(self._asked)
         return StateError(

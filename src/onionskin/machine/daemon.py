@@ -19,13 +19,23 @@ from onionskin.errors import StateError
 from onionskin.machine.record import SUPERVISOR_LOG, open_log
 from onionskin.nbd.systemd import notify
 
-_ONLY_FROM = "--only-from="
+_ONLY_FROM, _ID = "--only-from=", "--id="
 START_SECONDS = 300.0  # a RAM file of many GiB may have to be made first
 
 
-def start(store: Path, name: str, directory: Path, *, paused: bool, trust: bool, only_from: str | None = None) -> None:
+def start(
+    store: Path,
+    name: str,
+    directory: Path,
+    *,
+    paused: bool,
+    trust: bool,
+    only_from: str | None = None,
+    machine: bytes | None = None,
+) -> None:
     """Start the supervisor of a machine. Return when the guest runs, or, with `paused`, when it is ready to.
 
+    With `machine`, it is the one with this id, whatever it is called by then.
     With `only_from`, only where it begins there: see `Supervisor.begin`.
 
     Raises
@@ -39,6 +49,7 @@ def start(store: Path, name: str, directory: Path, *, paused: bool, trust: bool,
         try:
             flags = (["--paused"] if paused else []) + (["--trust"] if trust else [])
             flags += [] if only_from is None else [_ONLY_FROM + only_from]
+            flags += [] if machine is None else [_ID + machine.hex()]
             child = subprocess.Popen(
                 [sys.executable, "-m", "onionskin.machine", str(store.absolute()), name, str(writer), *flags],
                 stdin=subprocess.DEVNULL,
@@ -91,9 +102,16 @@ def main(arguments: list[str]) -> int:
         os._exit(0)
     descriptor = int(writer)
     os.set_inheritable(descriptor, False)
-    only_from = next((flag.removeprefix(_ONLY_FROM) for flag in flags if flag.startswith(_ONLY_FROM)), None)
+    only_from, machine = (
+        next((flag.removeprefix(which) for flag in flags if flag.startswith(which)), None)
+        for which in (_ONLY_FROM, _ID)
+    )
     return be_supervisor(
-        store, name, descriptor, paused="--paused" in flags, trust="--trust" in flags, only_from=only_from
+        *(store, name, descriptor),
+        paused="--paused" in flags,
+        trust="--trust" in flags,
+        only_from=only_from,
+        machine=None if machine is None else bytes.fromhex(machine),
     )
 
 
@@ -105,6 +123,7 @@ def be_supervisor(
     paused: bool,
     trust: bool,
     only_from: str | None = None,
+    machine: bytes | None = None,
     pool: socket.socket | None = None,
 ) -> int:
     """Supervise a machine in this process until its end, and tell who reads from a pipe when its guest runs."""
@@ -115,6 +134,7 @@ def be_supervisor(
         opened = Store(store, create=False, trust=trust)
         status = supervise(
             *(opened, name),
+            machine=machine,
             paused=paused,
             only_from=only_from,
             log=log_line,
@@ -146,7 +166,9 @@ def log_line(line: str) -> None:
         return
 
 
-def run_in_foreground(store: Path, name: str, *, paused: bool, trust: bool, only_from: str | None = None) -> int:
+def run_in_foreground(
+    store: Path, name: str, *, paused: bool, trust: bool, only_from: str | None = None, machine: bytes | None = None
+) -> int:
     """Run a machine in this process, for a service manager, until it ends. Return the exit status of the hypervisor."""
     from onionskin.machine.supervisor import supervise
     from onionskin.store import Store
@@ -154,7 +176,12 @@ def run_in_foreground(store: Path, name: str, *, paused: bool, trust: bool, only
     try:
         opened = Store(store, create=False, trust=trust)
         return supervise(
-            opened, name, paused=paused, only_from=only_from, log=log_line, ready=lambda: notify("READY=1")
+            *(opened, name),
+            machine=machine,
+            paused=paused,
+            only_from=only_from,
+            log=log_line,
+            ready=lambda: notify("READY=1"),
         )
     finally:
         notify("STOPPING=1")

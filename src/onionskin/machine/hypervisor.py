@@ -268,10 +268,10 @@ class Process(Protocol):
     def resume(self) -> None:
         """Let it go on."""
 
-    def wake(self) -> bool:
+    def wake(self, before: Callable[[], object] = lambda: None) -> bool:
         """Wake a guest that sleeps (S3): its machine is not stopped, and may not let itself be stopped.
 
-        Return whether the machine runs then.
+        `before` is called first where it sleeps, and keeps it asleep where that raises. Return whether the machine runs then.
         """
 
     @property

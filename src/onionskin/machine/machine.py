@@ -237,6 +237,7 @@ class Machine:
             paused=paused,
             trust=self._store._trust,
             only_from=record.DISKS_ALONE if fresh else None,
+            machine=self._id,
         )
 
     @_asked_again
@@ -825,7 +826,11 @@ class Machine:
     def _start(self, *, paused: bool = False, only_from: str | None = None) -> None:
         directory = record.make_directory(self._store._opened.layout.root, self._id)
         daemon.start(
-            self._store.path, self._name, directory, paused=paused, trust=self._store._trust, only_from=only_from
+            *(self._store.path, self._name, directory),
+            paused=paused,
+            trust=self._store._trust,
+            only_from=only_from,
+            machine=self._id,
         )
 
     @held

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from onionskin.base.lazy import logger
 from onionskin.base.sockets import connect_unix, credentials_of
-from onionskin.control.client import is_stopped
+from onionskin.control.client import is_stopped, what_lets_it_go_on
 from onionskin.errors import StateError
 
 try:
@@ -301,7 +301,7 @@ class Monitor:
 
     def _why_silent(self) -> str:
         if is_stopped(self.pid):
-            return f"its process {self.pid} was stopped ('kill -CONT {self.pid}' lets it go on)"
+            return f"its process {self.pid} was stopped ({what_lets_it_go_on(self.pid)} lets it go on)"
         return "is the server of its disks alive?"
 
 

@@ -423,10 +423,10 @@ class QemuProcess:
         """Let it go on."""
         self.monitor.execute("cont")
 
-    def wake(self) -> bool:
+    def wake(self, before: Callable[[], object] = lambda: None) -> bool:
         """Wake a guest that sleeps (S3): QEMU before 9.0 does not stop its machine, nor let it go on.
 
-        Return whether the machine runs then.
+        `before` is called first where it sleeps, and keeps it asleep where that raises. Return whether the machine runs then.
 
         Raises
         ------
@@ -434,7 +434,9 @@ class QemuProcess:
             It does not wake.
         """
         deadline = time.monotonic() + WAKE_SECONDS
-        while (status := self.status) == _SLEEPS:
+        if (status := self.status) == _SLEEPS:
+            before()
+        while status == _SLEEPS:
             self.monitor.execute("system_wakeup")
             if time.monotonic() > deadline:
                 raise StateError(
@@ -442,6 +444,7 @@ class QemuProcess:
                     "machine stop --force', and revert it or start it then"
                 )
             time.sleep(0.01)
+            status = self.status
         return status == "running"
 
     def power_down(self) -> None:
@@ -708,7 +711,7 @@ def _start(
     is_tracked: bool,
     kept: Sequence[int],
 ) -> QemuProcess:
-    for socket in (qemu_command.QMP, qemu_command.CONSOLE, qemu_command.AGENT, qemu_command.PRELOAD):
+    for socket in qemu_command.SOCKETS:
         (directory / socket).unlink(missing_ok=True)
     environment = dict(os.environ)
     if is_tracked:

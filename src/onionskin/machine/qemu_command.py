@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 QMP, CONSOLE, AGENT, PRELOAD, LOG = "qmp", "console", "agent", "preload", "qemu.log"
+SOCKETS = (QMP, CONSOLE, AGENT, PRELOAD)
 EMPTY_RAM, STAND_IN = "ram.empty", "ram.stand-in"
 SOCKET_BYTES_MAX = 107
 # The guest waits so long for a disk whose server is gone. Then the machine is stopped, and goes on when it is back.

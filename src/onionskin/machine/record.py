@@ -176,7 +176,14 @@ class Record:
 
     def write(self, directory: Path) -> None:
         """Replace the record of a machine."""
-        write_json(directory / RECORD, asdict(self) | {"home": _home(directory)})
+        write_json(directory / RECORD, self._as_written(directory))
+
+    def stage(self, directory: Path) -> "Staged":
+        """Write what replaces the record of a machine when it is put there. One thread of a process may do so at a time."""
+        return Staged(directory / RECORD, self._as_written(directory), f"{os.getpid()}.next")
+
+    def _as_written(self, directory: Path) -> dict[str, Any]:
+        return asdict(self) | {"home": _home(directory)}
 
     @classmethod
     def read(cls, directory: Path) -> "Record | None":
@@ -252,15 +259,57 @@ def read_json(path: Path) -> object:
 
 def write_json(path: Path, value: object) -> None:
     """Replace a small file, which its owner alone may read."""
-    staged = path.with_name(f"{path.name}.{os.getpid()}")
-    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    staged = Staged(path, value, os.getpid())
     try:
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(value, file)
-        staged.rename(path)
-    except BaseException:
-        staged.unlink(missing_ok=True)
-        raise
+        staged.put()
+    finally:
+        staged.drop()
+
+
+class Staged:
+    """A small file of JSON that is written, and not yet in the place of the one that it replaces.
+
+    All that takes time is done before it is put there, or when it is dropped: ext4 would give it its blocks as it is renamed,
+    and take those of the other one away.
+
+    Parameters
+    ----------
+    path : Path
+        That one.
+    value : object
+    who : int or str
+        What no other draft of that file has in its name now.
+    """
+
+    def __init__(self, path: Path, value: object, who: int | str) -> None:
+        self._path, self._draft = path, path.with_name(f"{path.name}.{who}")
+        self._replaced, self._is_put = -1, False
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(self._draft, flags, 0o600)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                text = json.dumps(value).encode()
+                with suppress(OSError):  # in a sandbox
+                    os.posix_fallocate(descriptor, 0, len(text))
+                file.write(text)
+            with suppress(OSError):  # there may be none
+                self._replaced = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except BaseException:
+            self.drop()
+            raise
+
+    def put(self) -> None:
+        """Put it in its place."""
+        self._draft.rename(self._path)
+        self._is_put = True
+
+    def drop(self) -> None:
+        """Remove it, where it was not put in its place, or let go of what it replaced. Further calls do nothing."""
+        replaced, self._replaced = self._replaced, -1
+        if replaced >= 0:
+            os.close(replaced)
+        if not self._is_put:
+            self._draft.unlink(missing_ok=True)
 
 
 def open_log(path: Path, how: int) -> int:

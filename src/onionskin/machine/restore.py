@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from onionskin.store import Store
 
 _log = logger(__name__)
+_T = TypeVar("_T")
 _GENERATION_BYTES = 16
 _GENERATION_OFFSET = 40  # in its page, of which nothing else is set: QEMU's docs/specs/vmgenid
 # The firmware puts that page near the end of RAM, or of that part of a larger one which is below 4 GiB.
@@ -209,7 +210,11 @@ def _has_generation(page: NDArray[np.uint8], wanted: NDArray[np.uint8], generati
 
 
 def revert(
-    running: Running, snapshot: str, *, stays: bool = False, when_back: Callable[[], None] = lambda: None
+    running: Running,
+    snapshot: str,
+    *,
+    stays: bool = False,
+    to_note: Callable[[Recorded, bool], Callable[[], None]] = lambda recorded, is_frozen: lambda: None,
 ) -> None:
     """Put a machine back to a snapshot, in the process that it runs in. It goes on if it ran, and stays stopped if not.
 
@@ -224,8 +229,9 @@ def revert(
         The name.
     stays : bool
         Whether its user wants it to stand still.
-    when_back : callable
-        Called when it is back, and that is durable, before it goes on.
+    to_note : callable
+        Called while that becomes durable, with what is recorded of the machine then, and whether its file systems are frozen.
+        What it returns is called when it is durable, before the guest goes on.
 
     Raises
     ------
@@ -235,7 +241,7 @@ def revert(
         It has no RAM, or cannot run here: nothing was touched. Or it failed half-way: the machine stays stopped until it is
         reverted again, or stopped.
     """
-    with running.guard:
+    with running.guard, machines.snapshots_kept(running.store._opened, running.machine.id):
         running.open_ram_again()
         saved = find_saved(running.store, running.machine, snapshot)
         compare(saved.recorded, running.recorded)
@@ -246,18 +252,11 @@ def revert(
             _state_of(view, saved) as state,
             _VolumesGoingBack(running, going_back) as volumes,
             # A guest that runs keeps the hypervisor from answering for milliseconds each time, and it is thrown away.
-            _stopped_to_revert(running, stays) as stop,
+            _stopped_to_revert(running, stays, lambda: _look(running, saved, snapshot)) as stop,
             ExitStack() as opened,
         ):
-            _refuse_resized(running, snapshot)
-            running.refuse_other_devices("nothing was changed")
+            elsewhere = _look(running, saved, snapshot)
             load_state = opened.enter_context(running.process.loading(state.path))
-            elsewhere = _changed_between(running, saved)
-            if isinstance(running.guest_ram, GuestRam):
-                running.guest_ram.note_written()
-            else:
-                running.guest_ram.collect()
-            running.refuse_without_room(elsewhere, "nothing was changed")
             mark(running.guest_ram._unsaved, elsewhere)
             with _unsaved_unless_done(running), volumes.going():
                 _put_back(running, saved, view)
@@ -266,12 +265,16 @@ def revert(
                 renew_generation(running)
                 volumes.wait_until_ready()
                 stop.refuse_went_on(f"a revert to {snapshot!r}")
-                # The guest may write from here on. What it would wait for in the hypervisor is done beside the transaction.
-                volumes.finish(opened.close)
-            running.recorded = replace(running.recorded, guest_kernel=saved.recorded.guest_kernel)
-            running.is_frozen = saved.recorded.is_frozen
-            running.is_broken = False
-            when_back()
+                recorded = replace(running.recorded, guest_kernel=saved.recorded.guest_kernel)
+
+                def beside() -> Callable[[], None]:
+                    with opened:
+                        return to_note(recorded, saved.recorded.is_frozen)
+
+                # The guest may write from here on. What it would wait for otherwise is done beside the transaction.
+                note = volumes.finish(beside)
+            running.recorded, running.is_frozen, running.is_broken = recorded, saved.recorded.is_frozen, False
+            note()
 
 
 class _NotPutBack(Exception):
@@ -352,19 +355,35 @@ class _VolumesGoingBack:
         if self._work.done():
             self._work.result()
 
-    def finish(self, beside: Callable[[], None] = lambda: None) -> None:
-        """Put the RAM volume back: the machine is. `beside` is done meanwhile.
+    def finish(self, beside: Callable[[], _T]) -> _T:
+        """Put the RAM volume back: the machine is. `beside` is done meanwhile; return what it returns.
 
         On return that is durable. What the volume was is given up behind it, while the guest begins to run.
         """
         self._goes_on = True
         self._is_told.set()
         try:
-            beside()
+            return beside()
         finally:
             self._is_changed.wait()
             if not self._has_changed:
                 self._work.result()
+
+
+def _look(running: Running, saved: Saved, snapshot: str) -> NDArray[np.void]:
+    """Return the runs of RAM that differ between what a machine stands on and a snapshot, before anything is changed.
+
+    StateError: it cannot go back to that in the process that it runs in.
+    """
+    _refuse_resized(running, snapshot)
+    running.refuse_other_devices("nothing was changed")
+    elsewhere = _changed_between(running, saved)
+    if isinstance(running.guest_ram, GuestRam):
+        running.guest_ram.note_written()
+    else:
+        running.guest_ram.collect()
+    running.refuse_without_room(elsewhere, "nothing was changed")
+    return elsewhere
 
 
 def _refuse_resized(running: Running, snapshot: str) -> None:
@@ -466,11 +485,14 @@ def _source_of(running: Running, saved: Saved) -> Source:
 
 
 @contextmanager
-def _stopped_to_revert(running: Running, stays: bool) -> Iterator[Stop]:
-    """Stop a machine for the time of the block. It goes on behind that, unless it is between two states then."""
+def _stopped_to_revert(running: Running, stays: bool, look: Callable[[], object]) -> Iterator[Stop]:
+    """Stop a machine for the time of the block. It goes on behind that, unless it is between two states then.
+
+    One that sleeps is woken, as it might wake by itself, and write to disks that are being put back; but where `look` refuses
+    the revert, it sleeps on.
+    """
     was_broken = running.is_broken
-    # One that sleeps might wake, and write to disks that are being put back.
-    with stopped(running.process, wakes=True) as stop:
+    with stopped(running.process, before_waking=look) as stop:
         had_ended = not stop.ran and not stays and running.process.guest_has_ended
         running.goes_on = stop.ran or had_ended or (was_broken and running.goes_on)
         try:

@@ -7,7 +7,7 @@ before (`stopped`). One thing is done at a time (`guard`).
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.kernels import _ram
 from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine.device_state import crc32_of, open_layer, read_state
+from onionskin.machine.monitor import MonitorTimeout
 from onionskin.machine.ram import ComparedRam, GuestRam, UnsavedRam, page_aligned
 from onionskin.machine.ram_files import RamFiles, Source, was_written_to
 from onionskin.operations.differences import diff_of_chains
@@ -259,16 +260,16 @@ def source_of(store: "Store", volume: "VolumeRow", layer: bytes, length: int) ->
 
 
 @contextmanager
-def stopped(process: "Process", *, wakes: bool = False) -> Iterator["Stop"]:
+def stopped(process: "Process", *, before_waking: Callable[[], object] | None = None) -> Iterator["Stop"]:
     """Stop a machine for the time of the block, or until `Stop.end`. One that was stopped before stays so.
 
-    With `wakes`, one whose guest sleeps (S3) is woken before; else it cannot be stopped.
+    One whose guest sleeps (S3) is woken before, behind `before_waking`, which may refuse that; without, it is not stopped.
 
     What the block fails with is raised also where the machine does not answer when it is to go on: that is why.
     """
     stop = Stop(process)
     try:
-        stop.begin(wakes=wakes)
+        stop.begin(before_waking)
         yield stop
     except BaseException:
         try:
@@ -297,14 +298,20 @@ class Stop:
         self.seconds: float = 0.0
         self.ran: bool = False
 
-    def begin(self, *, wakes: bool = False) -> None:
+    def begin(self, before_waking: Callable[[], object] | None = None) -> None:
         """Stop it. See `stopped`."""
         self._standstill = self._process.watch(stands=True)
-        self.ran = self._process.wake() if wakes else not self._process.is_paused
+        self.ran = not self._process.is_paused if before_waking is None else self._process.wake(before_waking)
         self._begun = time.monotonic()
         if self.ran:
             self._standstill = self._process.watch(stands=False)
-            self._process.pause(runs=True)  # if this fails, it may be stopped all the same, later: `end` lets it go on
+            try:
+                self._process.pause(
+                    runs=True
+                )  # if this fails, it may be stopped all the same, later: `end` lets it go on
+            except MonitorTimeout:  # it was told to go on behind that, whenever it answers again
+                self.ran = False
+                raise
             if not self._standstill.stands:
                 raise StateError(
                     "its guest sleeps (S3), and it is not stopped then; wake it, with 'onionskin machine resume'"
@@ -336,6 +343,8 @@ class Stop:
             try:
                 self._process.resume()
                 break
+            except MonitorTimeout:  # it was told, and goes on when it answers again: nobody waits for that three times
+                raise
             except (OSError, OnionskinError):
                 if not left:
                     raise

@@ -76,14 +76,23 @@ class Supervisor:
         The machine.
     log : callable
         Takes a line.
+    machine : bytes, optional
+        The id of the machine, which may have another name by now.
     pool : socket, optional
         The other end is the pool's for which the machine waits, stopped before it goes on from its snapshot, until a fork
         takes it. When the pool closes it before that, the machine ends, and nothing of it is left.
     """
 
     def __init__(
-        self, store: "Store", name: str, log: Callable[[str], None], *, pool: socket.socket | None = None
+        self,
+        store: "Store",
+        name: str,
+        log: Callable[[str], None],
+        *,
+        machine: bytes | None = None,
+        pool: socket.socket | None = None,
     ) -> None:
+        self._id = machine
         self._pool = pool
         self._store = store
         self._name = name
@@ -132,9 +141,12 @@ class Supervisor:
 
     def _begin(self, paused: bool, only_from: str | None) -> None:
         _refuse_without_pidfd()
-        row = machines.find(self._store._opened.catalog, self._name)
+        row = self._row_to_run()
         volume = self._store._open_ram(row)
         self._ends.callback(lambda: (self.running.ram_volume if hasattr(self, "running") else volume).close())
+        self._id = row.id
+        row = self._row_to_run()  # nobody renames it from here on, as it is held
+        self._name = row.name
         self._directory = record.make_directory(self._store._opened.layout.root, row.id)
         self._ends.push(self._forget)
         record.note_under_way(self._directory)
@@ -160,6 +172,15 @@ class Supervisor:
         self._process.are_disks_served = self._are_disks_served
         self._listen()
         record.note_reachable(self._directory)
+
+    def _row_to_run(self) -> "MachineRow":
+        catalog = self._store._opened.catalog
+        if self._id is None:
+            return machines.find(catalog, self._name)
+        row = catalog.machine_with_id(self._id)
+        if row is None:
+            raise StateError(f"machine {self._name!r} was deleted meanwhile, so it was not started")
+        return row
 
     def _start(
         self, machine: bytes, volume: "Volume", paused: bool, only_from: str | None, keep_served: Callable[[], None]
@@ -682,7 +703,9 @@ class Supervisor:
         if self._moved:
             return
         if error is None and self._is_recorded:
-            (self._directory / record.RECORD).unlink(missing_ok=True)
+            sockets = qemu_command.SOCKETS if hasattr(self, "_process") and self._process.wait(0) is not None else ()
+            for name in (record.RECORD, *sockets):  # of a hypervisor that was killed, and of the library in any
+                (self._directory / name).unlink(missing_ok=True)
         record.note_reachable(self._directory)
 
     # ---- verbs: each is given a function that raises once its caller has gone ----
@@ -890,14 +913,11 @@ class Supervisor:
             goes_on = self.running.goes_on if self.running.is_broken else self._would_go_on()
             self._note(is_reverting=True, is_standing=goes_on)
             stays = False
-
-            def note_back() -> None:
-                # Before the guest goes on: one that did is not to be put back again because this process was killed then.
-                self._note_what_is(is_reverting=False, **self._of_guest())
-
             self._goes_back = True
             try:
-                restore.revert(self.running, name, stays=self.record.is_paused, when_back=note_back)
+                # Before the guest goes on: one that did is not to be put back again because this process was killed then.
+                with self._noting_back() as to_note:
+                    restore.revert(self.running, name, stays=self.record.is_paused, to_note=to_note)
             except BaseException:
                 # One that did not answer when it was to go on may be found stopped when it does.
                 stays = goes_on and not self.running.is_broken and self._may_stand(for_us_alone=True)
@@ -909,6 +929,37 @@ class Supervisor:
                 self._note_what_is(is_reverting=is_broken, is_standing=is_standing, **self._of_guest())
             if self.running.is_frozen and not self._process.is_paused:  # it answers late while its guest begins to run
                 self._thaw()
+
+    @contextmanager
+    def _noting_back(self) -> Iterator[Callable[[Recorded, bool], Callable[[], None]]]:
+        """Give what writes beforehand what is noted when a machine is back, and returns what notes it then, at once."""
+        with ExitStack() as drafts:
+
+            def to_note(recorded: Recorded, is_frozen: bool) -> Callable[[], None]:
+                what: dict[str, Any] = {
+                    "recorded": recorded.to_json(), "told": self.running.generation, "is_frozen": is_frozen,
+                    "is_reverting": False,
+                }  # fmt: skip
+                with self._guard:
+                    before, noted = self.record, replace(self.record, **what)
+                with suppress(OSError):
+                    draft = noted.stage(self._directory)
+                    drafts.callback(draft.drop)
+                    return lambda: self._put(draft, before, noted, what)
+                return lambda: self._note_what_is(**what)
+
+            yield to_note
+
+    def _put(self, draft: record.Staged, before: Record, noted: Record, what: dict[str, Any]) -> None:
+        """Note what was written beforehand. Where something else was noted since, or it cannot be put there, write it now."""
+        with self._guard:
+            with suppress(OSError, StateError):
+                self._store._opened.catalog.refuse_moved()
+                if self.record is before:
+                    draft.put()
+                    self.record = noted
+                    return
+            self._note_what_is(**what)
 
     def _of_guest(self) -> dict[str, Any]:
         """Return what a record has of the guest that a revert put in the place of the one before."""
@@ -1023,6 +1074,7 @@ def supervise(
     store: "Store",
     name: str,
     *,
+    machine: bytes | None = None,
     paused: bool = False,
     only_from: str | None = None,
     log: Callable[[str], None],
@@ -1034,7 +1086,7 @@ def supervise(
     SIGTERM, SIGINT and SIGHUP have the guest shut down. With `pool`, the machine waits in a pool at first: see `Supervisor`.
     """
     with _short_turns_of_threads():
-        return _supervise(Supervisor(store, name, log, pool=pool), paused, only_from, ready)
+        return _supervise(Supervisor(store, name, log, machine=machine, pool=pool), paused, only_from, ready)
 
 
 @contextmanager

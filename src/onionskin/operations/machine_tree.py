@@ -319,7 +319,8 @@ def merge(store: OpenStore, name: str, snapshots: Sequence[str]) -> Dropped:
         remove_unreachable_layers(catalog, *layers)
         return _dropped(catalog, machine, going)
 
-    return store.change(change)
+    with machines.snapshots_kept(store, machines.find(store.catalog, name).id, to_drop=True):
+        return store.change(change)
 
 
 def discard(
@@ -353,7 +354,8 @@ def discard(
         remove_unreachable_layers(catalog, *layers)
         return _dropped(catalog, machine, going)
 
-    return store.change(change)
+    with machines.snapshots_kept(store, machines.find(store.catalog, name).id, to_drop=True):
+        return store.change(change)
 
 
 def chosen(catalog: Catalog, machine: MachineRow, names: Sequence[str]) -> list[MachineSnapshotRow]:

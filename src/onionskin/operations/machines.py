@@ -10,7 +10,9 @@ loaded. Where the guest goes on in its process, the note goes in the transaction
 one.
 """
 
+import fcntl
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -20,6 +22,7 @@ from onionskin.base.held import held
 from onionskin.base.limits import DISKS_MAX, MEMORY_BYTES_MAX, STATE_BYTES_MAX
 from onionskin.base.naming import check_name, refuse_no_mapping
 from onionskin.base.records import field, record
+from onionskin.base.waiting import within
 from onionskin.catalog import (
     Catalog,
     LayerRow,
@@ -46,6 +49,7 @@ BOOTS, REVERTING, RESUMES = 0, 1, 2  # `MachineRow.resumes`: what the next start
 RAM_SUFFIX = ".ram"
 WAITING_PREFIX = "warm-"  # of the names of machines that wait in a pool
 _RAM_BLOCK_SIZE = 4096
+KEPT_SECONDS = 10.0  # for which a transaction that drops snapshots, or a revert, is waited for
 
 
 @record
@@ -320,6 +324,48 @@ def kept_off(store: OpenStore, machine: MachineRow) -> Iterator[None]:
             yield
     except StateError:  # not one of the block: this is not told those
         raise StateError(said_to_run(store, machine)) from None
+
+
+@held
+def snapshots_kept(store: OpenStore, machine: bytes, *, to_drop: bool = False) -> Iterator[None]:
+    """Keep the snapshots of a machine from being dropped for the time of the block, while it is put back in place to one.
+
+    That changes its RAM while the transaction is under way which notes to what it is put back: a snapshot that went just then
+    would leave it between two states. With `to_drop`, the block drops some, and nothing is put back meanwhile.
+
+    Raises
+    ------
+    StateError
+        Somebody else has them, and did not end.
+    """
+    how = fcntl.LOCK_EX if to_drop else fcntl.LOCK_SH
+    try:
+        descriptor = os.open(
+            store.layout.root / "machines" / machine.hex(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        )
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+    ):  # it never ran, and has no snapshot to which it is put back in place
+        yield
+        return
+    try:
+        if not within(KEPT_SECONDS, lambda: _is_locked(descriptor, how)):
+            raise StateError(
+                f"another process has put the machine back, dropped snapshots of it or begun a pool of it for "
+                f"{KEPT_SECONDS:g} s, or was stopped in that; nothing was changed; try again"
+            )
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_locked(descriptor: int, how: int) -> bool:
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def said_to_run(store: OpenStore, machine: MachineRow) -> str:

@@ -36,7 +36,7 @@ STEPS = {
     ),
     "onionskin.machine.ram_files": ("RamFiles._make", "RamFiles.use", "RamFiles.make_soon"),
     "onionskin.machine.capture": ("_NodeOfState.let_go", "_finish_state"),
-    "onionskin.machine.record": ("Record.write", "note_under_way", "note_reachable"),
+    "onionskin.machine.record": ("Record.write", "Record.stage", "Staged.put", "note_under_way", "note_reachable"),
     "onionskin.machine.restore": (
         *("Prepared.__init__", "settle", "_settle", "renew_generation", "_VolumesGoingBack.finish"),
         "_VolumesGoingBack._note_changed",

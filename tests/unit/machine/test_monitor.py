@@ -143,6 +143,22 @@ def test_a_command_is_waited_for_as_long_as_who_it_waits_for_is_at_it(qemu: Qemu
         monitor.execute("next")
 
 
+def test_a_qemu_that_was_stopped_is_not_waited_for_longer_though_its_disks_are_served(
+    qemu: Qemu, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+
+    def is_at_it() -> bool:
+        looks.append(len(looks))
+        return len(looks) < 3  # so that this ends where it is asked all the same
+
+    with Monitor(path, "lab") as monitor:
+        monkeypatch.setattr("onionskin.machine.monitor.is_stopped", lambda pid: pid == monitor.pid)
+        with pytest.raises(MonitorTimeout, match="was stopped"):
+            monitor.execute("silent", seconds=0.01, seconds_max=600, is_at_it=is_at_it)
+    assert looks == []
+
+
 @pytest.mark.parametrize(
     ("stands", "events", "went_on", "was_reset"),
     [
@@ -167,7 +183,7 @@ def test_who_does_not_answer_as_it_was_stopped_is_named_with_what_lets_it_go_on(
     qemu: Qemu, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("onionskin.machine.monitor.is_stopped", lambda pid: pid == os.getpid())
-    said = f"its process {os.getpid()} was stopped .'kill -CONT {os.getpid()}'"
+    said = f"its process {os.getpid()} was stopped .kill -CONT lets it go on"
     with Monitor(path, "lab") as monitor, pytest.raises(MonitorTimeout, match=said):
         monitor.execute("silent", seconds=0.1)
 

@@ -6,8 +6,10 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +21,11 @@ from onionskin.errors import FormatError, SnapshotNotFoundError, StateError
 from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine import capture, restore
 from onionskin.machine import running as running_module
+from onionskin.machine.hypervisor import Recorded
 from onionskin.machine.monitor import MonitorTimeout
 from onionskin.machine.preload import RefusedError
 from onionskin.machine.ram import GuestRam
+from onionskin.machine.record import make_directory
 from onionskin.machine.running import Running
 from onionskin.operations import machine_tree, machines, restart, snapshots
 from onionskin.operations.machine_snapshots import MachineCut
@@ -224,6 +228,46 @@ def test_a_machine_that_runs_with_a_disk_of_another_size_is_not_put_back_in_plac
     assert not process.is_paused and is_at(running, process, "a", ram)
 
 
+def test_a_snapshot_is_not_dropped_while_a_machine_is_put_back_to_it(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ram = snapshot(running, process, "a", {1: 1})
+    process.write(1, 2)
+    opened, load = running.store._opened, process.load_state
+    make_directory(opened.layout.root, running.machine.id)
+    monkeypatch.setattr(machines, "KEPT_SECONDS", 0.0)
+    refused: list[str] = []
+
+    def drop_and_load(path: Path) -> None:
+        for drop in (machine_tree.merge, partial(machine_tree.discard, recursive=True, held=None)):
+            with pytest.raises(StateError) as error:
+                drop(opened, running.name, ["a"])
+            refused.append(str(error.value))
+        load(path)
+
+    monkeypatch.setattr(process, "load_state", drop_and_load)
+    restore.revert(running, "a")
+    assert [text.startswith("another process has put the machine back") for text in refused] == [True] * 2
+    assert is_at(running, process, "a", ram)
+
+
+def test_a_machine_is_not_put_back_while_snapshots_of_it_are_dropped(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot(running, process, "a", {1: 1})
+    process.write(1, 2)
+    before = process.whole()
+    opened = running.store._opened
+    make_directory(opened.layout.root, running.machine.id)
+    monkeypatch.setattr(machines, "KEPT_SECONDS", 0.0)
+    with (
+        machines.snapshots_kept(opened, running.machine.id, to_drop=True),
+        pytest.raises(StateError, match="nothing was changed"),
+    ):
+        restore.revert(running, "a")
+    assert process.whole() == before and not process.is_paused and not running.is_broken
+
+
 def test_a_machine_whose_devices_were_changed_while_it_ran_is_not_put_back_in_place(
     running: Running, process: StandIn
 ) -> None:
@@ -255,6 +299,36 @@ def test_a_machine_that_somebody_else_lets_go_on_in_a_revert_is_stopped_until_it
     assert not process.is_paused and not running.is_broken and is_at(running, process, "a", ram)
 
 
+def test_it_is_looked_when_the_disks_are_back_whether_somebody_else_let_the_machine_go_on(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot(running, process, "a", {1: 1})
+    is_loaded, are_back = threading.Event(), threading.Event()
+    put_back, renew, refuse = (
+        machine_tree.RevertInPlace.put_disks_back, restore.renew_generation, running_module.Stop.refuse_went_on,
+    )  # fmt: skip
+    found: list[bool] = []
+
+    def put_back_late(*given: Any) -> None:
+        assert is_loaded.wait(300)
+        put_back(*given)
+        are_back.set()
+
+    def renew_and_say_so(one: Running) -> None:
+        renew(one)
+        is_loaded.set()
+
+    def look(stop: running_module.Stop, what: str) -> None:
+        found.append(are_back.is_set())
+        refuse(stop, what)
+
+    monkeypatch.setattr(machine_tree.RevertInPlace, "put_disks_back", put_back_late)
+    monkeypatch.setattr(restore, "renew_generation", renew_and_say_so)
+    monkeypatch.setattr(running_module.Stop, "refuse_went_on", look)
+    restore.revert(running, "a")
+    assert found == [True]
+
+
 def test_memory_that_may_be_dropped_later_is_not_written_over(running: Running) -> None:
     def drop(pages: object, preload: object) -> None:
         raise TimeoutError("timed out")
@@ -276,6 +350,26 @@ def test_what_failed_is_said_also_where_the_machine_does_not_answer_when_it_is_t
     )
     with pytest.raises(MonitorTimeout, match="'stop'"), running_module.stopped(process):  # type: ignore[arg-type]
         pass
+
+
+@pytest.mark.parametrize(("silent", "told"), [("stop", ["stop"]), ("cont", ["stop", "cont"])])
+def test_a_machine_that_does_not_answer_is_not_waited_for_again_and_again(silent: str, told: list[str]) -> None:
+    asked: list[str] = []
+
+    def ask(command: str) -> None:
+        asked.append(command)
+        if command == silent:
+            raise MonitorTimeout(f"did not answer {command!r}")
+
+    process = SimpleNamespace(
+        watch=lambda stands: SimpleNamespace(stands=True),
+        is_paused=False,
+        pause=lambda runs: ask("stop"),
+        resume=lambda: ask("cont"),
+    )
+    with pytest.raises(MonitorTimeout, match=silent), running_module.stopped(process):  # type: ignore[arg-type]
+        pass
+    assert asked == told
 
 
 def test_the_ram_volume_is_made_ready_while_the_devices_are_loaded_and_put_back_behind_that(
@@ -337,28 +431,33 @@ def test_who_notes_that_a_guest_is_back_does_so_when_that_is_durable_and_before_
 ) -> None:
     ram = snapshot(running, process, "a", {1: 1})
     process.write(1, 2)
-    found = []
+    found: list[tuple[bool, ...]] = []
+
+    def to_note(recorded: Recorded, is_frozen: bool) -> Callable[[], None]:
+        found.append((process.is_paused, running.is_broken))
+        return note
 
     def note() -> None:
         with onionskin.Store(running.store.path) as other:
             row = machines.find(other._opened.catalog, running.name)
             found.append((process.is_paused, running.is_broken, row.resumes == machines.BOOTS))
 
-    restore.revert(running, "a", when_back=note)
-    assert found == [(True, False, True)]
+    restore.revert(running, "a", to_note=to_note)
+    assert found == [(True, True), (True, False, True)]
     assert not process.is_paused and is_at(running, process, "a", ram)
 
 
-@pytest.mark.parametrize("room_bytes", [0, 1 << 62])
+@pytest.mark.parametrize(("room_bytes", "rests"), [((1 << 30) - 4096, False), (1 << 30, True)])
 def test_the_background_rests_behind_a_revert_unless_room_may_be_missed_meanwhile(
-    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch, room_bytes: int
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch, room_bytes: int, rests: bool
 ) -> None:
     snapshot(running, process, "a", {1: 1})
-    rests = []
-    monkeypatch.setattr(running.store._opened, "rest", rests.append)
-    monkeypatch.setattr(snapshots, "GUEST_ROOM_BYTES", room_bytes)
+    found: list[float] = []
+    monkeypatch.setattr(running.store._opened, "rest", found.append)
+    free = SimpleNamespace(f_bavail=room_bytes // 4096, f_frsize=4096)
+    monkeypatch.setattr(snapshots, "os", SimpleNamespace(statvfs=lambda path: free))
     restore.revert(running, "a")
-    assert bool(rests) is not bool(room_bytes)
+    assert bool(found) is rests
 
 
 @pytest.mark.parametrize("fails", [False, True])

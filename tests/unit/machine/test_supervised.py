@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 from support.machines import snapshot_live
+from support.stand_in import RECORDED
 
 import onionskin
 from onionskin.base import threads
@@ -284,7 +285,8 @@ def test_who_waits_for_a_supervisor_that_waits_itself_is_told_once_for_whom(
         assert control.call("pause") is True
     server.close()
     assert [record.message for record in caplog.records if record.name == "onionskin.machine.control"] == [
-        "waiting for process 5, which serves the disks of machine 'lab': it is stopped; kill -CONT lets it go on"
+        "waiting for process 5, which serves the disks of machine 'lab': it is stopped; kill -CONT lets it go on, or thawing "
+        "its cgroup"
     ]
 
 
@@ -576,6 +578,47 @@ def test_what_two_threads_note_of_a_machine_at_once_is_all_noted(
         supervisor._ends.close()
     for one in (supervisor.record, written[-1]):
         assert (one.is_frozen, one.is_paused) == (True, True)
+
+
+@pytest.mark.parametrize("meanwhile", ["", "something else is noted", "its draft goes"])
+def test_what_was_written_beforehand_of_a_machine_is_noted_with_what_was_noted_since(
+    store: onionskin.Store, tmp_path: Path, meanwhile: str
+) -> None:
+    supervisor = Supervisor(store, "lab", lambda line: None)
+    try:
+        supervisor._directory = tmp_path
+        supervisor.record = Record(None, None, None, "{}", "{}", "", "", "", False, None, is_reverting=True)
+        supervisor.record.write(tmp_path)
+        supervisor.running = SimpleNamespace(generation="another")  # type: ignore[assignment]
+        with supervisor._noting_back() as to_note:
+            note = to_note(RECORDED, True)
+            before = Record.read(tmp_path)
+            assert before is not None and before.is_reverting
+            if meanwhile == "something else is noted":
+                supervisor._note_what_is(is_paused=True)
+            elif meanwhile:
+                (tmp_path / f"running.json.{os.getpid()}.next").unlink()
+            note()
+        found = Record.read(tmp_path)
+    finally:
+        supervisor._ends.close()
+    assert found is not None and found == supervisor.record
+    assert (found.is_reverting, found.is_frozen, found.told) == (False, True, "another")
+    assert found.recorded == RECORDED.to_json() and found.is_paused is (meanwhile == "something else is noted")
+    assert [path.name for path in tmp_path.glob("running.json*")] == ["running.json"]
+
+
+def test_a_note_that_was_written_beforehand_and_is_not_wanted_goes(store: onionskin.Store, tmp_path: Path) -> None:
+    supervisor = Supervisor(store, "lab", lambda line: None)
+    try:
+        supervisor._directory = tmp_path
+        supervisor.record = Record(None, None, None, "{}", "{}", "", "", "", False, None, is_reverting=True)
+        supervisor.running = SimpleNamespace(generation="another")  # type: ignore[assignment]
+        with supervisor._noting_back() as to_note:
+            to_note(RECORDED, False)
+    finally:
+        supervisor._ends.close()
+    assert supervisor.record.is_reverting and not list(tmp_path.glob("running.json*"))
 
 
 def test_a_program_that_runs_a_machine_in_the_foreground_has_its_threads_as_before(
