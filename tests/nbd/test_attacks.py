@@ -134,7 +134,7 @@ def test_disconnects_in_the_middle_of_replies_cost_nothing(served: Served, struc
             client.receive(rng.randrange(1, 1 << 20))
     wait_for_the_end_of_all(at)
     volume.store.finish_work()
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(os.listdir("/proc/self/fd")) <= descriptors  # what earlier tests left is closed at any moment
     assert volume._path.wait_for_readers() is None
 
 
