@@ -15,11 +15,16 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from support.examples import examples
 
-# A machine that is busy fails no test.
-settings.register_profile("no deadline", deadline=None, max_examples=examples(100))
+# A machine that is busy fails no test, and neither do examples of which a few in a row were thrown away by chance.
+settings.register_profile(
+    "no deadline",
+    deadline=None,
+    max_examples=examples(100),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+)
 settings.load_profile("no deadline")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -20,7 +20,7 @@ from docs.blocks import Block
 import onionskin
 
 MARK = "\x1e"  # stands in the output before each step
-SECONDS_MAX = 300  # only a session that hangs takes so long
+SECONDS_MAX = 1200  # only a session that hangs takes so long, also on a busy host
 # All are errors but the one of Python 3.12 and newer about a fork beside threads, which other libraries start.
 WARNINGS = "-W error -W 'ignore:This process:DeprecationWarning'"
 COMPARE = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

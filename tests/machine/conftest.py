@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from support.gap import Gap
-from support.guests import QEMUS, Console, build_tick_disk, configuration
+from support.guests import QEMUS, Console, build_tick_disk, configuration, end_machines
 from support.linux_guest import LinuxGuest, build_linux_guest, wait_counts
 from support.servers import Serve
 
@@ -45,8 +45,7 @@ def store(vms: Path) -> Iterator[onionskin.Store]:
         try:
             yield store
         finally:
-            for info in store.machines():
-                store.open_machine(info.name).stop(force=True)
+            end_machines(store)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from support.gap import Gap
-from support.guests import SECONDS_MAX, Console, configuration, until
+from support.guests import SECONDS_MAX, Console, configuration, end_machines, until
 from support.rounds import ALL
 
 import onionskin
@@ -128,8 +128,7 @@ def lab(vms: Path, qemu: list[str], gap: Gap) -> Iterator[Machine]:
             machine.snapshot("ready")
             yield machine
         finally:  # forks of a test that failed too: the next run in the same directory would find them
-            for info in store.machines():
-                store.open_machine(info.name).stop(force=True)
+            end_machines(store)
 
 
 def check_runs(machine: Machine) -> None:

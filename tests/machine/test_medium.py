@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import Mount, image_of
 from support.gap import Gap
-from support.guests import MIB, Console, configuration, until
+from support.guests import MIB, Console, configuration, end_machines, until
 from support.rounds import ALL
 
 import onionskin
@@ -63,8 +63,7 @@ def lab(medium: Path, tick_disk: Path, qemu: list[str], gap: Gap) -> Iterator[Ma
             machine.snapshot("before")
             yield machine
         finally:
-            for info in store.machines():
-                store.open_machine(info.name).stop(force=True)
+            end_machines(store)
 
 
 def put_into(machine: Machine) -> tuple[Secret, Secret]:
@@ -139,6 +138,7 @@ def test_a_secret_in_a_snapshot_that_was_killed_is_nowhere_on_the_medium(
 
 def test_a_secret_in_a_draft_of_a_ram_file_is_nowhere_on_the_medium(lab: Machine, medium: Path, gap: Gap) -> None:
     both = put_into(lab)
+    until(lambda: any(not name.endswith(".new") for name in ram_files(medium)))  # that of `before`
     gap.arm("fill_file after", "supervisor")
     lab.snapshot("secret")
     until(lambda: gap.is_met)

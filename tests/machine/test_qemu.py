@@ -11,11 +11,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from support.guests import MIB, SECONDS_MAX, Console, configuration, has_ended, until
 
 from onionskin.errors import StateError
+from onionskin.machine import session
 from onionskin.machine.hypervisor import Configuration, Identity, compare
 from onionskin.machine.monitor import MonitorError
 from onionskin.machine.qemu import QemuHypervisor, QemuProcess, adopt
@@ -508,13 +510,25 @@ def test_what_a_program_says_that_is_no_qemu_is_in_the_error(tmp_path: Path) -> 
         QemuHypervisor().check(Configuration(16 * MIB, program=str(script)), 1)
 
 
+def noting_its_pid(directory: Path) -> str:
+    """Return a command of the shell that notes the process it has started last in `pid`, which appears as a whole."""
+    return f"echo $! > {directory}/pid.new && mv {directory}/pid.new {directory}/pid"
+
+
 @pytest.mark.parametrize("behind", ["", "wait"])
 def test_no_process_is_left_of_a_program_that_leaves_one_in_the_background(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behind: str
 ) -> None:
     monkeypatch.setattr("onionskin.machine.qemu.PROBE_SECONDS", 1)
+    read = session._read
+
+    def read_once_it_is_left(*given: Any) -> Any:
+        until((tmp_path / "pid").exists)
+        return read(*given)
+
+    monkeypatch.setattr(session, "_read", read_once_it_is_left)
     script = tmp_path / "script"
-    script.write_text(f"#!/bin/sh\nsleep 1000 &\necho $! > {tmp_path}/pid\n{behind}\n")
+    script.write_text(f"#!/bin/sh\nsleep 1000 &\n{noting_its_pid(tmp_path)}\n{behind}\n")
     script.chmod(0o700)
     with pytest.raises(StateError, match="does not answer as QEMU"):
         QemuHypervisor().check(Configuration(16 * MIB, program=str(script)), 1)
@@ -534,7 +548,8 @@ def test_no_session_is_killed_whose_number_may_be_somebody_elses_by_then(
 
     monkeypatch.setattr("os.killpg", kill)
     script = tmp_path / "script"
-    script.write_text(f'#!/bin/sh\n{shlex.join(qemu)} "$@"\nsleep 1000 >/dev/null 2>&1 &\necho $! > {tmp_path}/pid\n')
+    line = f'{shlex.join(qemu)} "$@"'
+    script.write_text(f"#!/bin/sh\n{line}\nsleep 1000 >/dev/null 2>&1 &\n{noting_its_pid(tmp_path)}\n")
     script.chmod(0o700)
     with pytest.raises(StateError, match=r"did not start: .*nonsense"):
         QemuHypervisor().launch(

@@ -123,6 +123,7 @@ def test_disconnects_in_the_middle_of_replies_cost_nothing(served: Served, struc
     at, volume = served
     volume.write(0, os.urandom(16 * MIB))
     rng = random.Random(8)
+    volume.store.finish_work()  # which has files open
     descriptors = len(os.listdir("/proc/self/fd"))
     for _ in range(50):
         with Client(at.path) as client:
@@ -132,7 +133,8 @@ def test_disconnects_in_the_middle_of_replies_cost_nothing(served: Served, struc
             client.socket.sendall(b"".join(requests))
             client.receive(rng.randrange(1, 1 << 20))
     wait_for_the_end_of_all(at)
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    volume.store.finish_work()
+    assert len(os.listdir("/proc/self/fd")) <= descriptors  # what earlier tests left is closed at any moment
     assert volume._path.wait_for_readers() is None
 
 

@@ -509,11 +509,15 @@ class Run:
 
 def is_at_work(pid: int) -> bool:
     """Whether any thread of a process runs or would like to: on a busy machine it may wait long for a processor."""
-    with suppress(FileNotFoundError, ProcessLookupError):
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{task}/stat") as file:
-                if file.read().rpartition(")")[2].split()[0] in "RD":
-                    return True
+    try:
+        tasks = os.listdir(f"/proc/{pid}/task")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    for task in tasks:
+        # One that has ended says nothing of the others.
+        with suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{pid}/task/{task}/stat") as file:
+            if file.read().rpartition(")")[2].split()[0] in "RD":
+                return True
     return False
 
 

@@ -38,7 +38,7 @@ class Logged(list[str]):
 
     def wait_for(self, *lines: str) -> None:
         with self._changed:
-            assert self._changed.wait_for(lambda: set(lines) <= set(self), 60), f"{lines} are not in {list(self)}"
+            assert self._changed.wait_for(lambda: set(lines) <= set(self), 300), f"{lines} are not in {list(self)}"
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def expired_forks(store: library.Store) -> None:
 
 
 def end_lifetime(store: library.Store, *names: str) -> None:
-    with closing(sqlite3.connect(store.path / "catalog.db")) as catalog:
+    with closing(sqlite3.connect(store.path / "catalog.db", timeout=300)) as catalog:
         catalog.executemany("UPDATE volumes SET expires_ns = 1 WHERE name = ?", [(name,) for name in names])
         catalog.commit()
 

@@ -153,7 +153,7 @@ def test_a_merge_into_the_base_that_was_cancelled_goes_on_when_it_is_called_agai
     with server.client() as client:
         client.write(0, b"n" * 32 * MIB)
         with subprocess.Popen(
-            [*COMMAND, "merge", f"{vms}/web", "--into-base", "--rate", "1M"], stderr=subprocess.PIPE
+            [*COMMAND, "merge", f"{vms}/web", "--into-base", "--rate", "64K"], stderr=subprocess.PIPE
         ) as merge:
             wait_until_the_base_changes(tmp_path / "base.raw")
             merge.send_signal(sent)
@@ -206,7 +206,7 @@ def test_a_server_that_is_told_to_end_during_a_merge_ends_and_the_next_one_can_f
     with server.client() as client:
         client.write(0, b"n" * 32 * MIB)
     with subprocess.Popen(
-        [*COMMAND, "merge", f"{vms}/web", "--into-base", "--rate", "1M"], stderr=subprocess.PIPE, text=True
+        [*COMMAND, "merge", f"{vms}/web", "--into-base", "--rate", "64K"], stderr=subprocess.PIPE, text=True
     ) as merge:
         wait_until_the_base_changes(tmp_path / "base.raw")
         assert server.terminate() == 0

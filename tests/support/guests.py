@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Self
@@ -20,6 +21,7 @@ from support.servers import stop_between_writes
 
 import onionskin
 from onionskin.base.sockets import connect_unix
+from onionskin.errors import MachineNotFoundError
 from onionskin.machine.hypervisor import Configuration
 
 MIB = 1 << 20
@@ -62,6 +64,13 @@ def state_of(task: Path) -> str:
         return (task / "stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return "X"  # it has ended
+
+
+def end_machines(store: onionskin.Store) -> None:
+    """End all machines of a store. One that waited in a pool may be dropped by whoever had it, since it was listed."""
+    for info in store.machines():
+        with suppress(MachineNotFoundError):
+            store.open_machine(info.name).stop(force=True)
 
 
 def count_in(store: onionskin.Store, snapshot: str, volume: str = "web") -> int:

@@ -36,7 +36,7 @@ from onionskin.storage.locks import (
 )
 from onionskin.storage.open_head import OpenHead
 
-SECONDS = 20  # for which a thread is waited for that should not wait at all
+SECONDS = 300  # for which a thread is waited for that should not wait at all
 
 
 def at_each_event(

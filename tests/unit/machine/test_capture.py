@@ -12,6 +12,7 @@ import pytest
 from support.stand_in import LENGTH, PAGES, Load, StandIn, attach
 
 import onionskin
+from onionskin.base.waiting import within
 from onionskin.errors import SnapshotExistsError, StateError
 from onionskin.kernels._ram import PAGE_BYTES
 from onionskin.machine import capture, restore
@@ -51,7 +52,8 @@ def test_a_live_snapshot_has_every_page_as_it_was_when_the_machine_stood_still(
         for number in range(4):
             taken = capture.snapshot(running, f"s{number}")
             assert taken.mode == "live" and taken.pause_seconds > 0
-    assert load.count > 100
+            before = load.count
+            assert within(300, lambda before=before: load.count > before)  # on a busy host it may get no turn for long
     for number, whole in enumerate(kept):
         assert ram_of(running, f"s{number}") == whole
 
@@ -225,7 +227,7 @@ def test_the_hypervisor_lets_go_of_the_state_while_ram_is_written(
     is_saving, finish, save = threading.Event(), process.finish_state, GuestRam.save
 
     def finish_when_saving() -> None:
-        assert is_saving.wait(30)
+        assert is_saving.wait(300)
         finish()
 
     def saving(ram: GuestRam, volume: Volume) -> int:

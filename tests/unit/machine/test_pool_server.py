@@ -46,7 +46,7 @@ def test_a_process_that_cannot_be_forked_costs_no_descriptor_and_is_tried_again_
     for _ in range(3):
         pool._fill()  # its rows are there, and no supervisor
     assert not pool._members
-    assert descriptors() == before
+    assert descriptors() <= before  # what earlier tests left is closed at any moment
 
 
 def test_who_waits_for_a_pool_is_told_of_a_full_disk_as_the_error_that_it_is(

@@ -183,7 +183,7 @@ def test_a_piece_of_ram_is_read_while_the_one_before_is_written_and_no_write_in_
 
     def save_and_write(volume: onionskin.Volume, numbers: np.ndarray, pages: np.ndarray) -> None:
         if not numbers_of_pieces:
-            assert reads[1].wait(30), "the next piece is not read before this one is written"
+            assert reads[1].wait(300), "the next piece is not read before this one is written"
             child.write(10, 77)  # of this piece
             child.write(3000, 78)  # of the next one
         numbers_of_pieces.append(len(numbers))

@@ -382,7 +382,7 @@ def test_the_ram_volume_is_made_ready_while_the_devices_are_loaded_and_put_back_
     is_ready, load, wait = threading.Event(), process.load_state, restore._VolumesGoingBack._wait
 
     def load_when_ready(path: Path) -> None:
-        assert is_ready.wait(30)
+        assert is_ready.wait(300)
         assert opened.head == opened.store.catalog.head_of(opened.row) == before
         load(path)
 

@@ -221,7 +221,7 @@ def test_a_client_is_answered_while_the_fork_of_the_next_one_is_opened(
 
         def make_when_answered(*arguments: Any) -> Any:
             if len(made) == 2:  # the first is opened by itself, the next one is told as soon as it is open
-                made.append(answered.wait(20))
+                made.append(answered.wait(300))
             else:
                 made.append(True)
             return make(*arguments)

@@ -221,6 +221,7 @@ def test_a_name_is_given_on_a_file_system_without_hard_links(
 def test_the_store_is_no_place_for_an_image_by_whatever_way_it_is_named(
     store: onionskin.Store, web: onionskin.Volume, tmp_path: Path
 ) -> None:
+    store.finish_work()  # which makes and removes files
     (tmp_path / "way").symlink_to(store.path / "segments")
     mount = tmp_path / "mount"
     mount.mkdir()
