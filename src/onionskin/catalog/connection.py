@@ -919,6 +919,8 @@ def _connect(path: FilePath) -> sqlite3.Connection:
         connection.execute("PRAGMA synchronous = FULL")  # BARRIER: catalog commits
         connection.execute("PRAGMA secure_delete = ON")
         connection.execute("PRAGMA foreign_keys = ON")
+        # What a statement of many rows changes is copied first, to a file in /var/tmp otherwise.
+        connection.execute("PRAGMA temp_store = MEMORY")
     except sqlite3.Error as error:
         connection.close()
         raise translated(error, path) from error
