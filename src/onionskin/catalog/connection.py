@@ -762,7 +762,7 @@ class Connection:
     def insert_copies(self, row: Row, **columns: Sequence[Any]) -> None:
         """Add rows that are as this one but for some columns, of which each has a value for each row. Inside a transaction.
 
-        What the rows have in common is looked at, and handed to SQLite, once: it takes a third of the time of `insert_all`.
+        What the rows have in common is looked at, and handed to SQLite, once, and no row is made for each.
         """
         kind: Any = type(row)
         common = {name: value for name, value in zip(COLUMNS[kind], row, strict=True) if name not in columns}
