@@ -762,7 +762,7 @@ class Connection:
     def insert_copies(self, row: Row, **columns: Sequence[Any]) -> None:
         """Add rows that are as this one but for some columns, of which each has a value for each row. Inside a transaction.
 
-        What the rows have in common is looked at, and handed to SQLite, once: it takes a third of the time of `insert_all`.
+        What the rows have in common is looked at, and handed to SQLite, once, and no row is made for each.
         """
         kind: Any = type(row)
         common = {name: value for name, value in zip(COLUMNS[kind], row, strict=True) if name not in columns}
@@ -919,6 +919,8 @@ def _connect(path: FilePath) -> sqlite3.Connection:
         connection.execute("PRAGMA synchronous = FULL")  # BARRIER: catalog commits
         connection.execute("PRAGMA secure_delete = ON")
         connection.execute("PRAGMA foreign_keys = ON")
+        # What a statement of many rows changes is copied first, to a file in /var/tmp otherwise.
+        connection.execute("PRAGMA temp_store = MEMORY")
     except sqlite3.Error as error:
         connection.close()
         raise translated(error, path) from error

@@ -2,6 +2,8 @@
 
 import os
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -897,3 +899,26 @@ def test_labels_of_many_forks_are_written_in_the_order_of_their_table(
     store.fork("web@clean", count=20, labels={"b": "1", "a": "2"})
     assert [(row.volume, row.key) for row in written] == sorted((row.volume, row.key) for row in written)
     assert len(written) == 40
+
+
+_FORK_WITHOUT_FILES = """
+import os, resource, sys
+import onionskin
+
+with onionskin.Store(sys.argv[1]) as store:
+    store.fork("web@clean", count=1000)
+    store._opened.finish_work()
+    store._opened.rest(3600)  # the background has files of its own to open
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))  # without that of this look
+    names = store.fork("web@clean", count=1000)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    print(len(names))
+"""
+
+
+def test_many_forks_among_many_volumes_open_no_file(store: onionskin.Store, tmp_path: Path) -> None:
+    store.close()
+    command = [sys.executable, "-c", _FORK_WITHOUT_FILES, str(tmp_path / "store")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (run.returncode, run.stdout) == (0, "1000\n"), run.stderr
