@@ -64,14 +64,13 @@ def check_group(
         source: forks.check_wanted(source, snapshot, None, count, pattern, None, lifetime, labels, wipe)
         for source, snapshot in sources.items()
     }
+    if len({one.volume for one in wanted.values()}) < len(wanted):  # no pattern tells their names apart
+        raise ValueError("a disk is named twice; fork it by two calls, each with names of its own")
     patterns = {(one.pattern.prefix, one.pattern.suffix) for one in wanted.values()}
     if len(patterns) < len(wanted):
         raise ValueError("forks of different disks would have the same names; put {source} into the pattern")
     if sum(one.count for one in wanted.values()) > forks.FORKS_MAX:
         raise ValueError(f"one call makes at most {forks.FORKS_MAX:,} forks, of all disks together")
-    cut = [one.volume for one in wanted.values() if one.snapshot is None]
-    if len(set(cut)) < len(cut):
-        raise ValueError("a disk as it is now is named twice")
     return GroupWanted(wanted, None if key is None else forks.check_key(key))
 
 

@@ -241,6 +241,11 @@ def test_names_under_a_key_that_are_damaged_are_refused(store: onionskin.Store, 
         store.fork("web@clean", idempotency_key="k")
 
 
+def test_a_group_that_names_a_disk_twice_is_told_so(store: onionskin.Store) -> None:
+    with pytest.raises(ValueError, match="named twice"):
+        store.fork_group({"web": None, "web@clean": None}, pattern="{n}-{source}")
+
+
 def test_a_group_under_a_key_is_the_same_in_any_order(store: onionskin.Store) -> None:
     store.create("db", size="1M").close()
     made = store.fork_group({"web": "clean", "db": None}, count=2, idempotency_key="k")
