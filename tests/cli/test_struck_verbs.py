@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support import struck_verbs
 
-from onionskin import Store
+from onionskin import Store, delta
 
 BLOCK = 4096
 VERBS = [
@@ -42,6 +42,20 @@ VERBS = [
     "prune {store}/web --keep-last 1",
     "delete {store}/over {store}/old --recursive --yes",
     "trim {store}/web 0 64K",
+    "import {files}/image {store}/new",
+    "apply {store}/apart {files}/stream",
+    "machine discard {store}/lab@x --recursive --yes",
+    "machine delete {store}/lab --recursive --yes",
+]
+# What goes ways that the others go too, so it is struck only where there is time for all.
+FURTHER = [
+    "zero {store}/web 0 64K",
+    "set {store}/over lifetime=2h",
+    "machine create {store}/new --disk over --memory 1M",
+    "machine snapshot {store}/lab@new",
+    "machine fork {store}/lab@x -n 2 --no-start",
+    "machine rename {store}/lab box",
+    "machine merge {store}/lab@x",
 ]
 
 
@@ -59,6 +73,22 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 volume.write(number * 16 * BLOCK, b"h" * BLOCK)
         store.hold("held", ["a", "b"], "me")
         store.fork("web", "a", names=["old"], lifetime=0.001)
+        store.create("disk", size=1 << 20).close()
+        machine = store.create_machine("lab", disks=["disk"], memory="1M")
+        for snapshot in "xy":
+            with store.open("disk") as volume:
+                volume.write(0, snapshot.encode() * 2 * BLOCK)
+            machine.snapshot(snapshot)
+        with store.create("apart", size=1 << 20) as volume:
+            volume.write(0, b"c" * BLOCK)
+            volume.snapshot("c")
+        store.clone("apart", "c", "further")
+        with store.open("further") as volume, (path.parent / "stream").open("wb") as stream:
+            volume.write(0, b"further " * BLOCK)
+            volume.snapshot("d")
+            delta.delta(store, None, "apart@c", "further@d", stream)
+        store.delete("further", recursive=True)
+    (path.parent / "image").write_bytes(b"image" * BLOCK)
     return path
 
 
@@ -79,7 +109,7 @@ def struck(template: Path, tmp_path: Path, program: "subprocess.Popen[str]") -> 
         given = {
             "template": str(template),
             "work": str(tmp_path),
-            "words": verb.split(),
+            "words": verb.replace("{files}", str(template.parent)).split(),
             "places": places,
             "number": number,
         }
@@ -175,6 +205,6 @@ def test_a_merge_into_the_base_that_is_ended_anywhere_changes_no_disk_and_goes_o
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", [*VERBS, *FURTHER])
 def test_a_verb_that_is_interrupted_anywhere_does_all_or_nothing(struck: Callable[..., None], verb: str) -> None:
     struck(verb, [*spread(100), *spread(10, 0.99)])

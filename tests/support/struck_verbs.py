@@ -31,10 +31,15 @@ HANG_SECONDS = 60
 
 
 def contents(path: Path) -> dict[str, Any]:
-    """Describe all volumes of a store, by what they read as and what is recorded about them."""
+    """Describe all volumes of a store, by what they read as and what is recorded about them, and all machines."""
     found = {}
     with onionskin.Store(path, create=False) as store:
-        for volume in store.volumes():
+        for machine in store.machines():
+            taken = {one.name: dict(one.disks) for one in store.machine_snapshots(machine.name)}
+            found[f"machine {machine.name}"] = [machine.stands_on, taken]
+        for volume in store.volumes(owned=True):
+            if volume.name.endswith(".ram"):  # large, and nothing is in it
+                continue
             disks = {}
             for snapshot in [None, *store.snapshots(volume.name)]:
                 mode = {"mode": "r"} if snapshot is None else {"snapshot": snapshot.name}
