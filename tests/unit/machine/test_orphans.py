@@ -153,6 +153,34 @@ def test_a_copy_of_ram_is_not_dropped_where_a_hypervisor_has_it_by_another_descr
     assert not copies[0].exists()
 
 
+def test_a_copy_of_ram_is_not_dropped_as_long_as_somebody_has_it_locked(copies: list[Path]) -> None:
+    """A kernel may not know leases, by which it is seen that it is open."""
+    os.close(orphans.make_copy(copies[0]))
+    with copies[0].open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        orphans.drop_forgotten_copies()
+        assert copies[0].exists()
+    orphans.drop_forgotten_copies()
+    assert not copies[0].exists()
+
+
+def test_a_copy_of_ram_is_not_dropped_that_was_made_in_the_place_of_a_forgotten_one(
+    copies: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.close(orphans.make_copy(copies[0]))
+    refuse, made = orphans._refuse_open, []
+
+    def refuse_and_be_followed(descriptor: int) -> None:
+        refuse(descriptor)
+        copies[0].unlink()
+        made.append(orphans.make_copy(copies[0]))
+
+    monkeypatch.setattr(orphans, "_refuse_open", refuse_and_be_followed)
+    orphans.drop_forgotten_copies()
+    assert copies[0].exists()
+    os.close(made[0])
+
+
 def test_a_copy_of_ram_of_another_user_is_neither_opened_nor_dropped(
     copies: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
