@@ -13,7 +13,8 @@ import pytest
 
 import onionskin
 from onionskin.errors import StateError
-from onionskin.machine import orphans
+from onionskin.machine import orphans, qemu
+from onionskin.machine.leftovers import drop_leftovers
 from onionskin.machine.record import make_directory
 
 LISTEN = """
@@ -151,6 +152,59 @@ def test_a_copy_of_ram_is_not_dropped_where_a_hypervisor_has_it_by_another_descr
         assert copies[0].exists()
     orphans.drop_forgotten_copies()
     assert not copies[0].exists()
+
+
+def test_a_copy_of_ram_is_locked_as_long_as_it_is_open(copies: list[Path]) -> None:
+    made = orphans.make_copy(copies[0])
+    with copies[0].open("rb") as file:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(made)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize("by", ["a start", "dropping"])
+def test_forgotten_copies_of_ram_are_dropped_by_a_start_that_makes_one_and_when_snapshots_are_dropped(
+    copies: list[Path], tmp_path: Path, by: str
+) -> None:
+    os.close(orphans.make_copy(copies[0]))
+    if by == "dropping":
+        with onionskin.Store(tmp_path / "vms") as store:
+            drop_leftovers(store, [])
+    else:
+        (tmp_path / "ram").write_bytes(bytes(4096))
+        path, descriptor = qemu._copy(tmp_path / "ram", tmp_path / "machine-of-test")
+        assert path.exists()
+        os.close(descriptor)
+    assert not copies[0].exists()
+
+
+def test_a_copy_of_ram_is_not_dropped_as_long_as_somebody_has_it_locked(copies: list[Path]) -> None:
+    """A kernel may not know leases, by which it is seen that it is open."""
+    os.close(orphans.make_copy(copies[0]))
+    with copies[0].open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        orphans.drop_forgotten_copies()
+        assert copies[0].exists()
+    orphans.drop_forgotten_copies()
+    assert not copies[0].exists()
+
+
+def test_a_copy_of_ram_is_not_dropped_that_was_made_in_the_place_of_a_forgotten_one(
+    copies: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.close(orphans.make_copy(copies[0]))
+    refuse, made = orphans._refuse_open, []
+
+    def refuse_and_be_followed(descriptor: int) -> None:
+        refuse(descriptor)
+        copies[0].unlink()
+        made.append(orphans.make_copy(copies[0]))
+
+    monkeypatch.setattr(orphans, "_refuse_open", refuse_and_be_followed)
+    orphans.drop_forgotten_copies()
+    assert copies[0].exists()
+    os.close(made[0])
 
 
 def test_a_copy_of_ram_of_another_user_is_neither_opened_nor_dropped(

@@ -462,12 +462,14 @@ def test_a_copy_that_was_put_where_the_store_was_is_left_alone(store: onionskin.
     supervisor.record = Record(None, None, None, "{}", "{}", "g", "s", "/ram", True, None)
     store.path.rename(tmp_path / "moved")
     shutil.copytree(tmp_path / "moved", store.path)
-    for name in (record.RECORD, qemu_command.EMPTY_RAM):
+    of_the_copy = (record.RECORD, record.UNDER_WAY, qemu_command.EMPTY_RAM, qemu_command.QMP)
+    for name in of_the_copy:
         (supervisor._directory / name).write_text("of the copy")
     with pytest.raises(StateError, match="not where it was opened"):
         supervisor._note(is_paused=True)
     supervisor._note_what_is(is_paused=False)  # that has happened already
-    supervisor._process = SimpleNamespace(_said=lambda: "")  # type: ignore[assignment]
+    supervisor._process = SimpleNamespace(_said=lambda: "", wait=lambda seconds: 1)  # type: ignore[assignment]
+    supervisor._ends.push(supervisor._forget)
     supervisor.running = SimpleNamespace(is_broken=False)  # type: ignore[assignment]
     supervisor._server = SimpleNamespace(  # type: ignore[assignment]
         reap=lambda: None, process=None, uris=["web"], is_given_up=False, restart=lambda: served.append("web")
@@ -478,7 +480,7 @@ def test_a_copy_that_was_put_where_the_store_was_is_left_alone(store: onionskin.
     supervisor.end()
     assert served == []
     left = {path.name: path.read_text() for path in supervisor._directory.iterdir()}
-    assert left == {record.RECORD: "of the copy", qemu_command.EMPTY_RAM: "of the copy"}
+    assert left == dict.fromkeys(of_the_copy, "of the copy")
 
 
 def test_a_machine_that_a_full_tmpfs_ended_says_so_from_the_room_of_its_ram(
