@@ -17,6 +17,7 @@ import pkgutil
 import shutil
 import signal
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,8 @@ class Runs:
             events = self._strikes.end() if at is not None else 0
             if at == 0:
                 (self.work / "events").write_text(str(events))
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

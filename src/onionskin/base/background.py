@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 
 from onionskin.base.signals import DeferredInterrupt
+from onionskin.base.threads import Thread
 
 LINGER_SECONDS = 1.0
 
@@ -46,7 +47,7 @@ class Background:
         with DeferredInterrupt(), self._guard:
             self._asked += 1
             if self._thread is None and not self._ending:
-                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                thread = Thread(target=self._run, name=self._name, daemon=True)
                 thread.start()  # it waits for the lock: an interrupt in here leaves no unknown thread
                 self._thread = thread
             self._changed.notify_all()
@@ -77,7 +78,11 @@ class Background:
             self._changed.notify_all()
             thread = self._thread
         if thread and thread is not threading.current_thread():
-            thread.join()
+            try:
+                thread.join()
+            except BaseException:  # an interrupt: what the thread uses is closed behind this
+                thread.join()
+                raise
 
     def _run(self) -> None:
         begun = 0

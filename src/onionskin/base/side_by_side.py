@@ -10,6 +10,8 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from onionskin.base.held import held
+from onionskin.base.signals import DeferredInterrupt
+from onionskin.base.threads import Thread
 
 Call = Callable[[], object]
 
@@ -48,9 +50,10 @@ class SideBySide:
         """Start so many threads, if they are not there yet. It may be done before there are calls."""
         with suppress(RuntimeError):  # no thread can be started: the one that asks for the calls runs them
             while len(self._threads) < min(self._beside, count):
-                thread = threading.Thread(target=self._work, name="onionskin side by side")
-                thread.start()
-                self._threads.append(thread)
+                thread = Thread(target=self._work, name="onionskin side by side")
+                with DeferredInterrupt():  # one that nobody knows would wait for calls without end
+                    thread.start()
+                    self._threads.append(thread)
 
     def _work(self) -> None:
         while (taken := self._waiting.get()) is not None:

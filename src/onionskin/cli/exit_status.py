@@ -289,7 +289,10 @@ class Verbs(click.Group):
                 status = self._run(arguments, extra)
                 _give_up_streams()
                 self._is_done()
-        except KeyboardInterrupt as ended:
+        except (KeyboardInterrupt, RuntimeError) as error:
+            ended = _interrupt_behind(error)
+            if ended is None:
+                raise
             how = f"ended by {signal.Signals(ended.number).name}" if isinstance(ended, Ended) else "interrupted"
             say(f"{how}; run the command again to go on or to begin anew")
             status = status_of(ended)
@@ -321,6 +324,17 @@ class Verbs(click.Group):
             say(line_of(error))
             return status_of(error)
         return OK
+
+
+def _interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
+    """Return the interrupt that an error is, or that it came from.
+
+    An interrupt within `threading.Condition.wait` can lose the condition's lock, and is a RuntimeError of that then.
+    """
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, KeyboardInterrupt):
+        found = found.__cause__ or found.__context__
+    return found
 
 
 def _usage(wrong: click.ClickException) -> int:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 
 from onionskin.base import forking
+from onionskin.base.threads import Thread
 
 AGAIN_SECONDS = 0.2
 
@@ -78,7 +79,7 @@ class Acceptor:
         """Start the thread, which gets an epoll of its own: one that ends may still be looking at the former one."""
         epoll, wake = select.epoll(), os.eventfd(0, os.EFD_CLOEXEC)
         epoll.register(wake, select.EPOLLIN)
-        thread = threading.Thread(target=self._run, args=(epoll, wake), name="onionskin control", daemon=True)
+        thread = Thread(target=self._run, args=(epoll, wake), name="onionskin control", daemon=True)
         try:
             thread.start()
         except BaseException:

@@ -8,11 +8,11 @@ its program and its thread have ended.
 import contextlib
 import os
 import stat
-import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from onionskin.base.lazy import Later
+from onionskin.base.threads import Thread
 from onionskin.errors import FormatError, OnionskinError
 from onionskin.exchange.programs import running, status_of
 
@@ -205,7 +205,7 @@ class _Feeder:
         self.output, self._input = os.pipe2(os.O_CLOEXEC)
         self._stopped, self._stop = os.pipe2(os.O_CLOEXEC)
         self._failure: OSError | None = None
-        self._thread = threading.Thread(target=self._run, name="onionskin unpack", daemon=True)
+        self._thread = Thread(target=self._run, name="onionskin unpack", daemon=True)
         self._is_started = False
 
     def __enter__(self) -> "_Feeder":

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Self, TypeVar
 
+from onionskin.base.threads import Thread
 from onionskin.errors import StateError
 
 _T = TypeVar("_T")
@@ -38,7 +39,7 @@ class Console:
             threading.RLock()
         )  # entered itself, as in `base/background.py`: an interrupt leaves it held by nobody
         self._news = threading.Condition(self._lock)
-        self._thread = threading.Thread(target=self._read, name="onionskin console", daemon=True)
+        self._thread = Thread(target=self._read, name="onionskin console", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> Self:

@@ -27,7 +27,7 @@ from onionskin.base.sockets import (
     may_be_written,
     may_connect,
 )
-from onionskin.base.threads import SureThread
+from onionskin.base.threads import SureThread, Thread
 from onionskin.control import frames
 from onionskin.control.client import is_stopped, say_whom_one_waits_for, what_lets_it_go_on
 from onionskin.errors import FormatError, OnionskinError, StateError
@@ -98,7 +98,7 @@ class ControlServer:
         self._sessions: dict[threading.Thread, socket.socket] = {}
         self._closing = threading.Event()
         self._listener = UnixListener(path)
-        self._accepting = threading.Thread(target=self._accept, name="onionskin control", daemon=True)
+        self._accepting = Thread(target=self._accept, name="onionskin control", daemon=True)
         self._accepting.start()
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from onionskin.base.lazy import logger
 from onionskin.base.sockets import connect_unix, credentials_of
+from onionskin.base.threads import Thread
 from onionskin.control.client import is_stopped, what_lets_it_go_on
 from onionskin.errors import StateError
 
@@ -101,7 +102,7 @@ class Monitor:
         self.pid: int = credentials_of(connection)[0]
         connection.setblocking(False)
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="onionskin qmp", daemon=True)
+        self._thread = Thread(target=self._loop.run_forever, name="onionskin qmp", daemon=True)
         self._thread.start()
         self._client = QMPClient(name)
         # The library keeps each event for whoever asks for it later, and nobody does: a guest may cause any number of them.

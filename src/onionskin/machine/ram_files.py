@@ -27,6 +27,7 @@ from onionskin.base import modes
 from onionskin.base.files import data_ranges
 from onionskin.base.lazy import logger
 from onionskin.base.os_errors import words_of
+from onionskin.base.threads import Thread
 from onionskin.base.waiting import within
 from onionskin.errors import OnionskinError, StateError
 from onionskin.kernels._wipe import wipe
@@ -185,7 +186,7 @@ class RamFiles:
         with self._lock:
             self._wanted, self._due = source, time.monotonic() + QUIET_SECONDS
             if self._building is None:
-                self._building = threading.Thread(target=self._make_wanted, name="onionskin RAM file", daemon=True)
+                self._building = Thread(target=self._make_wanted, name="onionskin RAM file", daemon=True)
                 self._building.start()
 
     def _make_wanted(self) -> None:

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from onionskin.base.lazy import logger
 from onionskin.base.os_errors import words_of
 from onionskin.base.sockets import has_hung_up
+from onionskin.base.threads import Thread
 from onionskin.base.waiting import within
 from onionskin.control.client import is_stopped
 from onionskin.errors import OnionskinError, StateError
@@ -267,7 +268,7 @@ class Supervisor:
             for line in self._untold:
                 self._log(f"the guest was not told: {line}")
 
-        threading.Thread(target=work, name="onionskin agent", daemon=True).start()
+        Thread(target=work, name="onionskin agent", daemon=True).start()
 
     def _thaw(self) -> None:
         """Have the file systems of a guest thawed that goes on as they were frozen: no write of it would end."""
@@ -542,7 +543,7 @@ class Supervisor:
         A hypervisor that waits for its disks answers nothing, and `run`, which sees to the server later, has not begun.
         """
         reader, writer = os.pipe2(os.O_CLOEXEC)
-        thread = threading.Thread(target=self._keep_served, args=(reader,), name="onionskin disks", daemon=True)
+        thread = Thread(target=self._keep_served, args=(reader,), name="onionskin disks", daemon=True)
 
         def begin() -> None:
             with self._serving:
@@ -893,7 +894,7 @@ class Supervisor:
             self.wake()
 
         if self._stopping is None:
-            self._stopping = threading.Thread(target=work, name="onionskin stop", daemon=True)
+            self._stopping = Thread(target=work, name="onionskin stop", daemon=True)
             self._stopping.start()
 
     def snapshot(

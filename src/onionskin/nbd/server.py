@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from errno import EMFILE
 
 from onionskin.base.sockets import peer_of
+from onionskin.base.threads import Thread
 from onionskin.errors import OnionskinError, StateError
 from onionskin.nbd._nbd import NbdServer
 from onionskin.nbd.exported import GRACE_SECONDS
@@ -127,7 +128,7 @@ class Server:
     def run(self, ready: Callable[[], None]) -> None:
         """Serve until `stop` is called, then flush all volumes. `ready` is called when clients can connect."""
         load_all()
-        accepting = threading.Thread(target=self._accept, name="onionskin accept", daemon=True)
+        accepting = Thread(target=self._accept, name="onionskin accept", daemon=True)
         try:
             accepting.start()
             ready()

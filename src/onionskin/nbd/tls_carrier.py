@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from onionskin.base.threads import Thread
 from onionskin.errors import OnionskinError
 from onionskin.nbd import tls
 from onionskin.nbd.tls import Terms
@@ -68,7 +69,7 @@ class TlsCarrier:
                 with self._guard:
                     self._carriers.discard(threading.current_thread())
 
-        carrier = threading.Thread(target=carry, name=f"onionskin tls {peer}", daemon=True)
+        carrier = Thread(target=carry, name=f"onionskin tls {peer}", daemon=True)
         with self._guard:
             self._carriers.add(carrier)
             self._handshakes[carrier] = second

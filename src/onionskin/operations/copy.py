@@ -19,6 +19,7 @@ from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.naming import some_of
 from onionskin.base.paths import FilePath
 from onionskin.base.states import DATA
+from onionskin.base.threads import Thread
 from onionskin.kernels._copy import CopyCancelled, CopyJob
 from onionskin.kernels._extents import Extents
 from onionskin.storage.chain import Chain, open_chain
@@ -70,20 +71,21 @@ def run_job(job: CopyJob, progress: "Progress | None", done_before: int, total: 
         except BaseException as error:
             failure.append(error)
 
-    thread = threading.Thread(target=work, name="onionskin copy")
-    thread.start()
+    thread = Thread(target=work, name="onionskin copy")
     try:
+        thread.start()
         while True:  # progress is reported at least once, however short the copy is
             thread.join(PROGRESS_SECONDS)
             if progress:
                 progress(done_before + job.bytes_done, total)
-            if not thread.is_alive():
+            if thread.has_ended:
                 break
     except BaseException:
         job.cancel()
         raise
     finally:
-        thread.join()
+        if thread.ident is not None:  # it was started
+            thread.join()
     if failure:
         raise KeyboardInterrupt if isinstance(failure[0], CopyCancelled) else failure[0]
 
