@@ -11,6 +11,7 @@ import time
 from _thread import allocate_lock
 from typing import Any
 
+from onionskin.base.paths import FilePath
 from onionskin.base.signals import DeferredInterrupt
 
 START_SECONDS = 10.0  # on a busy host a thread begins long before that
@@ -53,7 +54,14 @@ class Thread(threading.Thread):
             # An interrupt just behind the first of these leaves it locked: who waits too sees that when it looks again.
             if self._end.acquire(timeout=left):
                 self._end.release()
+            elif not self._is_there():
+                break
         super().join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+
+    def _is_there(self) -> bool:
+        """Whether the system has it still: without memory it may end before it does anything, and nobody hears of that."""
+        tasks = FilePath("/proc/self/task")
+        return (tasks / str(self.native_id)).exists() or not (tasks / str(threading.get_native_id())).exists()
 
 
 class SureThread(Thread):

@@ -57,6 +57,17 @@ def test_a_thread_is_waited_for_behind_an_interrupted_wait(interrupts: Interrupt
     assert ended == [True] and thread.has_ended
 
 
+def test_a_thread_that_ended_before_it_did_anything_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise MemoryError
+
+    thread = Thread(target=print)
+    monkeypatch.setattr(thread, "run", fail)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    thread.start()
+    thread.join()
+
+
 class Job:
     """A copy that is interrupted, and ends some time after it was told to."""
 
