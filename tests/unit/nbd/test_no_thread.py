@@ -13,6 +13,7 @@ import pytest
 from onionskin.base import threads
 from onionskin.control import frames
 from onionskin.control import server as control
+from onionskin.nbd import tls_carrier
 from onionskin.nbd.tls_carrier import TlsCarrier
 
 
@@ -32,7 +33,7 @@ class Dying(threads.SureThread):
 
 @pytest.fixture
 def no_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    return lambda: monkeypatch.setattr(threading, "Thread", Refusing)
+    return lambda: monkeypatch.setattr(tls_carrier, "Thread", Refusing)
 
 
 def test_a_client_with_tls_is_refused_and_its_place_is_free_again(no_threads: Callable[[], None]) -> None:
