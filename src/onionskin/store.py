@@ -310,6 +310,7 @@ class Store:
 
         refuse_own_files(self._opened, path)
         with described_base(path, digest=digest, vouched=vouched) as base:
+            refuse_own_files(self._opened, FilePath(base.path))  # the path may have led elsewhere before it was locked
             refuse_half_merged(self._opened.catalog, FilePath(base.path))
             yield base
 
@@ -1550,6 +1551,7 @@ class Store:
 
         refuse_own_files(self._opened, FilePath(base))
         with described_base(FilePath(base), digest=verify) as new:
+            refuse_own_files(self._opened, FilePath(new.path))  # the path may have led elsewhere before it was locked
             self._opened.change(lambda: self._relocate(name, new, trust=trust, verify=verify))
 
     def _relocate(self, name: str, new: BaseRow, *, trust: bool, verify: bool) -> None:

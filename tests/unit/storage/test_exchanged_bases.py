@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -143,3 +144,29 @@ def test_a_volume_over_a_later_image_at_the_path_is_not_relocated_with_one_over_
         for name, byte in {"first": b"b", "beside": b"b", "later": b"x"}.items():
             with store.open(name) as volume:
                 assert volume.read(0, SIZE) == byte * SIZE
+
+
+@pytest.mark.parametrize("relocates", [False, True])
+def test_a_link_that_leads_into_the_store_once_it_is_locked_is_no_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relocates: bool
+) -> None:
+    image, link = tmp_path / "image", tmp_path / "link"
+    image.write_bytes(bytes(1 << 20))
+    link.symlink_to(image)
+    with onionskin.Store(tmp_path / "vms") as store:
+        store.create("web", base=image).close()
+        inside = store.path / "inside"
+        inside.write_bytes(bytes(1 << 20))
+        describe = stores.described_base
+
+        def exchanged(*given: Any, **options: Any) -> Any:
+            link.unlink()
+            link.symlink_to(inside)
+            return describe(*given, **options)
+
+        monkeypatch.setattr(stores, "described_base", exchanged)
+        with pytest.raises(onionskin.ChainError, match="a file of the store itself"):
+            if relocates:
+                store.relocate("web", base=link, trust=True)
+            else:
+                store.create("over", base=link)
