@@ -19,7 +19,7 @@ from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.naming import some_of
 from onionskin.base.paths import FilePath
 from onionskin.base.states import DATA
-from onionskin.base.threads import Thread
+from onionskin.base.threads import SureThread
 from onionskin.kernels._copy import CopyCancelled, CopyJob
 from onionskin.kernels._extents import Extents
 from onionskin.storage.chain import Chain, open_chain
@@ -57,34 +57,47 @@ def chain_path(store: OpenStore, chain: Chain, base_lock: "BaseLock | None" = No
 
 
 def run_job(job: CopyJob, progress: "Progress | None", done_before: int, total: int) -> None:
-    """Run a copy in a thread of its own, so that this one can report progress and be interrupted."""
+    """Run a copy in a thread of its own, so that this one can report progress and be interrupted.
+
+    Where the system gives no thread, the copy runs in this one.
+    """
     if progress is None and threading.current_thread() is not threading.main_thread():
         with naming(job):
             job.run()
         return
     failure: list[BaseException] = []
+    turn = [job]  # who takes it runs the copy: a thread that is given up may begin all the same
 
-    def work() -> None:
+    def work() -> bool:
+        try:
+            taken = turn.pop()
+        except IndexError:
+            return False
         try:
             with naming(job):
-                job.run()
+                taken.run()
         except BaseException as error:
             failure.append(error)
+        return True
 
-    thread = Thread(target=work, name="onionskin copy")
+    thread, was_here = SureThread(target=work, name="onionskin copy"), False
     try:
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # no thread can be started now
+            was_here = work()
         while True:  # progress is reported at least once, however short the copy is
-            thread.join(PROGRESS_SECONDS)
+            if not was_here:
+                thread.join(PROGRESS_SECONDS)
             if progress:
                 progress(done_before + job.bytes_done, total)
-            if thread.has_ended:
+            if was_here or thread.has_ended:
                 break
     except BaseException:
         job.cancel()
         raise
     finally:
-        if thread.ident is not None:  # it was started
+        if thread.ident is not None and not was_here:  # it was started
             thread.join()
     if failure:
         raise KeyboardInterrupt if isinstance(failure[0], CopyCancelled) else failure[0]
