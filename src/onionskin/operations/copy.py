@@ -22,6 +22,7 @@ from onionskin.base.states import DATA
 from onionskin.base.threads import SureThread
 from onionskin.kernels._copy import CopyCancelled, CopyJob
 from onionskin.kernels._extents import Extents
+from onionskin.operations.reclaim import has_to_be_wiped
 from onionskin.storage.chain import Chain, open_chain
 from onionskin.storage.open_head import OpenDisk
 from onionskin.storage.open_store import OpenStore
@@ -239,7 +240,7 @@ def check_room_for_copy(store: OpenStore, opened: OpenChain, directory: "str | o
     data = data_of(opened)
     system = os.statvfs(directory)
     needed, room = data.total_bytes, system.f_bavail * system.f_frsize
-    if needed > room and may_reflink(opened.chain):
+    if needed > room and may_reflink(store, opened.chain):
         of_base = data.from_source(BASE).total_bytes
         of_segments, needed = needed - of_base, 0
         if of_base and opened.base_lock and not _can_reflink(opened.base_lock.descriptor, directory):
@@ -254,9 +255,9 @@ def check_room_for_copy(store: OpenStore, opened: OpenChain, directory: "str | o
         )
 
 
-def may_reflink(chain: Chain) -> bool:
-    """Whether a copy may share blocks with the store. It may not if any layer has data that has to be wiped one day."""
-    return all(layer.wipe == "release" for layer in chain.layers)
+def may_reflink(store: OpenStore, chain: Chain) -> bool:
+    """Whether a copy may share blocks with the store. It may not if anything in the chain has to be wiped one day."""
+    return not has_to_be_wiped(store, chain)
 
 
 def _segment_can_reflink(segment: FilePath, directory: "str | os.PathLike[str]") -> bool:
@@ -315,7 +316,7 @@ def copy_disk(store: OpenStore, opened: OpenChain, destination: int, *, progress
         A file could not be read, a file ended early, or the file system is full.
     """
     refuse_changed_base(opened)
-    size_bytes, reflink = opened.path.size_bytes, may_reflink(opened.chain)
+    size_bytes, reflink = opened.path.size_bytes, may_reflink(store, opened.chain)
     os.ftruncate(destination, size_bytes)
     copy_base(opened, destination, size_bytes, reflink=reflink)
     copy_runs(store, opened.path, destination, size_bytes, reflink=reflink, punch=True, progress=progress)
