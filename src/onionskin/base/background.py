@@ -8,14 +8,18 @@ most of this work.
 A handler of a signal may raise in a caller (Ctrl-C, an alarm) at any point. Then no lock stays taken, and none is let go that
 another thread has. A `threading.Condition` does not promise that: it takes and gives its lock in Python, where a handler may
 run between. So callers take the plain lock, and each waits for a lock of its own.
+
+Where the system gives no thread (a limit of a container, no memory), nobody hears of that who only asked: what he did is done
+already. Each later request tries to start one again, and who waits for the work does it himself.
 """
 
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from onionskin.base.signals import DeferredInterrupt
-from onionskin.base.threads import Thread
+from onionskin.base.threads import SureThread
 
 LINGER_SECONDS = 1.0
 
@@ -47,9 +51,10 @@ class Background:
         with DeferredInterrupt(), self._guard:
             self._asked += 1
             if self._thread is None and not self._ending:
-                thread = Thread(target=self._run, name=self._name, daemon=True)
-                thread.start()  # it waits for the lock: an interrupt in here leaves no unknown thread
-                self._thread = thread
+                with suppress(RuntimeError, MemoryError):  # no thread can be started now
+                    thread = SureThread(target=self._run, name=self._name, daemon=True)
+                    thread.start()  # it waits for the lock: an interrupt in here leaves no unknown thread
+                    self._thread = thread
             self._changed.notify_all()
 
     def rest(self, seconds: float) -> None:
@@ -64,20 +69,33 @@ class Background:
         """Wait until what was asked for is done."""
         done = threading.Lock()
         with DeferredInterrupt(), self._guard:
-            if self._thread in (None, threading.current_thread()) or self._done >= self._asked:
+            has_thread, asked = self._thread is not None, self._asked
+            if self._thread is threading.current_thread() or self._done >= asked or (self._ending and not has_thread):
                 return
-            done.acquire()
-            self._waiting.append((self._asked, done))
-            self._changed.notify_all()  # it may rest
-        done.acquire()  # without the guard; an interrupt here leaves an entry, which the thread removes
+            if has_thread:
+                done.acquire()
+                self._waiting.append((asked, done))
+                self._changed.notify_all()  # it may rest
+        if has_thread:
+            done.acquire()  # without the guard; an interrupt here leaves an entry, which the thread removes
+        else:
+            self._do_here(asked)
+
+    def _do_here(self, asked: int) -> None:
+        """Do the work for the first `asked` requests in this thread: none could be started for it."""
+        self._work()
+        with DeferredInterrupt(), self._guard:
+            self._note_done(asked)
 
     def end(self) -> None:
         """Finish, and let the thread go. Later requests are ignored."""
         with self._guard:
             self._ending = True
             self._changed.notify_all()
-            thread = self._thread
-        if thread and thread is not threading.current_thread():
+            thread, asked, is_left = self._thread, self._asked, self._done < self._asked
+        if thread is None and is_left:
+            self._do_here(asked)
+        elif thread and thread is not threading.current_thread():
             try:
                 thread.join()
             except BaseException:  # an interrupt: what the thread uses is closed behind this
@@ -86,6 +104,9 @@ class Background:
 
     def _run(self) -> None:
         begun = 0
+        with self._guard:  # whoever started it has noted it by now
+            if self._thread is not threading.current_thread():
+                return  # it began so late that it was given up
         try:
             while begun := self._next(begun):
                 self._work()

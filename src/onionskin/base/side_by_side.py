@@ -11,7 +11,7 @@ from queue import Empty, SimpleQueue
 
 from onionskin.base.held import held
 from onionskin.base.signals import DeferredInterrupt
-from onionskin.base.threads import Thread
+from onionskin.base.threads import SureThread
 
 Call = Callable[[], object]
 
@@ -50,12 +50,18 @@ class SideBySide:
         """Start so many threads, if they are not there yet. It may be done before there are calls."""
         with suppress(RuntimeError):  # no thread can be started: the one that asks for the calls runs them
             while len(self._threads) < min(self._beside, count):
-                thread = Thread(target=self._work, name="onionskin side by side")
+                thread = SureThread(target=self._work, name="onionskin side by side")
                 with DeferredInterrupt():  # one that nobody knows would wait for calls without end
-                    thread.start()
                     self._threads.append(thread)
+                    try:
+                        thread.start()
+                    except BaseException:
+                        self._threads.remove(thread)
+                        raise
 
     def _work(self) -> None:
+        if threading.current_thread() not in self._threads:
+            return  # it begins so late that it was given up
         while (taken := self._waiting.get()) is not None:
             self._do(*taken)
 

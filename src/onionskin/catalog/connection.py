@@ -467,7 +467,7 @@ class Connection:
                 self.refuse_moved()
                 yield
                 interrupts.handle_noted()  # so nothing was done, in nearly all cases
-                self._connection.execute("UPDATE store SET stamp = ?", (stamp,))
+                self._stamp(stamp)
                 seen = self._version_of_others()  # nobody else commits before this transaction ends
             except BaseException:
                 self._changing = False
@@ -476,23 +476,27 @@ class Connection:
             self._changing = False
             try:
                 self._connection.execute("COMMIT")
-            except sqlite3.Error as error:
+            except (sqlite3.Error, MemoryError) as error:
                 was_unknown, self._is_unknown = self._is_unknown, True
                 # With its own frames, those of commits before may be lost that nobody has synced: see `sync_found`.
                 self._is_log_lost |= _may_be_whole(error) and self._synced_version != seen
-                self._roll_back()
                 if not self._committed(stamp):
                     self._is_unknown = not self._bury(error) and was_unknown
                     self._replace_log_if_possible()
                     raise
                 self._is_unknown = False
             except BaseException:
-                self._roll_back()  # an interrupt before COMMIT began, or no memory for it: nothing may read what is not so
+                self._roll_back()  # an interrupt before COMMIT began: nothing may read what is not so
                 raise
             else:
                 self._commits += 1
                 self._is_unknown = False
                 self._synced_version = seen if is_synced else None  # what it saw is visible, and may be lost
+
+    def _stamp(self, stamp: bytes) -> None:
+        """Write down by what this transaction is known where nobody knows how its COMMIT ended."""
+        if self._connection.execute("UPDATE store SET stamp = ?", (stamp,)).rowcount != 1:
+            raise damaged(self.path, "it has not one row that says which store it is")
 
     def _have_commits_synced(self, is_wanted: bool) -> None:
         """Have commits return when they are durable, or before. Each transaction says which, so no interrupt matters."""
@@ -519,19 +523,20 @@ class Connection:
     def _committed(self, stamp: bytes) -> bool:
         """Whether a transaction whose COMMIT failed took effect after all. A new connection is used to find out."""
         try:
+            self._roll_back()
             fresh = _connect(self.path)
             try:
                 (found,) = fresh.execute("SELECT stamp FROM store").fetchone()
                 return bool(found == stamp)
             finally:
                 fresh.close()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError, OnionskinError, MemoryError) as error:
             raise CommitUnknownError(
-                f"{self.path}: a commit failed and the catalog cannot be read: {error}; close the store, mend the disk, "
-                "and open it again"
+                f"{self.path}: a commit failed and the catalog cannot be read: {_said(error)}; close the store, "
+                "mend the disk, and open it again"
             ) from error
 
-    def _bury(self, error: sqlite3.Error) -> bool:
+    def _bury(self, error: Exception) -> bool:
         """Make sure that a transaction whose COMMIT failed does not come back after a crash.
 
         If the whole transaction was written and only the sync failed, no reader sees it, because the log's index was
@@ -546,13 +551,14 @@ class Connection:
         try:
             self._have_commits_synced(True)
             self._connection.execute("BEGIN IMMEDIATE")
-            self._connection.execute("UPDATE store SET stamp = ?", (os.urandom(16),))
+            self._stamp(os.urandom(16))
             self._connection.execute("COMMIT")
-        except sqlite3.Error as again:
-            self._roll_back()
+        except (sqlite3.Error, FormatError, MemoryError) as again:
+            with suppress(sqlite3.Error, MemoryError):  # the next transaction does it
+                self._roll_back()
             raise CommitUnknownError(
-                f"{self.path}: a commit failed ({error}), and so did the next one ({again}): the first may be found done "
-                "after a crash; close the store, mend the disk, and open it again"
+                f"{self.path}: a commit failed ({_said(error)}), and so did the next one ({_said(again)}): "
+                "the first may be found done after a crash; close the store, mend the disk, and open it again"
             ) from error
         return True
 
@@ -806,7 +812,7 @@ class Connection:
         """
         self._execute("UPDATE store SET next_lock_byte = max(next_lock_byte, ?) + ?", self._lock_byte_taken, count)
         with self._errors():
-            (last,) = self._connection.execute("SELECT next_lock_byte FROM store").fetchone()
+            last = self._last_lock_byte()
         if type(last) is not int or not count <= last < 1 << 61:
             raise damaged(self.path, f"the next lock byte cannot be {last!r}")
         self._lock_byte_taken = last
@@ -826,8 +832,13 @@ class Connection:
     def last_lock_byte(self) -> int:
         """Return the last byte of the lock file that was handed out by a transaction that ended."""
         with self._guard, self._errors():
-            (last,) = self._connection.execute("SELECT next_lock_byte FROM store").fetchone()
-        return int(last)
+            return int(self._last_lock_byte())
+
+    def _last_lock_byte(self) -> Any:
+        found = self._connection.execute("SELECT next_lock_byte FROM store").fetchone()
+        if found is None:
+            raise damaged(self.path, "it has no row that says which store it is")
+        return found[0]
 
     def _execute(self, text: str, *values: Any) -> None:
         """Run a statement of a transaction, which holds the guard and translates errors."""
@@ -901,8 +912,14 @@ def _inode_at(path: "FilePath | str") -> "tuple[int, int] | None":
     return _inode_of(_stat_at(path))
 
 
-def _may_be_whole(error: sqlite3.Error) -> bool:
-    """Whether a commit that failed so may be in the log as a whole, because only its sync failed."""
+def _said(error: Exception) -> str:
+    return str(error) or "no memory is left"
+
+
+def _may_be_whole(error: Exception) -> bool:
+    """Whether a commit that failed so may be in the log as a whole: its sync failed, or no memory was left behind that."""
+    if not isinstance(error, sqlite3.Error):
+        return True
     return primary_code(error) == sqlite3.SQLITE_IOERR and error.sqlite_errorcode != sqlite3.SQLITE_IOERR_WRITE
 
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 
 from onionskin.base import forking
-from onionskin.base.threads import Thread
+from onionskin.base.threads import SureThread
 
 AGAIN_SECONDS = 0.2
 
@@ -79,16 +79,20 @@ class Acceptor:
         """Start the thread, which gets an epoll of its own: one that ends may still be looking at the former one."""
         epoll, wake = select.epoll(), os.eventfd(0, os.EFD_CLOEXEC)
         epoll.register(wake, select.EPOLLIN)
-        thread = Thread(target=self._run, args=(epoll, wake), name="onionskin control", daemon=True)
+        is_given_up = threading.Event()
+        thread = SureThread(target=self._run, args=(epoll, wake, is_given_up), name="onionskin control", daemon=True)
         try:
             thread.start()
         except BaseException:
+            is_given_up.set()
             epoll.close()
             os.close(wake)
             raise
         self._thread, self._epoll, self._wake = thread, epoll, wake
 
-    def _run(self, epoll: select.epoll, wake: int) -> None:
+    def _run(self, epoll: select.epoll, wake: int, is_given_up: threading.Event) -> None:
+        if is_given_up.is_set():  # it begins so late that its descriptors may be others by now
+            return
         again = threading.Event()
         while True:
             for descriptor, _ in epoll.poll():

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from onionskin.base.lazy import Later
-from onionskin.base.threads import Thread
+from onionskin.base.threads import SureThread
 from onionskin.errors import FormatError, OnionskinError
 from onionskin.exchange.programs import running, status_of
 
@@ -205,15 +205,19 @@ class _Feeder:
         self.output, self._input = os.pipe2(os.O_CLOEXEC)
         self._stopped, self._stop = os.pipe2(os.O_CLOEXEC)
         self._failure: OSError | None = None
-        self._thread = Thread(target=self._run, name="onionskin unpack", daemon=True)
-        self._is_started = False
+        self._thread = SureThread(target=self._run, name="onionskin unpack", daemon=True)
+        self._is_started = self._is_given_up = False
 
     def __enter__(self) -> "_Feeder":
         return self
 
     def start(self) -> None:
         """Start the thread. The program has inherited its end of the pipe by now."""
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            self._is_given_up = True
+            raise
         self._is_started = True
         os.close(self.output)
 
@@ -234,6 +238,8 @@ class _Feeder:
         os.close(self._stopped)
 
     def _run(self) -> None:
+        if self._is_given_up:  # it begins so late that its descriptors may be others by now
+            return
         try:
             self._pass_on()
         except BrokenPipeError:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from onionskin.base.threads import Thread
+from onionskin.base.threads import SureThread
 from onionskin.errors import OnionskinError
 from onionskin.nbd import tls
 from onionskin.nbd.tls import Terms
@@ -58,6 +58,9 @@ class TlsCarrier:
             return
 
         def carry() -> None:
+            with self._guard:
+                if threading.current_thread() not in self._carriers:
+                    return  # it begins so late that its client was refused
             try:
                 self._carry(connection, peer, terms)
             except tls.Refused as refusal:
@@ -69,7 +72,7 @@ class TlsCarrier:
                 with self._guard:
                     self._carriers.discard(threading.current_thread())
 
-        carrier = Thread(target=carry, name=f"onionskin tls {peer}", daemon=True)
+        carrier = SureThread(target=carry, name=f"onionskin tls {peer}", daemon=True)
         with self._guard:
             self._carriers.add(carrier)
             self._handshakes[carrier] = second

@@ -16,11 +16,10 @@ from onionskin.base.fsync import sync_directory, sync_file
 from onionskin.base.lazy import logger
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.modes import make_file
-from onionskin.catalog import Catalog, CommitUnknownError, LayerRow, SegmentRow
+from onionskin.catalog import Catalog, CommitUnknownError, LayerRow, SegmentRow, WorkRow
 from onionskin.errors import OnionskinError
 from onionskin.kernels._maplog import MAGIC_SEGMENT, LayerMap, encode_header
 from onionskin.operations import reclaim
-from onionskin.operations.reclaim import segment_wants_zeros
 from onionskin.operations.staging import StagedFiles, TreeChangedError, put_off, staged_files
 from onionskin.storage.block_maps import load_layer
 from onionskin.storage.chain import read_chain, unfinished_base_merges
@@ -118,9 +117,11 @@ def _compact(store: OpenStore, layer: LayerRow, sealed: list[SegmentRow], reader
             small = _smallest(layer_map, sealed, layer.block_size, OPEN_BYTES_MAX if reader else COMPACT_BYTES_MAX)
             if len(small) < 2:
                 return
-            with staged_files(store, ["segment", "map"], layer.wipe) as files:
+            # A segment may come from a volume whose freed space is wiped: then the space of its copy must be, too.
+            has_to_be_wiped = layer.wipe == "zero" or reclaim.any_wants_zeros(store, [row.id for row in small])
+            with staged_files(store, ["segment", "map"], "zero" if has_to_be_wiped else "release") as files:
                 segment_file, map_file = files.rows
-                slots = _copy_slots(store, layer, layer_map, small, segment_file.target)
+                slots = _copy_slots(store, layer, layer_map, small, segment_file)
                 size_bytes = layer_map.size_bytes if layer_map.size_bytes is not None else layer.size_bytes
                 written = layer_map.write(
                     str(store.layout.map_file(map_file.target)),
@@ -186,17 +187,16 @@ def _smallest(layer_map: LayerMap, sealed: list[SegmentRow], block_size: int, by
     return chosen
 
 
-def _copy_slots(store: OpenStore, layer: LayerRow, layer_map: LayerMap, small: list[SegmentRow], segment: bytes) -> int:
+def _copy_slots(store: OpenStore, layer: LayerRow, layer_map: LayerMap, small: list[SegmentRow], made: WorkRow) -> int:
     """Copy the live slots of segments into a new segment, one after the other, and make the map name them there.
 
     Returns the number of slots of the new segment.
     """
-    block_size, next_slot = layer.block_size, 0
+    block_size, next_slot, segment = layer.block_size, 0, made.target
     # A file object closes its descriptor even if an interrupt arrives before the descriptor is stored anywhere.
     with open(store.layout.segment_file(segment), "r+b", buffering=0, opener=_make) as file:
         target = file.fileno()
-        wipe_zero = layer.wipe == "zero" or any(_wants_zeros(store, row) for row in small)
-        header = encode_header(MAGIC_SEGMENT, uuid=segment, block_size=block_size, wipe_zero=wipe_zero)
+        header = encode_header(MAGIC_SEGMENT, uuid=segment, block_size=block_size, wipe_zero=made.wipe == "zero")
         write_all(target, header)
         for row in small:
             live = layer_map.live_slots(row.id)
@@ -218,11 +218,6 @@ def _moves(live: bytes, next_slot: int) -> Iterator[tuple[int, int, int]]:
     for slot, count in iter_unpack("=QQ", live):
         yield slot, count, next_slot
         next_slot += count
-
-
-def _wants_zeros(store: OpenStore, row: SegmentRow) -> bool:
-    """Whether a segment came from a volume whose freed space is wiped, so that the space of its copy must be, too."""
-    return segment_wants_zeros(store.layout.segment_file(row.id))
 
 
 def _copy_runs(

@@ -19,9 +19,10 @@ from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.naming import some_of
 from onionskin.base.paths import FilePath
 from onionskin.base.states import DATA
-from onionskin.base.threads import Thread
+from onionskin.base.threads import SureThread
 from onionskin.kernels._copy import CopyCancelled, CopyJob
 from onionskin.kernels._extents import Extents
+from onionskin.operations.reclaim import has_to_be_wiped
 from onionskin.storage.chain import Chain, open_chain
 from onionskin.storage.open_head import OpenDisk
 from onionskin.storage.open_store import OpenStore
@@ -57,34 +58,47 @@ def chain_path(store: OpenStore, chain: Chain, base_lock: "BaseLock | None" = No
 
 
 def run_job(job: CopyJob, progress: "Progress | None", done_before: int, total: int) -> None:
-    """Run a copy in a thread of its own, so that this one can report progress and be interrupted."""
+    """Run a copy in a thread of its own, so that this one can report progress and be interrupted.
+
+    Where the system gives no thread, the copy runs in this one.
+    """
     if progress is None and threading.current_thread() is not threading.main_thread():
         with naming(job):
             job.run()
         return
     failure: list[BaseException] = []
+    turn = [job]  # who takes it runs the copy: a thread that is given up may begin all the same
 
-    def work() -> None:
+    def work() -> bool:
+        try:
+            taken = turn.pop()
+        except IndexError:
+            return False
         try:
             with naming(job):
-                job.run()
+                taken.run()
         except BaseException as error:
             failure.append(error)
+        return True
 
-    thread = Thread(target=work, name="onionskin copy")
+    thread, was_here = SureThread(target=work, name="onionskin copy"), False
     try:
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # no thread can be started now
+            was_here = work()
         while True:  # progress is reported at least once, however short the copy is
-            thread.join(PROGRESS_SECONDS)
+            if not was_here:
+                thread.join(PROGRESS_SECONDS)
             if progress:
                 progress(done_before + job.bytes_done, total)
-            if thread.has_ended:
+            if was_here or thread.has_ended:
                 break
     except BaseException:
         job.cancel()
         raise
     finally:
-        if thread.ident is not None:  # it was started
+        if thread.ident is not None and not was_here:  # it was started
             thread.join()
     if failure:
         raise KeyboardInterrupt if isinstance(failure[0], CopyCancelled) else failure[0]
@@ -226,7 +240,7 @@ def check_room_for_copy(store: OpenStore, opened: OpenChain, directory: "str | o
     data = data_of(opened)
     system = os.statvfs(directory)
     needed, room = data.total_bytes, system.f_bavail * system.f_frsize
-    if needed > room and may_reflink(opened.chain):
+    if needed > room and may_reflink(store, opened.chain):
         of_base = data.from_source(BASE).total_bytes
         of_segments, needed = needed - of_base, 0
         if of_base and opened.base_lock and not _can_reflink(opened.base_lock.descriptor, directory):
@@ -241,9 +255,9 @@ def check_room_for_copy(store: OpenStore, opened: OpenChain, directory: "str | o
         )
 
 
-def may_reflink(chain: Chain) -> bool:
-    """Whether a copy may share blocks with the store. It may not if any layer has data that has to be wiped one day."""
-    return all(layer.wipe == "release" for layer in chain.layers)
+def may_reflink(store: OpenStore, chain: Chain) -> bool:
+    """Whether a copy may share blocks with the store. It may not if anything in the chain has to be wiped one day."""
+    return not has_to_be_wiped(store, chain)
 
 
 def _segment_can_reflink(segment: FilePath, directory: "str | os.PathLike[str]") -> bool:
@@ -302,7 +316,7 @@ def copy_disk(store: OpenStore, opened: OpenChain, destination: int, *, progress
         A file could not be read, a file ended early, or the file system is full.
     """
     refuse_changed_base(opened)
-    size_bytes, reflink = opened.path.size_bytes, may_reflink(opened.chain)
+    size_bytes, reflink = opened.path.size_bytes, may_reflink(store, opened.chain)
     os.ftruncate(destination, size_bytes)
     copy_base(opened, destination, size_bytes, reflink=reflink)
     copy_runs(store, opened.path, destination, size_bytes, reflink=reflink, punch=True, progress=progress)

@@ -28,6 +28,7 @@ from onionskin.exchange.device_nodes import (
 from onionskin.kernels._wipe import wipe
 from onionskin.operations import copy
 from onionskin.operations.pinned import pinned
+from onionskin.operations.reclaim import has_to_be_wiped
 from onionskin.storage.layout import DIRECTORIES
 from onionskin.storage.locks import is_in_use_below, is_locked
 from onionskin.storage.open_head import OpenDisk
@@ -67,6 +68,7 @@ def new_image(store: OpenStore, target: FilePath, opened: "OpenChain", *, replac
 
     The block writes the file. At its end, the file is made durable and named. After an error, it is wiped and removed.
     """
+    policies = policies_of(store, opened)  # first: when the copy fails, it may not be possible to look any more
     directory = os.open(target.absolute().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _refuse_directory(store, directory, target)
@@ -80,7 +82,7 @@ def new_image(store: OpenStore, target: FilePath, opened: "OpenChain", *, replac
                 _refuse_file(store, directory, target, replace=replace)
                 give_name(directory, staged, target, replace=replace)
             except BaseException:
-                _drop_staged(store, directory, staged, descriptor, opened)
+                _drop_staged(store, directory, staged, descriptor, policies)
                 raise
             sync_file(directory)  # BARRIER: exported image name
         finally:
@@ -124,14 +126,14 @@ def _exists(target: FilePath) -> FileExistsError:
     return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
 
 
-def _drop_staged(store: OpenStore, directory: int, staged: str, descriptor: int, opened: "OpenChain") -> None:
+def _drop_staged(store: OpenStore, directory: int, staged: str, descriptor: int, policies: Iterable[str]) -> None:
     """Remove an unfinished file, unless it has got its name just before an interrupt."""
     with suppress(OSError):
         if not os.path.samestat(os.fstat(descriptor), os.stat(staged, dir_fd=directory, follow_symlinks=False)):
             return
         if os.fstat(descriptor).st_nlink == 1:
             with suppress(OSError):
-                wipe_staged(store, descriptor, policies_of(opened))
+                wipe_staged(store, descriptor, policies)
         os.unlink(staged, dir_fd=directory)
 
 
@@ -157,9 +159,10 @@ def wipe_staged(store: OpenStore, descriptor: int, policies: Iterable[str]) -> N
         store.note_unwipeable(result.bytes_unwipeable)
 
 
-def policies_of(opened: "OpenChain") -> set[str]:
-    """Return the wipe policies of the layers of a disk."""
-    return {layer.wipe for layer in opened.chain.layers}
+def policies_of(store: OpenStore, opened: "OpenChain") -> set[str]:
+    """Return the wipe policies that a copy of a disk has to follow: those of its layers, and of what they took over."""
+    policies = {layer.wipe for layer in opened.chain.layers}
+    return policies | {"zero"} if has_to_be_wiped(store, opened.chain) else policies
 
 
 # ---- files that must not be replaced ----

@@ -17,7 +17,7 @@ from onionskin.catalog.tree import remove_unreachable_layers
 from onionskin.errors import StateError
 from onionskin.kernels._extents import Extents
 from onionskin.kernels._maplog import MAGIC_SEGMENT, LayerMap, encode_header
-from onionskin.operations import copy
+from onionskin.operations import copy, reclaim
 from onionskin.operations.seal import seal
 from onionskin.operations.staging import StagedFiles, staged_files
 from onionskin.storage.block_maps import empty_map
@@ -48,7 +48,7 @@ def _flatten(volume: OpenHead, progress: "Progress | None") -> None:
     copy.check_room_for_copy(store, before, store.layout.segments)
     old = seal(volume)
     chain = read_chain(catalog, old.id)
-    wipe = "zero" if any(layer.wipe == "zero" for layer in chain.layers) else "release"
+    wipe = "zero" if reclaim.has_to_be_wiped(store, chain) else "release"
     with staged_files(store, ["segment", "map"], wipe) as files:
         segment_file, map_file = files.rows
         slots, written = _write_flat(volume, chain, segment_file.target, map_file.target, wipe == "zero", progress)
@@ -150,7 +150,7 @@ def _write_flat_segment(
     descriptor = make_file(target)
     try:
         write_all(descriptor, encode_header(MAGIC_SEGMENT, uuid=segment, block_size=block_size, wipe_zero=wipe_zero))
-        reflink = copy.may_reflink(opened.chain)
+        reflink = copy.may_reflink(store, opened.chain)
         copy.copy_extents(packed, descriptor, sources, reflink=reflink, punch=True, solid=False, progress=progress)
         os.ftruncate(descriptor, HEADER_BYTES + slots * block_size)  # a base may end within a block
         sync_file(descriptor)  # BARRIER: flat segment

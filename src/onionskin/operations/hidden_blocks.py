@@ -14,7 +14,7 @@ that a layer hides of those below it stay hidden.
 """
 
 from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from onionskin.kernels._maplog import HEADER_BYTES, LOCATION_HOLE, LayerMap
 from onionskin.operations import reclaim
 from onionskin.operations.locked_maps import locked_maps
 from onionskin.operations.new_map import give_up_maps, switch_map, write_map
-from onionskin.operations.reclaim import segment_wants_zeros
+from onionskin.operations.reclaim import any_wants_zeros
 from onionskin.operations.staging import TreeChangedError, put_off, staged_files
 from onionskin.storage.block_maps import load_durable, load_layer
 from onionskin.storage.chain import is_in_base_merge
@@ -103,11 +103,7 @@ def wants_wiping(store: OpenStore, above: Above) -> bool:
     """Whether hidden blocks have to be wiped, because of the policy of a layer or of a segment from another volume."""
     if any(row.wipe == "zero" for row in (above.layer, *above.children[above.layer.id])):
         return True
-    for segment in store.catalog.segments_of_layer(above.layer.id):
-        with suppress(FileNotFoundError):  # nothing was written to the segment, or it was freed meanwhile
-            if segment_wants_zeros(store.layout.segment_file(segment.id)):
-                return True
-    return False
+    return any_wants_zeros(store, (segment.id for segment in store.catalog.segments_of_layer(above.layer.id)))
 
 
 def without_hidden(

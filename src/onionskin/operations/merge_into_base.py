@@ -273,7 +273,7 @@ def _copy_into_base(
     start = _done_before(store, folded, descriptor)
     if os.fstat(descriptor).st_size < size_bytes:
         os.ftruncate(descriptor, size_bytes)
-    reflink = all(layer.wipe == "release" for layer in folded.layers)
+    reflink = copy.may_reflink(store, folded)
     # The chain is opened without the base: nothing is read from it, and it may be shorter than its row says.
     with copy.chain_path(store, folded._replace(base=None)) as path:
         copying = copy.StretchCopy(

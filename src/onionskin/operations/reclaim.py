@@ -31,6 +31,8 @@ from onionskin.storage.open_store import OpenStore
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from onionskin.storage.chain import Chain
+
 _log = logger(__name__)
 
 _WIPE_ZERO = 1  # the feature bit of a header
@@ -305,6 +307,25 @@ def segment_wants_zeros(path: FilePath) -> bool:
         return wants_zeros(descriptor)
     finally:
         os.close(descriptor)
+
+
+def has_to_be_wiped(store: OpenStore, chain: "Chain") -> bool:
+    """Whether something of a chain has to be overwritten when it is freed, and so have the copies of it that a store makes.
+
+    A layer may have taken segments over from one with another policy, so they are asked too: see `segment_wants_zeros`.
+    """
+    return any(layer.wipe == "zero" for layer in chain.layers) or any_wants_zeros(
+        store, (row.id for rows in chain.segments.values() for row in rows)
+    )
+
+
+def any_wants_zeros(store: OpenStore, segments: Iterable[bytes]) -> bool:
+    """Whether the header of one of these segments says that it has to be wiped. One to which nothing was written has none."""
+    for id in segments:
+        with suppress(FileNotFoundError):
+            if segment_wants_zeros(store.layout.segment_file(id)):
+                return True
+    return False
 
 
 def _reclaim_slots(store: OpenStore, row: WorkRow, slots: SlotsOfLayers) -> bool:

@@ -210,3 +210,60 @@ def test_what_rests_is_done_when_all_ends() -> None:
     background.wake()
     background.end()
     assert done
+
+
+@pytest.fixture
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the system have no thread left."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+
+
+def test_who_asks_where_no_thread_can_be_started_is_not_told_and_who_waits_does_the_work(no_threads: None) -> None:
+    done = []
+    background = Background(lambda: done.append(threading.current_thread()), "test")
+    background.wake()
+    assert done == []
+    background.finish()
+    background.finish()
+    assert done == [threading.current_thread()]
+    background.wake()
+    background.end()
+    assert len(done) == 2
+
+
+def test_a_later_request_starts_the_thread_that_an_earlier_one_did_not_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+    background = Background(lambda: done.append(threading.current_thread()), "test")
+
+    def refuse(thread: threading.Thread) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(background_module.SureThread, "start", refuse)
+        background.wake()
+    background.wake()
+    background.finish()
+    assert len(done) == 1 and done[0] is not threading.current_thread()
+    background.end()
+
+
+def test_a_thread_that_begins_after_it_was_given_up_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    done, late = [], []
+
+    def refuse(thread: threading.Thread) -> None:
+        late.append(thread)
+        raise RuntimeError("can't start new thread: it did not begin")
+
+    background = Background(lambda: done.append(1), "test")
+    with monkeypatch.context() as patch:
+        patch.setattr(background_module.SureThread, "start", refuse)
+        background.wake()
+    late[0].start()
+    late[0].join()
+    assert done == []
+    background.end()
+    assert done == [1]

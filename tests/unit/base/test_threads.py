@@ -10,6 +10,7 @@ import pytest
 from support.strikes import Strikes
 
 import onionskin
+from onionskin.base import threads
 from onionskin.base.side_by_side import SideBySide
 from onionskin.base.threads import Thread
 from onionskin.operations.copy import run_job
@@ -142,6 +143,21 @@ def test_an_interrupt_leaves_no_thread_that_waits_for_calls_without_end(no_colle
         one.close()
     working = [getattr(getattr(thread, "_target", None), "__self__", None) for thread in threading.enumerate()]
     assert [one for one in working if one in running] == []
+
+
+def test_calls_side_by_side_are_made_where_threads_die_before_they_say_that_they_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without memory for it, a thread ends before it does anything, and whoever waits for its first word waits for ever."""
+    monkeypatch.setattr(threads, "START_SECONDS", 0.0)
+    late: list[threading.Thread] = []
+    monkeypatch.setattr(threads.SureThread, "_bootstrap", lambda self: late.append(self))
+    made: list[int] = []
+    running = SideBySide(3)
+    running.run([lambda number=number: made.append(number) for number in range(3)])
+    assert made == [0, 1, 2]
+    late[0].run()  # it begins all the same, when it was given up
+    running.close()
 
 
 def test_all_threads_of_onionskin_are_of_its_own_kind() -> None:

@@ -1,5 +1,6 @@
 """A commit whose sync failed did not happen, and that is also so after a crash, when the catalog's log is read anew."""
 
+import errno
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 import onionskin
-from onionskin.catalog import Catalog, CommitUnknownError
+from onionskin.catalog import Catalog, CommitUnknownError, connection
 from onionskin.errors import StateError
 from onionskin.operations import fold
 
@@ -26,6 +27,7 @@ class UnsyncedConnection:
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self._connection, self._index = connection, path.with_name(f"{path.name}-shm")
         self.failures = self.refused_writes = 0
+        self.error: Exception = io_error(sqlite3.SQLITE_IOERR_FSYNC)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._connection, name)
@@ -43,7 +45,7 @@ class UnsyncedConnection:
             self._connection.execute(statement)
             index.seek(0)
             index.write(before)
-        raise io_error(sqlite3.SQLITE_IOERR_FSYNC)
+        raise self.error
 
 
 def io_error(code: int) -> sqlite3.Error:
@@ -87,11 +89,13 @@ def errors_of(store: onionskin.Store) -> list[str]:
     return [problem.what for problem in store.check() if problem.severity == "error"]
 
 
+@pytest.mark.parametrize("error", [io_error(sqlite3.SQLITE_IOERR_FSYNC), MemoryError()])
 def test_what_is_flushed_after_a_snapshot_whose_commit_was_not_synced_is_there_after_a_crash(
-    store: onionskin.Store, web: onionskin.Volume, unsynced: UnsyncedConnection
+    store: onionskin.Store, web: onionskin.Volume, unsynced: UnsyncedConnection, error: Exception
 ) -> None:
-    unsynced.failures = 1
-    with pytest.raises(OSError, match="disk I/O error"):
+    """SQLite finds no memory for its index of the log when all of the commit is in the log: that is as a failed sync."""
+    unsynced.failures, unsynced.error = 1, error
+    with pytest.raises((OSError, MemoryError)):
         web.snapshot("new")
     web.write(BLOCK, b"later" * 100)
     web.flush()
@@ -125,6 +129,30 @@ def test_where_nothing_can_be_committed_any_more_a_volume_takes_no_write_that_a_
     with crashed(store) as left, left.open("web") as found:
         assert found.read(0, BLOCK) == b"n" * BLOCK
         assert {snapshot.name for snapshot in found.snapshots} <= {"old", "new"}
+        assert errors_of(left) == []
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError()])
+def test_where_nobody_can_ask_how_a_commit_ended_a_volume_takes_no_write_that_a_crash_might_lose(
+    store: onionskin.Store,
+    web: onionskin.Volume,
+    unsynced: UnsyncedConnection,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def fail(path: object) -> None:
+        raise error
+
+    unsynced.failures = 1
+    with monkeypatch.context() as patch:
+        patch.setattr(connection, "_connect", fail)
+        with pytest.raises(CommitUnknownError, match="cannot be read"):
+            web.snapshot("new")
+    with pytest.raises(onionskin.OnionskinError):
+        web.write(BLOCK, b"later")
+        web.flush()
+    with crashed(store) as left, left.open("web") as found:
+        assert found.read(0, BLOCK) == b"n" * BLOCK
         assert errors_of(left) == []
 
 
@@ -175,10 +203,12 @@ def test_what_is_raised_before_a_commit_begins_leaves_nothing_open(
     """Nobody sees a volume then that was not made, and nobody else waits for a lock that nobody gives back."""
     catalog = store._opened.catalog
     connection = catalog._connection
+    raised: list[str] = []
 
     class Interrupted(UnsyncedConnection):
         def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
-            if statement == "COMMIT":
+            if statement == "COMMIT" and not raised:
+                raised.append(statement)
                 raise error
             return connection.execute(statement, *values)
 

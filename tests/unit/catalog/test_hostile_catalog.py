@@ -165,6 +165,18 @@ def test_any_value_of_a_column_is_refused_or_works(store_path: Path, tmp_path: P
         shutil.rmtree(path)
 
 
+def test_a_catalog_without_the_row_of_its_store_is_damage_and_is_not_changed(store_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(store_path, tmp_path / "store")
+    with closing(sqlite3.connect(tmp_path / "store" / "catalog.db")) as catalog:
+        catalog.execute("DELETE FROM store")
+        catalog.commit()
+    with onionskin.Store(tmp_path / "store") as store:
+        for change in (lambda: store.clone("web", "a", "new"), lambda: store.rename("web", "new")):
+            with pytest.raises(onionskin.FormatError, match="row that says which store it is"):
+                change()
+        assert "new" not in store
+
+
 def test_layers_in_a_circle_are_refused_and_not_followed(store_path: Path, tmp_path: Path) -> None:
     shutil.copytree(store_path, tmp_path / "store")
     with closing(sqlite3.connect(tmp_path / "store" / "catalog.db")) as catalog:

@@ -342,7 +342,7 @@ def test_no_program_is_left_where_no_thread_can_be_started(store: Store, monkeyp
         store.finish_work()  # which has files open
         before = len(os.listdir("/proc/self/fd"))
         monkeypatch.setattr("onionskin.exchange.programs.subprocess.Popen", start)
-        monkeypatch.setattr("onionskin.exchange.streams.Thread.start", refuse)
+        monkeypatch.setattr("onionskin.exchange.streams.SureThread.start", refuse)
         with pytest.raises(RuntimeError, match="new thread"):
             import_image(store, pipe, "web")
         monkeypatch.undo()

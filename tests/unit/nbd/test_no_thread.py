@@ -4,7 +4,6 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +30,14 @@ class Dying(threads.SureThread):
         pass
 
 
-@pytest.fixture
-def no_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    return lambda: monkeypatch.setattr(tls_carrier, "Thread", Refusing)
-
-
-def test_a_client_with_tls_is_refused_and_its_place_is_free_again(no_threads: Callable[[], None]) -> None:
+@pytest.mark.parametrize("kind", [Refusing, Dying])
+def test_a_client_with_tls_is_refused_and_its_place_is_free_again(
+    monkeypatch: pytest.MonkeyPatch, kind: type[threading.Thread]
+) -> None:
     said: list[str] = []
     carrier = TlsCarrier(1, hand_over=lambda connection, peer: None, log=said.append)
-    no_threads()
+    monkeypatch.setattr(tls_carrier, "SureThread", kind)
+    monkeypatch.setattr(threads, "START_SECONDS", 0.0)
     for _ in range(3):
         ours, its = socket.socketpair()
         carrier.serve(its, "somebody", None)  # type: ignore[arg-type]

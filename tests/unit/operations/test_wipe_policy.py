@@ -12,7 +12,8 @@ from conftest import image_of, unmount
 from support.listing import files_with
 
 import onionskin
-from onionskin.operations import new_map, reclaim
+from onionskin.operations import copy, export, new_map, reclaim
+from onionskin.storage.chain import read_chain
 
 CANARY = b"onionskin-canary-" + os.urandom(8).hex().encode()
 BLOCK = 4096
@@ -181,3 +182,60 @@ def test_secrets_in_a_segment_that_another_policy_took_over_are_wiped_before_the
             store.finish_work()
             assert not path.exists()
             assert CANARY not in segment.read()
+
+
+@pytest.fixture
+def takes_over(tmp_path: Path) -> Iterator[tuple[onionskin.Store, onionskin.Volume]]:
+    """A volume of policy `release` that has taken secrets over from one of policy `zero`, and has a snapshot of them."""
+    with onionskin.Store(tmp_path / "store") as store:
+        with store.create("web", size="8M", wipe="zero") as web:
+            web.write(0, FILL)
+            web.snapshot("clean")
+            store.clone("web", "clean", "other", wipe="release")
+            web.merge("clean")
+        store.delete("web")
+        store.open("other").close()  # folds the layer that has no name any more into the head
+        with store.open("other") as other:
+            other.snapshot("mine")
+            yield store, other
+
+
+def test_secrets_that_were_taken_over_and_copied_by_a_flatten_are_wiped_before_the_copy_goes(
+    takes_over: tuple[onionskin.Store, onionskin.Volume],
+) -> None:
+    store, other = takes_over
+    before = set(files_with(store._opened.layout.segments, CANARY))
+    other.flatten()
+    (path,) = set(files_with(store._opened.layout.segments, CANARY)) - before
+    other.close()
+    with path.open("rb") as segment:
+        store.delete("other", recursive=True)
+        store.finish_work()
+        assert not path.exists()
+        assert CANARY not in segment.read()
+
+
+def test_secrets_that_were_taken_over_are_wiped_from_an_image_that_is_given_up(
+    takes_over: tuple[onionskin.Store, onionskin.Volume], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, other = takes_over
+    staged: list[int] = []
+
+    def fail(descriptor: int) -> None:
+        staged.append(os.dup(descriptor))
+        assert CANARY in os.pread(descriptor, len(FILL), 0)
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(export, "sync_file", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        other.export(tmp_path / "image.raw")
+    assert CANARY not in os.pread(staged[0], len(FILL), 0)
+    os.close(staged[0])
+
+
+def test_a_copy_shares_no_blocks_with_secrets_that_were_taken_over(
+    takes_over: tuple[onionskin.Store, onionskin.Volume],
+) -> None:
+    store, other = takes_over
+    chain = read_chain(store._opened.catalog, other._opened.head)
+    assert not copy.may_reflink(store._opened, chain)
