@@ -182,7 +182,7 @@ def test_a_base_may_have_any_inode_and_be_of_any_year(
 ) -> None:
     """Network and overlay file systems have inodes of 64 bits, and ext4 and XFS times beyond those that 63 bits hold."""
     (tmp_path / "base.raw").write_bytes(b"base" * 1024)
-    found, time_ns = os.stat(tmp_path / "base.raw"), (year - 1970) * 31_556_952 * 10**9
+    found, time_ns = (tmp_path / "base.raw").stat(), (year - 1970) * 31_556_952 * 10**9
 
     def look(descriptor: int) -> Any:
         looks = {name: getattr(found, name) for name in ("st_mode", "st_size", "st_dev")}
