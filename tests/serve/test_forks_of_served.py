@@ -1,6 +1,7 @@
 """Forks of what is served, as it is now; and of several disks together, whoever holds them."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,10 +14,12 @@ from support.servers import onionskin as command
 import onionskin
 from onionskin import aio
 from onionskin.control import frames, groups
+from onionskin.control.client import LiveVolume
 from onionskin.nbd.server import Limits, Server
 from onionskin.operations import forks
 
 MIB = 1 << 20
+SECONDS = 300.0  # for which a test waits for what must come
 
 
 @pytest.fixture
@@ -306,3 +309,86 @@ def test_what_was_written_to_a_fork_that_is_served_counts(store: onionskin.Store
     served = here("a")
     served("a").write(0, b"x" * 12288)
     assert store.usage_of_forks("web@clean")[0].private_bytes == 12288
+
+
+# ---- a caller that does not hear the outcome ----
+
+
+class Meeting:
+    """A server that reaches a point of its fork, goes on when its caller has given up, and ends."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: Path, where: Any, step: str, error: BaseException) -> None:
+        self.is_reached, self.may_go_on = threading.Event(), threading.Event()
+        self._real: Callable[..., Any] = getattr(where, step)
+        self.server = Server(limits=Limits(), allow_revert=False, log=lambda line: None)
+        self.server.exports.add_volume(at, "web")
+        call, receive, hang_up = LiveVolume._call, LiveVolume._receive, LiveVolume._hang_up
+
+        def lose_patience(live: LiveVolume, *deadline: float | None) -> dict[str, Any]:
+            assert self.is_reached.wait(SECONDS)
+            raise error
+
+        def ask(live: LiveVolume, verb: str, **arguments: Any) -> Any:
+            with monkeypatch.context() as patch:
+                patch.setattr(LiveVolume, "_receive", lose_patience if verb == "fork" else receive)
+                return call(live, verb, **arguments)
+
+        def hang_up_and_tell(live: LiveVolume) -> None:
+            hang_up(live)
+            self.may_go_on.set()
+
+        monkeypatch.setattr(LiveVolume, "_call", ask)
+        monkeypatch.setattr(LiveVolume, "_hang_up", hang_up_and_tell)
+        monkeypatch.setattr(where, step, self._meet)
+
+    def _meet(self, *arguments: Any) -> Any:
+        self.is_reached.set()
+        assert self.may_go_on.wait(SECONDS)
+        return self._real(*arguments)
+
+    def end(self) -> None:
+        self.may_go_on.set()
+        served = self.server.exports.table.served["web"]
+        served.control.join(SECONDS)
+        served.volume.write(0, b"goes on")
+        served.volume.flush()
+        self.server.close()
+
+
+@pytest.mark.parametrize("error", [onionskin.StateError("it has not answered"), KeyboardInterrupt()])
+@pytest.mark.parametrize("what", ["fork", "temporary"])
+def test_a_server_that_goes_on_after_its_caller_gave_up_forks_nothing(
+    at: Path, store: onionskin.Store, monkeypatch: pytest.MonkeyPatch, what: str, error: BaseException
+) -> None:
+    meeting = Meeting(monkeypatch, at, forks, "flush", error)
+    with pytest.raises(type(error)):
+        if what == "fork":
+            store.fork("web")
+        with store.temporary("web"):
+            pass
+    meeting.end()
+    assert set(store) == {"web", "db"}
+
+
+@pytest.mark.parametrize("what", ["fork", "temporary"])
+def test_a_caller_that_gives_up_inside_the_transaction_of_its_server_finds_its_forks(
+    at: Path, store: onionskin.Store, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    meeting = Meeting(monkeypatch, at, forks, "insert_named", onionskin.StateError("it has not answered"))
+    if what == "fork":
+        assert store.fork("web", count=2) == ["web-1", "web-2"]
+    else:
+        with store.temporary("web") as disk:
+            assert disk.read(0, 3) == b"web"
+    meeting.end()
+    assert set(store) == ({"web", "db", "web-1", "web-2"} if what == "fork" else {"web", "db"})
+
+
+def test_a_temporary_fork_that_is_made_as_its_caller_is_interrupted_goes(
+    at: Path, store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meeting = Meeting(monkeypatch, at, forks, "insert_named", KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt), store.temporary("web"):
+        pass
+    meeting.end()
+    assert set(store) == {"web", "db"}

@@ -118,7 +118,7 @@ def _ancestors(volume: "Volume | LiveVolume") -> list[str]:
 @click.command()
 @click.argument("names", type=VOLUME_OR_RANGE, nargs=-1, required=True, metavar=SNAPSHOTS)
 @click.option("--into-base", is_flag=True, help="Write the snapshot, or the whole volume, into the base file.")
-@click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads that copy; 0 chooses.")
+@click.option("--threads", type=click.IntRange(0, 64), default=0, help="Threads that copy; 0 chooses.")
 @click.option("--rate", type=SIZE, metavar="SIZE", help="Copy at most so many bytes a second, as 100M.")
 @dry_run_option
 @trust_option

@@ -111,7 +111,7 @@ class Log:
 )
 @click.option(
     "--idle",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, (1 << 32) - 1),
     default=0,
     metavar="SECONDS",
     help="Drop clients that ask for nothing for so long.",

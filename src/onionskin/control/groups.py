@@ -29,15 +29,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from errno import ETIME
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from onionskin.base.held import held_together
 from onionskin.base.lazy import logger
 from onionskin.base.limits import WIPE_POLICIES
 from onionskin.base.naming import some_of
+from onionskin.base.records import replaced
 from onionskin.base.signals import DeferredInterrupt
 from onionskin.base.sockets import credentials_of
-from onionskin.catalog import Catalog, VolumeRow, new_id
+from onionskin.catalog import Catalog, VolumeRow, new_id, new_ids
 from onionskin.catalog.tree import Snapshot, describe_snapshots
 from onionskin.control import frames
 from onionskin.control.client import LiveVolume, find, reach
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
     from onionskin.store import Store
 
 _log = logger(__name__)
+
+_Found = TypeVar("_Found")
 
 # Writers that wait for longer go on, and their volume is not cut.
 HOLD_SECONDS = 0.25
@@ -702,25 +705,28 @@ def _outcome(
     `has_ended`: it said that its operation has ended. Then it is enough to read the catalog where no transaction can be had,
     such as on a disk that is too full for one: what is not there by now will not be.
     """
-    catalog = store.catalog
-    look = partial(_snapshots_with, catalog, volumes, guids)
-    try:
-        with DeferredInterrupt():
-            try:
-                found = store.change(look)
-            except (OSError, OnionskinError):
-                if not has_ended:
-                    raise
-                with catalog.reading():
-                    found = look()
-    except (OSError, OnionskinError) as failure:
-        raise StateError(
-            f"{error}; whether the snapshots were taken is not known, because the catalog cannot be asked either "
-            f"({failure}); look for them later"
-        ) from error
+    found = _asked_after(store, partial(_snapshots_with, store.catalog, volumes, guids), error, has_ended)
     if dropped := [row.name for row in volumes if found and row.id not in found]:
         raise StateError(f"{error}; the snapshots were taken, but others dropped that of {some_of(dropped)} since")
     return [found[row.id] for row in volumes] if found else None
+
+
+def _asked_after(store: "OpenStore", look: Callable[[], _Found], error: BaseException, has_ended: bool) -> _Found:
+    """Look in a transaction for what a server has done that was hung up on, so that it does no more. See `_outcome`."""
+    try:
+        with DeferredInterrupt():
+            try:
+                return store.change(look)
+            except (OSError, OnionskinError):
+                if not has_ended:
+                    raise
+                with store.catalog.reading():
+                    return look()
+    except (OSError, OnionskinError) as failure:
+        raise StateError(
+            f"{error}; whether it was done is not known, because the catalog cannot be asked either ({failure}); look for it "
+            "later"
+        ) from error
 
 
 def _snapshots_with(
@@ -734,17 +740,36 @@ def _snapshots_with(
 
 
 def fork_served(store: "Store", wanted: Wanted) -> list[str] | None:
-    """Have the server that holds a volume fork its disk as it is now; None if no server holds it."""
+    """Have the server that holds a volume fork its disk as it is now; None if no server holds it.
+
+    What must hold: as for `snapshot_group_served`. The forks are known by their ids.
+    """
     live = find(store, wanted.volume)
     if live is None:
         return None
+    ids = wanted.ids or tuple(new_ids(wanted.count))
     with live:
         try:
-            return live._fork(wanted)
-        except ValueError as error:
-            if "is no verb" not in str(error):
+            return live._fork(replaced(wanted, ids=ids))
+        except BaseException as error:
+            if isinstance(error, ValueError) and "is no verb" in str(error):
+                raise _older(live, "forks nothing for others; start it again, or fork a snapshot") from None
+            has_ended = live._connection.fileno() >= 0  # else its answer was waited for in vain
+            with DeferredInterrupt():
+                live._hang_up()
+                found = _asked_after(store._opened, partial(_names_with, store._opened.catalog, ids), error, has_ended)
+            if not found or not isinstance(error, Exception):
                 raise
-            raise _older(live, "forks nothing for others; start it again, or fork a snapshot") from None
+            if len(found) < len(ids):
+                raise StateError(f"{error}; the forks were made, but others dropped some of them since") from error
+            _log.warning("%s were forked; what was heard instead: %s", some_of(found), error)
+            return found
+
+
+def _names_with(catalog: Catalog, ids: Sequence[bytes]) -> list[str]:
+    """Return what the volumes with these ids are called, in their order; those that are not there are left out."""
+    names = {row.id: row.name for row in catalog.volumes_with_ids(ids)}
+    return [names[id] for id in ids if id in names]
 
 
 def revert_served(store: "Store", name: str, snapshot: str, guid: str, machine: str) -> bool:

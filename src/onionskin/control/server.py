@@ -537,7 +537,7 @@ class _Session:
             self._log(f"control: {self._peer}: {request.get('verb')}: {packed['class']}: {packed['message']}")
             return {"error": packed}
         if verb in _LOGGED:
-            self._log_done(verb, *arguments.values())
+            self._log_done(verb, *(value for name, value in arguments.items() if name != "ids"))
         return {"result": result}
 
     def _log_done(self, verb: str, *what: object) -> None:
@@ -676,7 +676,7 @@ class _Session:
         is_readable = may_be_read(self._connection)
         # What reads as ended where the caller has not hung up was ended here, by a server that takes no more requests.
         if has_hung_up(self._connection) or (is_readable and self._connection.recv(1, socket.MSG_PEEK)):
-            raise StateError("the group's caller has gone away, or gave it up")
+            raise StateError("the caller has gone away, or gave it up")
 
     def _beside(self, id: str) -> ControlSocket | None:
         """Return the control socket of a volume of this store, if this process serves that."""
@@ -692,7 +692,7 @@ class _Session:
         if drawn is not None and [len(id) for id in drawn] != [ID_BYTES] * asked.count:
             raise ValueError("the ids of the forks are none")
         wanted = replace(asked, lifetime_ns=lifetime_ns, ids=drawn)
-        return forks.fork_head(self._volume._opened.to_write(), wanted)
+        return forks.fork_head(self._volume._opened.to_write(), wanted, self._refuse_left)
 
     def revert(self, name: str, guid: str | None, machine: str | None) -> None:
         self._refuse_unagreed("revert")

@@ -127,15 +127,15 @@ def _open_locked(
     if not (is_read_through and store._is_on_its_base(view)):
         return
     of.catalog.sync_found()  # a crash must not undo the rows and leave the files of the locks
-    of_same_size = [head for head in heads if (head.size_bytes, head.block_size) == (top.size_bytes, top.block_size)]
-    left = unwritten(of, [(rows[head.id].id, head, segments[head.id]) for head in of_same_size])
+    left = [head for head in heads if (head.size_bytes, head.block_size) == (top.size_bytes, top.block_size)]
     count = 1
     while left:
         opened: dict[str, Volume] = {}
         at_once, left, count = left[:count], left[count:], min(2 * count, _AT_ONCE_MAX)
         try:
             with_file = _with_files(of, [locks[rows[head.id].name][1] for head in at_once])
-            for head in at_once:
+            # Only now: a writer that knows no bytes, of an older onionskin, locks such a file alone, and may have written.
+            for head in unwritten(of, [(rows[head.id].id, head, segments[head.id]) for head in at_once]):
                 row, lock = rows[head.id], locks[rows[head.id].name][1]
                 if lock in with_file:
                     opened[row.name] = Volume(_opened_head(store, row, head, lock), store)

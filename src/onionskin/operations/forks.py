@@ -259,12 +259,16 @@ def fork_snapshot(store: OpenStore, wanted: Wanted) -> list[str]:
     return store.change(change)
 
 
-def fork_head(volume: OpenHead, wanted: Wanted) -> list[str]:
-    """Make forks of the disk as it is now: on its head, sealed without a name, or below an empty one."""
+def fork_head(volume: OpenHead, wanted: Wanted, check: Callable[[], None] = lambda: None) -> list[str]:
+    """Make forks of the disk as it is now: on its head, sealed without a name, or below an empty one.
+
+    `check` is called in the transaction, and raises where nobody waits for the forks any more.
+    """
     store = volume.store
     names: list[str] = []
 
     def insert(layer: LayerRow) -> None:
+        check()
         names[:] = _fork_locked(store, volume.row.id, wanted, layer)
 
     with volume.operation(during_merge=True):

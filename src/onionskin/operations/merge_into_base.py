@@ -5,6 +5,7 @@ that the catalog notes as copied is durable in the base. From the beginning to t
 written is the base, and its path leads to it. Reads do not change, whatever step a crash comes after.
 """
 
+import operator
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from onionskin.base.progress import Progress
 
 # The bounds of a stretch, which is the part that is copied before the catalog notes the progress again.
+THREADS_MAX = 64  # of one copy: see kernels/_copy.pyx
 STRETCH_SECONDS = 5
 FIRST_STRETCH_BYTES = 64 << 20
 STRETCH_BYTES_MIN = 1 << 20
@@ -47,6 +49,7 @@ def merge_into_base(
     during the copy, and so do snapshots, which only add layers on top. All other operations on the tree are refused. If
     an earlier merge was interrupted, it is finished first.
     """
+    _check_pace(threads, bytes_per_second)  # before it begins: the base is of no use by itself until it has ended
     resumes = True
     while resumes:
         with _let_go_at_the_end(volume) as begins:
@@ -58,6 +61,14 @@ def merge_into_base(
                 folded = _begin_base_merge(volume, target, is_new=not interrupted)
             _run_base_merge(volume, folded, progress, threads, bytes_per_second)
     reclaim.work_soon(volume.store)
+
+
+def _check_pace(threads: int, bytes_per_second: int) -> None:
+    """Raise ValueError or TypeError where the copy would."""
+    if not 0 <= operator.index(threads) <= THREADS_MAX:
+        raise ValueError(f"threads is {threads}: give 1 to {THREADS_MAX}, or 0 for the default")
+    if not 0 <= operator.index(bytes_per_second) < 1 << 63:
+        raise ValueError(f"{bytes_per_second} bytes a second is no rate: give one of 63 bits, or 0 for none")
 
 
 @held

@@ -37,9 +37,17 @@ def looks_of(descriptor: int) -> BaseLooks:
     """
     found = os.fstat(descriptor)
     if not stat.S_ISBLK(found.st_mode):
-        return found.st_ino, found.st_size, found.st_mtime_ns
+        return _signed(found.st_ino), found.st_size, _signed(found.st_mtime_ns)
     size_bytes = os.lseek(descriptor, 0, os.SEEK_END)
     return 0, size_bytes, _fingerprint(descriptor, size_bytes)
+
+
+def _signed(number: int) -> int:
+    """Return a number as the catalog can hold it, in 64 bits with a sign: one for each within 584 years of the others.
+
+    Inodes of network and overlay file systems have 64 bits without a sign, and a file may be of a time behind the year 2262.
+    """
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def looks_in(base: BaseRow) -> BaseLooks:

@@ -92,6 +92,20 @@ def test_what_a_dead_writer_left_or_a_machine_owns_is_left_out(store: Store, mon
     assert _together(store, "job-0", "job-1", "job-2") == {"job-2"}
 
 
+def test_what_a_writer_left_that_knows_no_bytes_just_before_its_file_was_locked_is_seen(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = Path(store._opened.layout.dirty_file(store._opened.catalog.volume("job-0").id))
+    lock_files = opening._with_files
+
+    def lock_after_another_one(*given: Any) -> set[VolumeLock]:
+        written.write_bytes(b"left")
+        return lock_files(*given)
+
+    monkeypatch.setattr(opening, "_with_files", lock_after_another_one)
+    assert _together(store, "job-0", "job-1") == {"job-1"}
+
+
 def test_a_disk_of_a_machine_that_came_between_two_questions_is_left_out(
     store: Store, at: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -195,3 +195,15 @@ def test_a_half_merged_base_that_was_moved_is_not_called_another_image(tmp_path:
 def test_check_says_how_such_a_merge_is_ended(web: onionskin.Volume) -> None:
     (problem,) = web.store.check()
     assert "merge --into-base" in problem.advice
+
+
+@pytest.mark.parametrize(
+    "pace", [{"threads": 65}, {"threads": -1}, {"threads": 1 << 70}, {"bytes_per_second": 1 << 70}]
+)
+def test_a_pace_that_cannot_be_is_refused_before_a_merge_begins(tmp_path: Path, pace: dict[str, int]) -> None:
+    (tmp_path / "base.raw").write_bytes(bytes(1 << 20))
+    with onionskin.Store(tmp_path / "store") as store, store.create("web", base=tmp_path / "base.raw") as web:
+        web.write(0, b"written")
+        with pytest.raises(ValueError, match="give"):
+            web.merge_into_base(**pace)
+        web.snapshot("goes on")

@@ -1,9 +1,11 @@
 """A base is the file that was opened and locked, whatever its path names: nothing is written to another file, nor dropped."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 import onionskin
 from onionskin import store as stores
 from onionskin.catalog import BaseRow
+from onionskin.storage import base_looks
 
 SIZE = 1 << 20
 
@@ -170,3 +173,26 @@ def test_a_link_that_leads_into_the_store_once_it_is_locked_is_no_base(
                 store.relocate("web", base=link, trust=True)
             else:
                 store.create("over", base=link)
+
+
+@pytest.mark.parametrize("inode", [1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+@pytest.mark.parametrize("year", [1900, 1970, 2262, 2263, 2446])
+def test_a_base_may_have_any_inode_and_be_of_any_year(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inode: int, year: int
+) -> None:
+    """Network and overlay file systems have inodes of 64 bits, and ext4 and XFS times beyond those that 63 bits hold."""
+    (tmp_path / "base.raw").write_bytes(b"base" * 1024)
+    found, time_ns = (tmp_path / "base.raw").stat(), (year - 1970) * 31_556_952 * 10**9
+
+    def look(descriptor: int) -> Any:
+        looks = {name: getattr(found, name) for name in ("st_mode", "st_size", "st_dev")}
+        return SimpleNamespace(**looks, st_ino=inode, st_mtime_ns=time_ns)
+
+    with onionskin.Store(tmp_path / "store") as store:
+        monkeypatch.setattr(base_looks, "os", SimpleNamespace(**vars(os) | {"fstat": look}))
+        store.create("web", base=tmp_path / "base.raw").close()
+        with store.open("web") as web:
+            assert web.read(0, 4) == b"base"
+        time_ns += 1
+        with pytest.raises(onionskin.ChainError, match="changed"):
+            store.open("web")
