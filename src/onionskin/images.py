@@ -257,7 +257,7 @@ class _Import:
         from onionskin.exchange import qemu_img
         from onionskin.nbd.for_program import served_to_program
 
-        image = qemu_img.Image(path or f"/proc/self/fd/{descriptor}", kind, self._called, keep=descriptor)
+        image = qemu_img.Image(path, kind, self._called, descriptor)
         if self._format is None:
             image.refuse_other_files()
         image.refuse_cut_short()
