@@ -20,6 +20,7 @@ import contextlib
 import errno
 import io
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Literal
 
@@ -142,6 +143,7 @@ def import_image(
     chosen = with_defaults(store._opened, block_size, wipe)
     with contextlib.ExitStack() as stack:
         descriptor, called = stack.enter_context(_opened(path))
+        refuse_endless(descriptor, called)
         ahead = b"" if isinstance(path, str | os.PathLike) else _read_ahead(path)
         made = _Import(stack, store, name, called, format, *chosen, progress)
         if not ahead and is_seekable(descriptor):
@@ -157,6 +159,15 @@ def import_image(
             disk = made.from_compressed(source, kind, note) if kind in COMPRESSED else made.from_stream(source, kind)
         made.publish()
         return disk.size_bytes
+
+
+def refuse_endless(descriptor: int, called: AnyPath) -> None:
+    """Raise FormatError for a character device: most of them have no end, and are no disks."""
+    if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+        raise FormatError(
+            f"{os.fspath(called)} is a character device, and not a file, a block device or a pipe; give one of these, or a "
+            "program's output to 'import -'"
+        )
 
 
 @contextlib.contextmanager
@@ -257,7 +268,7 @@ class _Import:
         from onionskin.exchange import qemu_img
         from onionskin.nbd.for_program import served_to_program
 
-        image = qemu_img.Image(path or f"/proc/self/fd/{descriptor}", kind, self._called, keep=descriptor)
+        image = qemu_img.Image(path, kind, self._called, descriptor)
         if self._format is None:
             image.refuse_other_files()
         image.refuse_cut_short()

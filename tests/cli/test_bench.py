@@ -41,3 +41,14 @@ def test_a_directory_that_is_missing_or_none_is_named(run: Run, tmp_path: Path) 
         result = run("bench", path)
         assert result.exit_code == status
         assert str(path) in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--report", "--chart", "--save"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    run: Run, tmp_path: Path, option: str
+) -> None:
+    for path in (tmp_path / "none" / "file", tmp_path):
+        refused = run("bench", tmp_path, "--size", "64M", option, path)
+        assert refused.exit_code == 2
+        assert str(path) in refused.stderr and "measuring" not in refused.stderr
+    assert list(tmp_path.iterdir()) == []

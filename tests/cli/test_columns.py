@@ -50,6 +50,21 @@ def test_a_script_gets_tabs_exact_numbers_and_no_heading(run: Run, two: Path) ->
 
 
 @pytest.mark.parametrize(
+    "name", ["\u0645\u06cc\u200c\u062e", "磁\u3000碟", "a\u00a0b", "👩\u200d👧", "\U0001fae9", "\u200bweb"]
+)
+def test_a_script_gets_a_name_as_it_is(run: Run, vms: Path, name: str) -> None:
+    base = vms.parent / f"{name}.raw"
+    base.write_bytes(bytes(1 << 20))
+    ok(run("create", f"{vms}/{name}", "--base", base))
+    assert sorted(ok(run("list", vms, "-Ho", "name")).splitlines()) == sorted(["web", name])
+    assert ok(run("get", f"{vms}/{name}", "base", "-H")) == f"base\t{base}\n"
+    shown = [line.split("  ")[0] for line in ok(run("list", vms, "-o", "name")).splitlines()]
+    assert shown[1:] == sorted(["web", "\ufffdweb" if name[0] == "\u200b" else name])
+    ok(run("snapshot", f"{vms}/{name}@s", "--note", "two\tcells\x1b\u202e"))
+    assert ok(run("snapshots", f"{vms}/{name}", "-Ho", "name,note")) == "s\ttwo\ufffdcells\ufffd\ufffd\n"
+
+
+@pytest.mark.parametrize(
     ("order", "names"),
     [
         ((), ["db", "web"]),

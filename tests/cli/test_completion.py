@@ -47,6 +47,11 @@ def test_what_can_be_set_completes(vms: Path) -> None:
     assert completed(f"onionskin set {vms} b") == ["block-size="]
 
 
+def test_time_zones_complete(vms: Path) -> None:
+    assert completed(f"onionskin prune {vms}/web --time-zone Europe/Berl") == ["Europe/Berlin"]
+    assert completed(f"onionskin prune {vms}/web --time-zone=UT") == ["--time-zone=UTC"]
+
+
 def test_volumes_complete(run: Run, vms: Path) -> None:
     run("create", f"{vms}/db", "--size", "1M")
     assert sorted(completed(f"onionskin info {vms}/")) == [f"{vms}/db", f"{vms}/web"]

@@ -275,6 +275,13 @@ def test_every_verb_is_in_the_manual() -> None:
         assert f"onionskin {name} " in manual, name
 
 
+def test_every_verb_is_in_a_table_of_the_readme() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    rows = [line.split("|")[1] for line in readme.splitlines() if line.startswith("| `")]
+    named = {word for row in rows for word in re.findall(r"`([a-z]+)`", row)}
+    assert set(onionskin.commands) <= named
+
+
 def test_without_a_verb_help_is_shown(run: Run) -> None:
     result = run()
     assert result.exit_code == 2

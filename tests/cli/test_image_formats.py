@@ -37,6 +37,7 @@ FILES = {
     "lz4": b"\x04\x22\x4d\x18" + DISK,
     "old lz4": b"\x02\x21\x4c\x18" + DISK,
     "parallel zstd": b"\x50\x2a\x4d\x18" + DISK,
+    "frame to skip before zstd": b"\x5f\x2a\x4d\x18" + DISK,
     "qcow": b"QFI\xfb\0\0\0\1" + DISK,
     "dmg": DISK + b"koly\0\0\0\4" + bytes(504),
     "lzma": lzma.compress(DISK, format=lzma.FORMAT_ALONE),
@@ -115,7 +116,7 @@ def test_what_is_not_read_is_not_imported_as_bytes_unless_that_is_asked_for(tmp_
             assert web.read(0, web.size_bytes) == path.read_bytes()
 
 
-@pytest.mark.parametrize("suffix", ["qed", "luks", "gz", "xz", "zst", "bz2"])
+@pytest.mark.parametrize("suffix", ["qed", "luks", "gz", "xz", "zst", "bz2", "avhdx", "hdd", "tgz"])
 def test_no_raw_image_is_written_under_the_name_of_another_format(run: Run, tmp_path: Path, suffix: str) -> None:
     assert run("create", f"{tmp_path}/vms/web", "--size", "1M").exit_code == 0
     refused = run("export", f"{tmp_path}/vms/web", tmp_path / f"out.{suffix}")

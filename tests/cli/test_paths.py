@@ -35,6 +35,23 @@ def test_a_name_that_the_locale_cannot_write_is_told_with_what_it_can(spawn: Spa
     assert image.exists()
 
 
+@pytest.mark.parametrize("verb", ["export", "delta"])
+def test_a_file_of_any_name_is_written_where_the_locale_is_not_utf_8(
+    spawn: Spawn, run: Run, vms: Path, tmp_path: Path, verb: str
+) -> None:
+    """Of what is decoded from UTF-8, other encodings cannot make the path again."""
+    image = tmp_path / "日本.out"
+    words = [f"{vms}/web@clean", image] if verb == "export" else [f"{vms}/web@clean", "-o", image]
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    process = (
+        spawn(verb, *words, "--format", "raw", stderr=subprocess.PIPE, env=environment)
+        if verb == "export"
+        else (spawn(verb, *words, stderr=subprocess.PIPE, env=environment))
+    )
+    assert process.communicate(timeout=300)[1] == b""
+    assert process.returncode == 0 and image.exists()
+
+
 def test_a_base_whose_path_is_no_text_is_refused_with_the_reason(run: Run, vms: Path, tmp_path: Path) -> None:
     image = tmp_path / os.fsdecode(b"not \xff utf-8")
     image.write_bytes(bytes(1 << 20))

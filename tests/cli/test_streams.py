@@ -83,6 +83,14 @@ def test_a_closed_stdin_is_no_image_and_makes_no_store(tmp_path: Path, name: str
     assert not (tmp_path / "vms").exists()
 
 
+@pytest.mark.parametrize("device", ["/dev/full", "/dev/zero", "/dev/null"])
+def test_a_stdin_without_an_end_is_no_image_and_makes_no_store(tmp_path: Path, device: str) -> None:
+    done = shell("os import - {vms}/new < {device}", vms=tmp_path / "vms", device=device)
+    assert done.returncode == 6
+    assert done.stderr.startswith(b"onionskin: stdin is a character device, and not a file")
+    assert not (tmp_path / "vms").exists()
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -119,7 +127,8 @@ def test_a_delta_to_what_is_no_file_is_refused_and_nobody_is_told_to_remove_it(
 ) -> None:
     assert run("snapshot", f"{vms}/web@a").exit_code == 0
     os.mkfifo(tmp_path / "fifo")
-    for path, what in (tmp_path / "fifo", "a pipe"), (device(1 << 20), "a block device"):
+    goals = {tmp_path / "fifo": "a pipe", Path("/dev/null"): "a character device", device(1 << 20): "a block device"}
+    for path, what in goals.items():
         refused = run("delta", f"{vms}/web@a", "-o", path)
         assert refused.exit_code == 2
         assert f"{path} is {what}, and not a new file: leave out --output, and write '> {path}'" in refused.stderr

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,77 @@ def test_an_image_that_was_cut_short_is_refused(raw: Path, tmp_path: Path, kind:
         with pytest.raises(FormatError):
             import_image(store, tmp_path / "disk", "web")
         assert store.volumes() == []
+
+
+QCOW2S = {
+    "plain": [],
+    "small clusters": ["-o", "cluster_size=4096"],
+    "subclusters": ["-o", "extended_l2=on,cluster_size=2M"],
+    "version 2": ["-o", "compat=0.10"],
+    "metadata": ["-o", "preallocation=metadata"],
+    "zlib": ["-c"],
+    "zstd": ["-c", "-o", "compression_type=zstd"],
+}
+DATA = np.random.default_rng(8).integers(0, 256, 700_000, dtype=np.uint8).tobytes()
+SIZES = {"whole": 1 << 20, "odd": 700_416}  # the data ends within the disk, or with it, in the middle of a cluster
+
+
+@pytest.fixture
+def scattered(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    (tmp_path / "disk.raw").write_bytes(DATA)
+    os.truncate(tmp_path / "disk.raw", request.param)
+    return tmp_path / "disk.raw"
+
+
+def imported(path: Path, directory: Path) -> bytes:
+    with Store(directory) as store:
+        import_image(store, path, "web")
+        with store.open("web") as volume:
+            return bytes(volume.read(0, volume.size_bytes))
+
+
+@pytest.mark.parametrize("scattered", SIZES.values(), ids=SIZES, indirect=True)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [*(("qcow2", options) for options in QCOW2S.values()), ("vmdk", []), ("vmdk", ["-o", "subformat=streamOptimized"])],
+    ids=[*QCOW2S, "vmdk", "streamOptimized"],
+)
+def test_an_image_that_lacks_a_byte_of_the_disk_is_refused_and_what_lacks_none_is_read(
+    scattered: Path, tmp_path: Path, kind: str, options: list[str]
+) -> None:
+    qemu_img("convert", *options, "-f", "raw", "-O", kind, scattered, tmp_path / "disk")
+    whole, size_bytes = scattered.read_bytes(), (tmp_path / "disk").stat().st_size
+    assert imported(tmp_path / "disk", tmp_path / "whole") == whole
+    is_refused = []
+    for number, cut in enumerate((1, 300, 512, 2000, 40_000, 65_000)):
+        os.truncate(tmp_path / "disk", size_bytes - cut)
+        try:
+            found = imported(tmp_path / "disk", tmp_path / f"cut{number}")
+        except FormatError:
+            is_refused.append(True)
+        else:
+            assert found == whole, cut
+            is_refused.append(False)
+    assert is_refused == sorted(is_refused) and is_refused[-1]
+
+
+def test_an_image_with_tables_is_read_by_its_descriptor(raw: Path, tmp_path: Path) -> None:
+    """qemu-img has no /dev/fd/5 of ours, and its own stdin is nothing."""
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", raw, tmp_path / "disk")
+    lines = (
+        f"onionskin import - {tmp_path}/s/stdin < {tmp_path}/disk",
+        f"exec 5< {tmp_path}/disk; onionskin import /dev/fd/5 {tmp_path}/s/five",
+        f"exec 5< {tmp_path}/disk; onionskin import /proc/self/fd/5 {tmp_path}/s/own",
+        f"onionskin compare /dev/stdin {raw} < {tmp_path}/disk",
+        f"exec 5< {tmp_path}/disk; onionskin compare {raw} /dev/fd/5",
+        *(f"onionskin compare {tmp_path}/s/{name} {raw}" for name in ("stdin", "five", "own")),
+    )
+    command = f'{sys.executable} -m onionskin "$@"'
+    for line in lines:
+        ended = subprocess.run(
+            ["bash", "-c", f"onionskin() {{ {command}; }}; {line}"], stdin=subprocess.DEVNULL, capture_output=True
+        )
+        assert ended.returncode == 0, (line, ended.stderr)
 
 
 def test_a_fixed_vhd_is_told_by_its_end_and_read(raw: Path, tmp_path: Path) -> None:

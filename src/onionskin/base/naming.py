@@ -73,6 +73,11 @@ def is_text(name: str) -> bool:
     return not _has_surrogate(plain_name(name))
 
 
+def on_a_line(text: str) -> str:
+    """Replace in a text what no name may have: a name comes out as it is, and a program that reads it finds what it means."""
+    return "".join("\ufffd" if c in _CONTROLS or c in _BIDI or "\ud800" <= c <= "\udfff" else c for c in text)
+
+
 def some_of(names: Sequence[str], at_most: int = NAMES_SHOWN) -> str:
     """List names for a message: a few, and how many more there are. A snapshot may have 100,000 clones."""
     more = len(names) - at_most

@@ -27,6 +27,9 @@ class NewFileType(FileType):
         path = super().convert(value, param, ctx)
         if path.is_dir():
             self.fail(f"{path} is a directory: name a file", param, ctx)
+        there = path if path.exists() else path.parent
+        if not os.access(there, os.W_OK):  # a directory that is not there is none, too
+            self.fail(f"{path} cannot be written: {there} is missing, or not for you to write to", param, ctx)
         return path
 
 

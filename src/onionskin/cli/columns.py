@@ -142,6 +142,6 @@ def draw(asked: Asked, columns: "Sequence[Column[Listed]]", rows: "Sequence[List
     chosen = [by_name[name] for name in asked.columns or default]
     cells = [[column.exact(row) if asked.exact else column.shown(row) for column in chosen] for row in rows]
     if asked.without_header:
-        return "\n".join("\t".join(map(output.cell, row)) for row in cells)
+        return "\n".join("\t".join(map(output.exact_cell, row)) for row in cells)
     right = " ".join(column.heading for column in chosen if column.is_size or column.is_number)
     return output.table([column.heading for column in chosen], cells, right=right)

@@ -156,14 +156,15 @@ def _opened(side: Name | FilePath, image_format: str | None) -> "Iterator[RawFil
             )
         kind = image_format or (found.name if found else "raw")
         before = looks_of(file.fileno())
-        yield RawFile(file.fileno()) if kind == "raw" else _image(side, kind, vouched=image_format is not None)
+        descriptor = file.fileno()
+        yield RawFile(descriptor) if kind == "raw" else _image(side, kind, descriptor, vouched=image_format is not None)
         refuse_changed(file.fileno(), before, str(side))
 
 
-def _image(path: FilePath, kind: str, *, vouched: bool) -> "Image":
+def _image(path: FilePath, kind: str, descriptor: int, *, vouched: bool) -> "Image":
     from onionskin.exchange.qemu_img import Image
 
-    image = Image(path, kind, str(path))
+    image = Image(path, kind, str(path), descriptor)
     if not vouched:
         image.refuse_other_files()
     image.refuse_cut_short()
@@ -187,6 +188,7 @@ def _by_qemu_img(sides: "list[RawFile | OpenVolume | Image]", progress: Any) -> 
                 keep.append(side.descriptor)
                 described.append(qemu_img.file_of("raw", f"/proc/self/fd/{side.descriptor}"))
             else:
+                keep += side.keep
                 described.append(side.description)
         total = max(side.size_bytes for side in sides)
         percent = (lambda done: progress(int(total * done / 100), total)) if progress else None

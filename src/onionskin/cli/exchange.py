@@ -29,8 +29,7 @@ from onionskin.cli.chosen import same_store
 from onionskin.cli.disk_output import stdout_for_a_disk
 from onionskin.cli.output import json_option
 from onionskin.cli.values import snapshot_value, volume_value
-from onionskin.errors import FormatError
-from onionskin.exchange.image_formats import KNOWN, READ, SUFFIXES, refuse_options
+from onionskin.exchange.image_formats import KNOWN, NOT_MADE, READ, SUFFIXES, refuse_options
 
 if TYPE_CHECKING:
     from onionskin.base.paths import FilePath
@@ -43,7 +42,7 @@ _CHUNK_BYTES = 1 << 20
 _STDIN = {"-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"}
 _STDOUT = {"-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"}
 _NOT_TYPED = "an image is not for a terminal: pipe it to a program, or give a file"
-_GOALS = {"stdout": "stdout", "stream": "a pipe", "device": "a block device"}
+_GOALS = {"stdout": "stdout", "stream": "a pipe", "character": "a character device", "device": "a block device"}
 
 
 @click.command(name="import")
@@ -94,21 +93,20 @@ def import_(
 @contextlib.contextmanager
 def _image_to_read(image: "FilePath") -> "Iterator[FilePath | IO[bytes]]":
     """Give the path of a file that can be read, or else stdin or a pipe, open."""
+    from onionskin.images import refuse_endless
+
     if str(image) in _STDIN:
         if sys.stdin.isatty():
             raise click.UsageError("an image is not typed: pipe one to import, or give a file")
         source = output.StandardStream("stdin")
         source.refuse_closed()
+        refuse_endless(source.fileno(), "stdin")
         yield source  # type: ignore[misc]
         return
     refuse_volume(image)
     with open(image, "rb", buffering=0) as file:  # of a FIFO, this waits for a writer
+        refuse_endless(file.fileno(), image)
         mode = os.fstat(file.fileno()).st_mode
-        if stat.S_ISCHR(mode):  # most of them have no end
-            raise FormatError(
-                f"{image} is a character device, and not a file, a block device or a pipe; give one of these, or a "
-                "program's output to 'import -'"
-            )
         yield image if stat.S_ISREG(mode) or stat.S_ISBLK(mode) else file
 
 
@@ -169,14 +167,14 @@ def _format_by_suffix(image: "FilePath") -> "ImageKind":
     """Return the format that a file's name promises: a raw image under the name of another format would deceive."""
     suffix = image.suffix[1:].lower()
     kind = SUFFIXES.get(suffix, suffix)
-    if kind in KNOWN and kind not in READ:
+    if kind not in READ and (kind in KNOWN or kind in NOT_MADE):
         raise click.UsageError(
             f"{image} has the name of a {kind} file, which is not written here: give --format, one of {', '.join(READ)}"
         )
     return cast("ImageKind", kind) if kind in READ else "raw"
 
 
-def _goal(image: "FilePath") -> Literal["file", "stdout", "stream", "device"]:
+def _goal(image: "FilePath") -> Literal["file", "stdout", "stream", "character", "device"]:
     """Tell what is at a path that is to be written."""
     if str(image) in _STDOUT:
         return "stdout"
@@ -186,7 +184,9 @@ def _goal(image: "FilePath") -> Literal["file", "stdout", "stream", "device"]:
         return "file"
     if stat.S_ISBLK(mode):
         return "device"
-    return "stream" if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) else "file"
+    if stat.S_ISCHR(mode):
+        return "character"
+    return "stream" if stat.S_ISFIFO(mode) else "file"
 
 
 def _export_as_stream(name: Name, image: "FilePath", *, as_json: bool, yes: bool) -> None:

@@ -166,6 +166,15 @@ def _keep(what: str, help: str) -> Callable[[Verb], Verb]:
     return click.option(f"--keep-{what}", type=click.IntRange(min=-1), default=0, metavar="N", help=help)
 
 
+def complete_zone(ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+    """Offer the time zones that this machine knows."""
+    from zoneinfo import available_timezones
+
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(zone) for zone in sorted(available_timezones()) if zone.startswith(incomplete)]
+
+
 @click.command()
 @click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
 @_keep("last", "Keep the N newest; here and below -1 keeps all.")
@@ -181,6 +190,7 @@ def _keep(what: str, help: str) -> Callable[[Verb], Verb]:
     "--time-zone",
     default="UTC",
     metavar="NAME",
+    shell_complete=complete_zone,
     help="Time zone that says where a day ends, as Europe/Berlin; by default UTC.",
 )
 @click.option("--dry-run", is_flag=True, help="Drop nothing, and say what would be, and how much that frees.")

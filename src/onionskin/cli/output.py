@@ -25,6 +25,7 @@ from onionskin.base.states import DATA, HOLE, ZERO
 Draw = Callable[[], str]
 
 _closed: set[str] = set()  # the standard streams that were closed when the program started
+_JOINERS = "\u200c\u200d"  # without them some languages cannot be written
 STATES = {HOLE: "hole", DATA: "data", ZERO: "zero"}
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
@@ -216,8 +217,25 @@ def printable(text: str) -> str:
 
 
 def cell(text: str) -> str:
-    """Make one line of a text from elsewhere, without anything that a terminal would obey."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
+    """Make one line of a text from elsewhere, without anything that a terminal would obey, and nothing that nobody sees."""
+    if text.isprintable():
+        return text
+    import unicodedata
+
+    # Blanks of other scripts, joiners and what is newer than this Python belong to words.
+    return "".join(
+        c if c.isprintable() or c in _JOINERS or unicodedata.category(c) in ("Zs", "Cn", "Co") else "\ufffd"
+        for c in text
+    )
+
+
+def exact_cell(text: str) -> str:
+    """Make one line of a text for programs, in which a name is exactly what it is."""
+    if text.isprintable():
+        return text
+    from onionskin.base.naming import on_a_line
+
+    return on_a_line(text)
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> str:

@@ -137,7 +137,7 @@ def get(name: Name | FilePath, properties: tuple[str, ...], without_header: bool
 
     def draw() -> str:
         if without_header:
-            return "\n".join(f"{key}\t{output.cell(value)}" for key, value in rows)
+            return "\n".join(f"{key}\t{output.exact_cell(value)}" for key, value in rows)
         return output.table(("PROPERTY", "VALUE"), rows)
 
     output.show(as_json, {key: value for key, value in values.items() if key in _keys(chosen)}, draw)

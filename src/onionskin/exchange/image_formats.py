@@ -74,7 +74,8 @@ _MAGICS: Final = (
     (0, b"\x1f\x8b", _unpacked("gzip", "gzip", "gzip")),
     (0, b"\xfd7zXZ\0", _unpacked("xz", "xz", "xz")),
     (0, b"\x28\xb5\x2f\xfd", ZSTD),
-    (0, b"\x50\x2a\x4d\x18", ZSTD),  # a frame to skip, with which pzstd begins
+    # Frames to skip, of which there are sixteen kinds; pzstd begins with the first.
+    *((0, bytes([0x50 + kind]) + b"\x2a\x4d\x18", ZSTD) for kind in range(16)),
     (0, b"BZh", _unpacked("bzip2", "bzip2", "bzip2")),
     (0, b"\x04\x22\x4d\x18", LZ4),
     (0, b"\x02\x21\x4c\x18", LZ4),  # of lz4 -l
@@ -102,8 +103,11 @@ _MAGICS: Final = (
 SUFFIXES: Final = {
     **{"vpc": "vhd", "img": "raw", "bin": "raw", "ova": "tar", "e01": "ewf"},
     **{"gz": "gzip", "zst": "zstd", "bz2": "bzip2", "lz": "lzip", "lzo": "lzop", "z": "compress"},
-    "lrz": "lrzip",
+    **{"lrz": "lrzip", "hdd": "parallels", "hds": "parallels"},
+    **dict.fromkeys(("tgz", "txz", "tzst", "tbz2", "tlz4"), "tar"),
+    **dict.fromkeys(("avhd", "avhdx", "vhds"), "differencing"),
 }
+NOT_MADE: Final = frozenset({"differencing"})  # of Hyper-V: what changed over another image
 KNOWN: Final = frozenset(format.name for format in (*(format for _, _, format in _MAGICS), DMG, LZMA))
 READ: Final = ("raw", QCOW2.name, VMDK.name, VHD.name, VHDX.name, VDI.name)  # read and written; all but raw by qemu-img
 

@@ -20,6 +20,7 @@ from typing import Any, Final
 from onionskin.errors import FormatError, OnionskinError
 from onionskin.exchange.image_formats import VHD_COOKIE, VHD_FOOTER_BYTES
 from onionskin.exchange.programs import running, status_of
+from onionskin.exchange.whole_images import lacks_data
 
 AnyPath = str | os.PathLike[str]
 Percent = Callable[[float], object]
@@ -35,6 +36,7 @@ _SAID_BYTES_MAX = 1 << 16
 _NOT_MADE = re.compile(
     r"error while converting [a-z0-9]+: (.*); look at the image", re.DOTALL
 )  # before anything is written
+_OF_THIS_PROCESS: Final = re.compile(r"/dev/(stdin|fd/\d+)|/proc/(self|thread-self)/fd/\d+")
 _PERCENT = re.compile(rb"\(([\d.]+)/100%\)")
 
 
@@ -54,21 +56,29 @@ class Image:
 
     Parameters
     ----------
-    path : path
-        The file.
+    path : path or None
+        The file. None if only its descriptor is known; a path that stands for a descriptor of this process, as /dev/stdin and
+        /dev/fd/5 do, is none for qemu-img.
     kind : str
         Its format, by the name that it has here.
     name : str
         Its name in messages.
-    keep : int, optional
-        The descriptor that `path` names (/proc/self/fd/N); qemu-img inherits it.
+    descriptor : int
+        The file, open.
+
+    Attributes
+    ----------
+    keep : tuple of int
+        The descriptors that qemu-img inherits, since `description` names them.
     """
 
-    def __init__(self, path: AnyPath, kind: str, name: str, *, keep: int | None = None) -> None:
+    def __init__(self, path: AnyPath | None, kind: str, name: str, descriptor: int) -> None:
         self.kind, self.name = kind, name
-        self._path = str(Path(path).absolute())
+        is_own = path is None or _OF_THIS_PROCESS.fullmatch(str(path)) is not None
+        self._path = f"/proc/self/fd/{descriptor}" if path is None or is_own else str(Path(path).absolute())
         self._driver = _DRIVERS.get(kind, kind)
-        self._keep = () if keep is None else (keep,)
+        self._descriptor = descriptor
+        self.keep = (descriptor,) if is_own else ()
         self._before = Path(self._path).stat()
         self._facts: dict[str, Any] = json.loads(self._run("info", "--output=json", "-f", self._driver, self._path))
 
@@ -95,9 +105,11 @@ class Image:
         size_bytes = _size_of(self._path)
         missing = False
         if self.kind == "qcow2":
-            missing = json.loads(checked).get("image-end-offset", 0) - size_bytes >= self._facts.get(
-                "cluster-size", 1 << 16
-            )
+            behind = json.loads(checked).get("image-end-offset", 0) - size_bytes
+            missing = behind >= self._facts.get("cluster-size", 1 << 16)
+            missing = missing or (behind > 0 and lacks_data(self._descriptor, self.kind))
+        if self.kind == "vmdk":
+            missing = lacks_data(self._descriptor, self.kind)
         if self.kind == "vdi":  # qemu-img check does not notice it
             with open(self._path, "rb") as file:
                 header = file.read(_VDI_HEADER_BYTES)
@@ -151,7 +163,7 @@ class Image:
     def _run(
         self, *arguments: str, keep: Sequence[int] = (), fine: Sequence[int] = (), percent: Percent | None = None
     ) -> str:
-        return run(*arguments, about=self.name, keep=(*self._keep, *keep), fine=fine, percent=percent)
+        return run(*arguments, about=self.name, keep=(*self.keep, *keep), fine=fine, percent=percent)
 
 
 def served_disk(descriptor: int) -> str:
@@ -272,7 +284,10 @@ def run(
     environment = os.environ | {"LC_ALL": "C"}
     with (
         tempfile.TemporaryFile() as said,
-        running(command, stdin=subprocess.DEVNULL, stderr=said, env=environment, pass_fds=keep) as process,
+        # Stdin may be what it has to read.
+        running(
+            command, stdin=None if 0 in keep else subprocess.DEVNULL, stderr=said, env=environment, pass_fds=keep
+        ) as process,
     ):
         printed = _printed_by(process, percent)
         status = status_of(process)

@@ -9,6 +9,7 @@ its data.
 import errno
 import os
 import stat
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING
@@ -94,7 +95,9 @@ def new_image(store: OpenStore, target: FilePath, opened: "OpenChain", *, replac
 def staged_name(target: FilePath) -> str:
     """Draw the name under which a file is made. It is no longer than the file's own, where that is the longest possible."""
     suffix = f".{os.getpid()}.{os.urandom(4).hex()}.part"
-    return os.fsencode(target.name)[: _NAME_BYTES_MAX - len(suffix)].decode(errors="ignore") + suffix
+    # In the encoding of paths, which need not be UTF-8: what was decoded otherwise could not be encoded again.
+    begin = os.fsencode(target.name)[: _NAME_BYTES_MAX - len(suffix)]
+    return begin.decode(sys.getfilesystemencoding(), errors="ignore") + suffix
 
 
 def give_name(directory: int, staged: str, target: FilePath, *, replace: bool) -> None:
