@@ -40,7 +40,8 @@ def lacks_data(descriptor: int, kind: str) -> bool:
 def _table(descriptor: int, offset: int, count: int, code: str, order: str) -> "array[int]":
     """Read numbers; those behind the end of the file are missing."""
     found = array(code)
-    data = read_all(descriptor, count * found.itemsize, offset)
+    length = max(0, min(count * found.itemsize, os.lseek(descriptor, 0, os.SEEK_END) - offset))
+    data = read_all(descriptor, length, offset) if length else b""  # no more memory than the file has bytes
     found.frombytes(data[: len(data) // found.itemsize * found.itemsize])
     if sys.byteorder != order:
         found.byteswap()
