@@ -2090,6 +2090,15 @@ class Store:
 
     def _open_ram(self, machine: MachineRow) -> "Volume":
         """Open the RAM volume of a machine for writing, which keeps others from starting it."""
+        held = self._hold_ram(machine)
+        try:
+            return held.open()
+        except BaseException:
+            held.close()
+            raise
+
+    def _hold_ram(self, machine: MachineRow) -> "HeldRam":
+        """Keep others from starting a machine, by the lock of its RAM volume. To open the volume takes longer."""
         from onionskin.operations import machines
 
         ram = self._opened.catalog.volume_with_id(machine.ram)
@@ -2100,7 +2109,7 @@ class Store:
         deadline = time.monotonic() + _MOMENT_SECONDS
         while True:
             try:
-                return self._open_to_write(ram.name, for_machine=True)
+                return HeldRam(self, *self._lock_volume(ram.name, VolumeLock))
             except StateError:
                 if machines.is_running(self._opened, machine):  # of two starts at once this is the other one
                     raise StateError(machines.said_to_run(self._opened, machine)) from None
@@ -2540,6 +2549,24 @@ class Store:
             What was written to one of the volumes could not be made durable. All are closed all the same.
         """
         self._opened.close()
+
+
+class HeldRam:
+    """The RAM volume of a machine that is locked, so that nobody else can start the machine until `close`."""
+
+    def __init__(self, store: Store, row: VolumeRow, lock: VolumeLock) -> None:
+        self._store, self._row, self._lock = store, row, lock
+        self._volume: Volume | None = None
+
+    def open(self) -> "Volume":
+        """Open it for writing, if that was not done yet."""
+        if self._volume is None:
+            self._volume = self._store._open_locked(self._row, self._lock, verify=False)
+        return self._volume
+
+    def close(self) -> None:
+        """Close the volume, if it was opened, and let others have it. Further calls do nothing."""
+        (self._volume or self._lock).close()
 
 
 def _open_again(path: str, trust: bool) -> Store:

@@ -1,7 +1,10 @@
 """What `onionskin serve` sets for its process, so that no client waits for its upkeep."""
 
 import gc
+import os
 import re
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from contextlib import closing
@@ -26,6 +29,23 @@ def test_the_table_of_descriptors_of_a_server_has_room_from_the_start(vms: Path,
     assert int(size[1]) >= 1024
 
 
+def test_that_room_is_made_before_the_server_has_threads(vms: Path, tmp_path: Path) -> None:
+    """With threads the system waits for all processors, and the machine that starts waits for its disks."""
+    text = f"""
+import os, sys
+from onionskin.nbd import own_process
+def look():
+    print(len(os.listdir("/proc/self/task")))
+    raise SystemExit(0)
+own_process.make_room_for_descriptors = look
+from onionskin.cli.app import onionskin
+onionskin(["serve", {str(vms)!r}, "--socket", {str(tmp_path / "socket")!r}])
+"""
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    ended = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, env=environment, timeout=300)
+    assert (ended.returncode, ended.stdout) == (0, "1\n"), ended.stderr
+
+
 def test_a_server_leaves_what_it_imported_to_no_collection(
     vms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -45,8 +65,7 @@ def test_a_server_leaves_what_it_imported_to_no_collection(
 
 def test_a_process_that_may_have_few_descriptors_serves_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own_process, "getrlimit", lambda _: (3, 3))
-    monkeypatch.setattr(own_process, "_keep_collections_short", lambda: None)
-    own_process.prepare()
+    own_process.make_room_for_descriptors()
 
 
 @pytest.mark.parametrize("is_found", [False, True])

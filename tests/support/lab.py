@@ -71,6 +71,8 @@ class LabMachine:
         prepared = (
             restore.Prepared(self.store, restore.find_fit(self.store, row, None, recorded)) if begins.ram else None
         )
+        if prepared:
+            prepared.read_state()
         volume = self.store._open_ram(row)
         self._server = Serve(
             *(f"{self.store.path}/{disk}" for disk in names),

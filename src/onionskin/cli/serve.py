@@ -163,6 +163,7 @@ def serve(
     if in_flight < Limits().request_bytes_max:
         raise click.UsageError(f"--in-flight is at least {Limits().request_bytes_max >> 20}M, the largest request")
     limits = Limits(connections_max=connections, bytes_in_flight_max=in_flight, idle_seconds=idle)
+    own_process.make_room_for_descriptors()  # before the server has threads
     server = Server(
         limits=limits,
         allow_revert=allow_revert,
@@ -183,7 +184,7 @@ def serve(
         server.exports.set_default()
         _stop_at_signals(server)
         load_all()
-        own_process.prepare()
+        own_process.keep_collections_short()
         if stdio:
             _serve_stdio(server)
             return

@@ -363,7 +363,8 @@ class Hypervisor(Protocol):
         disks : sequence of str
             NBD URIs, in the order of the disks.
         state : Path, optional
-            State of its devices to load; `ram_file` is then the RAM of the same snapshot.
+            State of its devices to load, which is there once `beside_its_start` has returned; `ram_file` is then the RAM of
+            the same snapshot.
         identity : Identity
         beside_its_start : callable
             Is called when the process was started, which takes its time, and maybe more than once. It returns when the disks

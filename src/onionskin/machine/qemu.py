@@ -595,16 +595,9 @@ class QemuProcess:
         return node
 
     def _remove_node(self, node: str) -> None:
-        names = [{"node-name": name} for name in (node, node.replace(_STATE_NODE, _FILE_NODE))]
-        for place, name in enumerate(names):
-            try:
-                self.monitor.execute("blockdev-del", name)
-            except MonitorTimeout:  # it does so when it answers again, and the rest behind it
-                for left in names[place + 1 :]:
-                    self.monitor.request("blockdev-del", left)
-                return
-            except MonitorError:
-                continue
+        names = (node, node.replace(_STATE_NODE, _FILE_NODE))
+        with suppress(MonitorError):  # one that answers late does so when it answers again
+            self.monitor.execute_all([("blockdev-del", {"node-name": name}) for name in names])
 
     # ---- the guest agent ----
 

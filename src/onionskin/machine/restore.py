@@ -118,22 +118,29 @@ class Prepared:
     ram_file : RamFile
         Its path is what the machine maps. As long as the process lives, it holds it itself.
     state : StateFile
-        The state of the devices.
+        For the state of the devices, which `read_state` puts there.
     """
 
     def __init__(self, store: "Store", saved: Saved) -> None:
         self._store = store
         files = RamFiles(store._opened)
         self.saved: Saved = saved
+        self._has_state = False
         self._ends = ExitStack()
         try:
-            with open_layer(store, saved.volume, saved.layer) as view:
-                self.state: StateFile = self._ends.enter_context(_state_of(view, saved))
+            self.state: StateFile = self._ends.enter_context(StateFile())
             source = source_of(store, saved.volume, saved.layer, saved.ram_bytes)
             self.ram_file: RamFile = self._ends.enter_context(files.use(source))
         except BaseException:
             self._ends.close()
             raise
+
+    def read_state(self) -> None:
+        """Read the state of the devices, or raise FormatError where it is damaged. Further calls do nothing."""
+        if not self._has_state:
+            with open_layer(self._store, self.saved.volume, self.saved.layer) as view:
+                self.state.read(view, self.saved.ram_bytes, self.saved.state_bytes, self.saved.recorded.state_crc32)
+            self._has_state = True
 
     def __enter__(self) -> Self:
         return self

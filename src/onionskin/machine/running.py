@@ -391,13 +391,15 @@ class StateFile:
         """Make one with what a RAM volume, or a snapshot of it, has behind the RAM. See `device_state.read_state`."""
         made = cls()
         try:
-            left = memoryview(read_state(volume, ram_bytes, state_bytes, crc32))
-            while left:
-                left = left[os.write(made._descriptor, left) :]
+            made.read(volume, ram_bytes, state_bytes, crc32)
         except BaseException:
             made.close()
             raise
         return made
+
+    def read(self, volume: Volume, ram_bytes: int, state_bytes: int, crc32: str) -> None:
+        """Have in it what a RAM volume, or a snapshot of it, has behind the RAM. See `device_state.read_state`."""
+        write_all(self._descriptor, read_state(volume, ram_bytes, state_bytes, crc32))
 
     def save(self, volume: Volume, ram_bytes: int) -> tuple[int, int, str]:
         """Write it behind the RAM of a volume. Return its length, how many bytes were not there already, and its checksum."""

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from onionskin.catalog import MachineRow
-    from onionskin.store import Store
+    from onionskin.store import HeldRam, Store
     from onionskin.volume import Volume
 
 _log = logger(__name__)
@@ -143,8 +143,8 @@ class Supervisor:
     def _begin(self, paused: bool, only_from: str | None) -> None:
         _refuse_without_pidfd()
         row = self._row_to_run()
-        volume = self._store._open_ram(row)
-        self._ends.callback(lambda: (self.running.ram_volume if hasattr(self, "running") else volume).close())
+        held = self._store._hold_ram(row)
+        self._ends.callback(lambda: (self.running.ram_volume if hasattr(self, "running") else held).close())
         self._id = row.id
         row = self._row_to_run()  # nobody renames it from here on, as it is held
         self._name = row.name
@@ -163,11 +163,11 @@ class Supervisor:
         )
         with self._kept_served() as keep_served:
             if found is not None and is_there:
-                self._take_over(found, volume, keep_served)
+                self._take_over(found, held.open(), keep_served)
             else:
                 orphans.end(self._directory, is_new=row.stands_on is None and row.resumes == machines.RESUMES)
                 self._ends.callback(self._server.end)
-                self._start(row.id, volume, paused, only_from, keep_served)
+                self._start(row.id, held, paused, only_from, keep_served)
         self._ends.callback(self.running.close)
         self.running.has_server = bool(self._server.uris)
         self._process.are_disks_served = self._are_disks_served
@@ -184,12 +184,13 @@ class Supervisor:
         return row
 
     def _start(
-        self, machine: bytes, volume: "Volume", paused: bool, only_from: str | None, keep_served: Callable[[], None]
+        self, machine: bytes, held: "HeldRam", paused: bool, only_from: str | None, keep_served: Callable[[], None]
     ) -> None:
         store = self._store
         begins = machines.beginning(store._opened, self._name)
         if begins.is_reverting and begins.snapshot is not None:
             self._log(f"machine {self._name!r} was being put back to {begins.snapshot.name!r}; that is ended first")
+            held.open()  # it is found where it is open, and put back there
             machine_tree.revert(store._opened, self._name, begins.snapshot.name, store._put_back, ram=True)
             begins = machines.beginning(store._opened, self._name)
         if only_from is not None:
@@ -211,8 +212,11 @@ class Supervisor:
             self._server.wait_listening()
             differ: list[NDArray[Any]] = []
 
+            # The hypervisor takes longer to start than all of this, so it begins first.
             def beside_its_start() -> None:
+                volume = held.open()
                 if prepared is not None:
+                    prepared.read_state()
                     saved = prepared.saved
                     differ.append(differing_pages(store, volume, saved.layer, saved.ram_bytes))
                 keep_served()
@@ -230,7 +234,7 @@ class Supervisor:
             self._ends.callback(self._process.quit, QUIT_SECONDS)
             mapped = prepared.saved.layer if prepared and self._process.ram() is not None else None
             self.running = Running.attach(
-                *(store, self._name, self._process, volume, configuration, now, identity, self._directory),
+                *(store, self._name, self._process, held.open(), configuration, now, identity, self._directory),
                 mapped=mapped,
                 differ=differ[-1] if differ and mapped is not None else None,
             )

@@ -14,29 +14,24 @@ DESCRIPTORS = 4096
 GARBAGE_OBJECTS = 20_000  # a hundred forks are 4,000
 
 
-def prepare() -> None:
-    """Prepare this process, once what it needs has been imported, and before it has many threads."""
-    _keep_collections_short()
-    with suppress(OSError, ValueError):
-        _make_room_for_descriptors()
-
-
-def _keep_collections_short() -> None:
+def keep_collections_short() -> None:
     """Leave what is there by now to no collection of garbage, and begin one less often.
 
-    It stays until the end, and to go through all of it took 10 to 20 ms, in which no export could be opened.
+    Called once what is needed has been imported. It stays until the end, and to go through all of it took 10 to 20 ms, in
+    which no export could be opened.
     """
     gc.freeze()
     gc.set_threshold(GARBAGE_OBJECTS, *gc.get_threshold()[1:])
 
 
-def _make_room_for_descriptors() -> None:
+def make_room_for_descriptors() -> None:
     """Have the system make the table of this process's descriptors as large as it may become.
 
-    In a process with threads each doubling of the table, from 64 on, waits for all processors to have left what reads it
-    (`synchronize_rcu`): 3 to 6 ms, three times while the first hundred clients come.
+    Called before there is another thread. In a process with threads each growth of the table, from 64 on, waits for all
+    processors to have left what reads it (`synchronize_rcu`): 3 to 11 ms, three times while the first hundred clients come.
     """
-    soft, _ = getrlimit(RLIMIT_NOFILE)
-    count = DESCRIPTORS if soft < 0 else min(soft, DESCRIPTORS)  # RLIM_INFINITY is -1
-    with open(os.devnull, "rb") as some:  # there may be no descriptor 0
-        os.close(fcntl.fcntl(some.fileno(), fcntl.F_DUPFD_CLOEXEC, count - 1))
+    with suppress(OSError, ValueError):
+        soft, _ = getrlimit(RLIMIT_NOFILE)
+        count = DESCRIPTORS if soft < 0 else min(soft, DESCRIPTORS)  # RLIM_INFINITY is -1
+        with open(os.devnull, "rb") as some:  # there may be no descriptor 0
+            os.close(fcntl.fcntl(some.fileno(), fcntl.F_DUPFD_CLOEXEC, count - 1))

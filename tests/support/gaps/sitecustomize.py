@@ -38,7 +38,14 @@ STEPS = {
     "onionskin.machine.capture": ("_NodeOfState.let_go", "_finish_state"),
     "onionskin.machine.record": ("Record.write", "Record.stage", "Staged.put", "note_under_way", "note_reachable"),
     "onionskin.machine.restore": (
-        *("Prepared.__init__", "settle", "_settle", "renew_generation", "_VolumesGoingBack.finish"),
+        *(
+            "Prepared.__init__",
+            "Prepared.read_state",
+            "settle",
+            "_settle",
+            "renew_generation",
+            "_VolumesGoingBack.finish",
+        ),
         "_VolumesGoingBack._note_changed",
     ),
     "onionskin.machine.supervisor": ("Supervisor.adopt", "Supervisor._take_over"),
@@ -46,6 +53,7 @@ STEPS = {
         *("StateFile.save", "Stop.refuse_disturbed", "Stop.refuse_went_on", "Running.attach", "Running.close"),
         "Running.refuse_other_devices",
     ),
+    "onionskin.store": ("HeldRam.open",),
     "onionskin.operations.machine_snapshots": (
         *("MachineCut.check", "MachineCut.seal", "MachineCut.commit", "MachineCut._insert_pins", "MachineCut._write"),
     ),

@@ -164,6 +164,7 @@ def test_a_machine_that_was_started_from_a_snapshot_drops_what_it_wrote_or_has_i
     running.ram_volume.close()
     with restore.Prepared(store, restore.find_fit(store, machine, "a", RECORDED)) as prepared:
         again = StandIn(tmp_path / "second", prepared.ram_file.path)
+        prepared.read_state()
         again.load_state(prepared.state.path)
         restarted = attach(store, again, tmp_path / "second", mapped=prepared.saved.layer)
     try:

@@ -672,13 +672,13 @@ def test_what_is_noted_of_a_machine_is_removed_only_as_long_as_it_is_held(
     lab = store.create_machine("lab", disks=["web"], memory="1M")
     directory = record.make_directory(store._opened.layout.root, lab._id)
     notes = [directory / record.RECORD, directory / record.UNDER_WAY]
-    open_ram = store._open_ram
+    hold_ram = store._hold_ram
 
-    def open_and_be_followed(row: object) -> SimpleNamespace:
-        volume = open_ram(row)
+    def hold_and_be_followed(row: object) -> SimpleNamespace:
+        held = hold_ram(row)
 
         def close() -> None:
-            volume.close()
+            held.close()
             for note in notes:
                 note.write_text("{}")  # of another supervisor, which has it from here on
 
@@ -687,7 +687,7 @@ def test_what_is_noted_of_a_machine_is_removed_only_as_long_as_it_is_held(
     def fail(*given: object, **named: object) -> None:
         raise StateError("no disks")
 
-    monkeypatch.setattr(store, "_open_ram", open_and_be_followed)
+    monkeypatch.setattr(store, "_hold_ram", hold_and_be_followed)
     monkeypatch.setattr(supervisor_module, "DiskServer", fail)
     with pytest.raises(StateError, match="no disks"):
         Supervisor(store, "lab", print).begin()
@@ -721,3 +721,53 @@ def test_a_note_of_who_begins_a_machine_that_cannot_be_read_is_none(tmp_path: Pa
     for text in ("", "[]", "7", '{"pid": 1}', '{"pid": "1", "ticks": 1, "boot": "a"}'):
         (tmp_path / record.UNDER_WAY).write_text(text)
         assert record.who_is_under_way(tmp_path) is None
+
+
+def test_the_hypervisor_of_a_machine_begins_before_its_ram_volume_is_opened_and_after_that_is_held(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes longer than all that is done beside its start."""
+    lab = store.create_machine("lab", disks=["web"], memory="1M")
+    ram = store._opened.catalog.volume_with_id(lab._row.ram)
+    assert ram is not None
+    seen = []
+
+    class Hypervisor:
+        def __init__(self, on_event: object) -> None:
+            pass
+
+        def check(self, configuration: Configuration, disks: int) -> Recorded:
+            return RECORDED
+
+        def launch(
+            self, configuration: Configuration, *, beside_its_start: Callable[[], None], **given: object
+        ) -> None:
+            seen.append(store._open_here(ram.name) is not None)
+            with onionskin.Store(store.path) as other, pytest.raises(StateError):
+                other._open_ram(lab._row)
+            beside_its_start()
+            seen.append(store._open_here(ram.name) is not None)
+            raise StateError("no hypervisor")
+
+    monkeypatch.setattr(supervisor_module, "QemuHypervisor", Hypervisor)
+    monkeypatch.setattr("onionskin.store._MOMENT_SECONDS", 0.0)
+    for part in ("begin", "wait_listening", "wait_ready"):
+        monkeypatch.setattr(supervisor_module.DiskServer, part, lambda server: None)
+    monkeypatch.setattr(Supervisor, "_keep_served", lambda supervisor, over: None)
+    with pytest.raises(StateError, match="no hypervisor"):
+        Supervisor(store, "lab", print).begin()
+    assert seen == [False, True]
+
+
+def test_a_machine_that_is_held_is_free_again_whether_its_ram_volume_was_opened_or_not(store: onionskin.Store) -> None:
+    lab = store.create_machine("lab", disks=["web"], memory="1M")
+    for is_opened in (False, True):
+        held = store._hold_ram(lab._row)
+        if is_opened:
+            assert held.open() is held.open()
+        with pytest.raises(StateError), machines.kept_off(store._opened, lab._row):
+            pass
+        held.close()
+        held.close()
+        with machines.kept_off(store._opened, lab._row):
+            pass
