@@ -721,3 +721,21 @@ def test_a_note_of_who_begins_a_machine_that_cannot_be_read_is_none(tmp_path: Pa
     for text in ("", "[]", "7", '{"pid": 1}', '{"pid": "1", "ticks": 1, "boot": "a"}'):
         (tmp_path / record.UNDER_WAY).write_text(text)
         assert record.who_is_under_way(tmp_path) is None
+
+
+def test_a_machine_whose_hypervisor_does_not_answer_may_stand_still_though_it_was_heard_to_go_on(
+    store: onionskin.Store,
+) -> None:
+    def hear_all() -> None:
+        raise MonitorError("it does not answer")
+
+    store.create_machine("lab", disks=["web"], memory="1M")
+    supervisor = Supervisor(store, "lab", print)
+    try:
+        process = SimpleNamespace(is_paused=False, hear_all=hear_all)
+        supervisor._process = process  # type: ignore[assignment]
+        assert supervisor._may_stand()
+        process.hear_all = lambda: None
+        assert not supervisor._may_stand()
+    finally:
+        supervisor._ends.close()
