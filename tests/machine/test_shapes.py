@@ -4,7 +4,7 @@ Each page of each snapshot is compared with the RAM of the process while it stoo
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -81,10 +81,10 @@ def test_every_page_of_each_snapshot_is_right_and_a_revert_brings_it_back(lab: L
     kept: list[dict[int, bytes]] = []
     save_state = lab.process.save_state
 
-    def save_and_keep() -> int:
-        length = save_state()
+    def save_and_keep(meanwhile: Callable[[], object]) -> list[str]:
+        devices = save_state(meanwhile)
         kept.append(private_pages(lab))
-        return length
+        return devices
 
     lab.process.save_state = save_and_keep  # type: ignore[method-assign]
     for number in range(rounds(2, 20)):

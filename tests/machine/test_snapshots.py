@@ -3,7 +3,7 @@
 import hashlib
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -54,10 +54,10 @@ def keep_references(lab: LabMachine) -> list[np.ndarray]:
     kept: list[np.ndarray] = []
     save_state = lab.process.save_state
 
-    def save_and_keep() -> int:
-        length = save_state()
+    def save_and_keep(meanwhile: Callable[[], object]) -> list[str]:
+        devices = save_state(meanwhile)
         kept.append(lab.whole())
-        return length
+        return devices
 
     lab.process.save_state = save_and_keep  # type: ignore[method-assign]
     return kept

@@ -119,6 +119,9 @@ class StandIn:
             self.standstill.hear(event)
         return self._is_paused
 
+    def hear_all(self) -> None:
+        _ = self.is_paused
+
     def pause(self, *, runs: bool = False) -> bool:
         self._fail("pause")
         with self._guard:
@@ -137,6 +140,7 @@ class StandIn:
         return self.standstill
 
     def plugged(self) -> list[str]:
+        self.hear_all()
         return list(self.plugged_now)
 
     def disk_bytes(self) -> list[int]:
@@ -146,11 +150,13 @@ class StandIn:
         self._fail("prepare_state")
         self._prepared = path
 
-    def save_state(self) -> int:
+    def save_state(self, meanwhile: Callable[[], object] = lambda: None) -> list[str]:
         assert self.is_paused and self._prepared is not None
+        meanwhile()
         self.when_stopped()
         self._fail("save_state")
-        return self._prepared.write_text(self.devices)
+        self._prepared.write_text(self.devices)
+        return self.plugged()
 
     def finish_state(self) -> None:
         self._prepared = None

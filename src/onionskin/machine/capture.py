@@ -3,7 +3,8 @@
     rounds      RAM is written to the RAM volume while the machine runs, again and again, until little is left
     ready       all is done that the cut of the disks needs, while the machine runs
     stop        of the machine
-    cut         at the same time: the disks are cut; the state of the devices is saved; RAM is collected for the last time
+    cut         at the same time: the disks are cut; the state of the devices is saved; RAM is collected for the last time;
+                what the rounds wrote is made durable
     go on       of the machine
     write       the rest of RAM and the state are written to the RAM volume, while what was cut of the disks is made durable
     commit      the RAM volume is made durable, and one transaction seals it, and names all
@@ -16,8 +17,9 @@ of them are collected anew: so the next snapshot has them.
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -141,7 +143,6 @@ def _taken_with(
         state_bytes, state_stored, crc32 = state.save(volume, ram.length)
         go_on()
         cutting.result()
-    node.result()
     row = cut.commit(
         name,
         note,
@@ -181,10 +182,12 @@ def _captured(
             ram.stream(running.ram_volume)  # what was written meanwhile
         with stopped(process) as stop:
             cutting.cut()
-            ram.collect()
-            process.save_state()
+            if mode == "live":
+                node.meanwhile(partial(_flush_rounds, running, cutting.wait_until_ended))
+            devices = process.save_state(ram.collect)
             cutting.wait_until_cut()
-            stop.refuse_disturbed("a snapshot, of which nothing was taken")
+            running.refuse_other_devices("nothing was taken", devices)
+            stop.refuse_disturbed("a snapshot, of which nothing was taken", is_heard=True)
     return stop.seconds, frozen
 
 
@@ -252,6 +255,10 @@ class _Cutting:
         self._is_cut.wait()
         self._raise_what_failed()
 
+    def wait_until_ended(self) -> None:
+        """Wait until the disks are cut, or cannot be."""
+        self._is_cut.wait()
+
     def _raise_what_failed(self) -> None:
         assert self._sealing is not None
         if self._sealing.done():
@@ -274,33 +281,42 @@ class _NodeOfState:
         self._running = running
         self._thread = ThreadPoolExecutor(1, "onionskin state")
         self._prepared = self._thread.submit(running.process.prepare_state, path)
-        self._looked: Future[None] | None = None
+        self._is_let_go = False
 
     def __enter__(self) -> "_NodeOfState":
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._looked is None:
-            self._thread.submit(_finish_state, self._running)
+        self.let_go()
         self._thread.shutdown()
 
     def wait_until_prepared(self) -> None:
         """Return when the state can be saved, or raise what kept it from that."""
         self._prepared.result()
 
+    def meanwhile(self, work: Callable[[], None]) -> None:
+        """Do something else in the thread, which is there already, while the state is saved."""
+        self._thread.submit(work)
+
     def let_go(self) -> None:
-        """Begin to look whether the machine has the devices that are in the state, and then to let go of the file.
+        """Begin to let go of the file. Further calls do nothing.
 
         Nobody waits for that until the snapshot is there: the hypervisor answers late while its guest runs.
         """
-        # One that came and went again meanwhile is in no state.
-        self._looked = self._thread.submit(self._running.refuse_other_devices, "nothing was taken")
-        self._thread.submit(_finish_state, self._running)
+        if not self._is_let_go:
+            self._is_let_go = True
+            self._thread.submit(_finish_state, self._running)
 
-    def result(self) -> None:
-        """Wait until it was looked, or raise that the machine has other devices."""
-        assert self._looked is not None
-        self._looked.result()
+
+def _flush_rounds(running: Running, wait_until_cut: Callable[[], None]) -> None:
+    """Make durable what the rounds wrote of RAM, and the files that it is in, so that the commit waits for the rest alone.
+
+    Not before the disks are cut: for that, and for the stop, others may sync their files, while the guest stands still, and
+    all would wait for one journal of the file system. Where it fails, the commit says what is wrong.
+    """
+    wait_until_cut()
+    with suppress(OSError, OnionskinError):
+        running.ram_volume._opened.on_path(lambda path: path.flush())
 
 
 def _finish_state(running: Running) -> None:

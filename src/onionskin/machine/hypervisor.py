@@ -278,6 +278,9 @@ class Process(Protocol):
     def is_paused(self) -> bool:
         """Whether it is stopped now. One whose guest sleeps is not: it wakes when its clock says so."""
 
+    def hear_all(self) -> None:
+        """Hear all that was reported of it until now, for `watch`."""
+
     @property
     def guest_has_ended(self) -> bool:
         """Whether it is stopped because its guest has shut down, or died, and the process stays all the same."""
@@ -291,8 +294,11 @@ class Process(Protocol):
     def prepare_state(self, path: "Path") -> None:
         """Make the file for the state of its devices, and do all that can be done before it is stopped."""
 
-    def save_state(self) -> int:
-        """Write the state of its devices into the prepared file, while it is stopped. Return the bytes of the file."""
+    def save_state(self, meanwhile: Callable[[], object] = lambda: None) -> list[str]:
+        """Write the state of its devices into the prepared file, while it is stopped. Return the devices, as `plugged`.
+
+        `meanwhile` is called while that is written. With the answer all is heard that was reported until then (`hear_all`).
+        """
 
     def finish_state(self) -> None:
         """Let go of the prepared file. Further calls do nothing."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import wait
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from onionskin.base.lazy import logger
 from onionskin.base.sockets import connect_unix, credentials_of
@@ -34,6 +34,8 @@ CLOSE_SECONDS = 2.0
 LOOK_SECONDS = 0.5  # after so long it is looked again whether what answers late is at it
 JOB_PREFIX = "onionskin-"
 _NO_EVENT = "none"  # as QEMU calls no event of its own
+# Behind each of these, whether a machine is stopped has to be asked.
+_ENDS_OF_RUNNING = ("STOP", "SUSPEND", "SUSPEND_DISK", "SHUTDOWN", "GUEST_PANICKED")
 _log = logger(__name__)
 
 
@@ -112,7 +114,8 @@ class Monitor:
         self._guard = threading.Lock()
         self._is_closed = False
         self._standstill = Standstill(stands=False)
-        self._client.register_listener(EventListener(("STOP", "RESUME", "RESET"), self._hear_of_standstill))
+        self._is_live = False
+        self._client.register_listener(EventListener((*_ENDS_OF_RUNNING, "RESUME", "RESET"), self._hear_of_standstill))
         try:
             if on_event is not None:
                 self._listen(on_event)
@@ -132,6 +135,14 @@ class Monitor:
     def is_broken(self) -> bool:
         """Whether the connection has ended, and nobody closed it: it takes no command any more."""
         return not self._is_closed and self._client.runstate is not Runstate.RUNNING
+
+    @property
+    def is_live(self) -> bool:
+        """Whether QEMU reported that the machine goes on, and nothing since that may have ended that.
+
+        QEMU reports each stop as it happens, and answers a question late while a guest runs. The guest may sleep.
+        """
+        return self._is_live and not self._is_closed and self._client.runstate is Runstate.RUNNING
 
     def close(self) -> None:
         """Disconnect. QEMU goes on. Further calls do nothing."""
@@ -215,25 +226,52 @@ class Monitor:
         except RuntimeError:  # it was closed
             work.close()
 
-    def run_job(self, command: str, arguments: dict[str, Any], *, seconds: float = SECONDS) -> None:
-        """Run a command that starts a job, and wait until the job has ended well."""
-        self._await(self._job(command, arguments), command, seconds)
+    def run_job(
+        self,
+        command: str,
+        arguments: dict[str, Any],
+        *,
+        then: Sequence[tuple[str, dict[str, Any] | None]] = (),
+        meanwhile: Callable[[], object] = lambda: None,
+        seconds: float = SECONDS,
+    ) -> list[Any]:
+        """Run a command that starts a job, and wait until the job has ended well.
 
-    async def _job(self, command: str, arguments: dict[str, Any]) -> None:
+        `then` is asked for with how it ended, and this returns what it returns. `meanwhile` is called while the job runs; the
+        end of the job is waited for also where that fails.
+        """
+        failed: list[BaseException] = []
+
+        def guarded() -> None:
+            try:
+                meanwhile()
+            except BaseException as error:  # which is not QEMU's
+                failed.append(error)
+
+        answers = self._await(self._job(command, arguments, then), command, seconds, meanwhile=guarded)
+        if failed:
+            raise failed[0]
+        return list(answers)
+
+    async def _job(
+        self, command: str, arguments: dict[str, Any], then: Sequence[tuple[str, dict[str, Any] | None]]
+    ) -> list[Any]:
         # Each has a name of its own: one that timed out may still run.
         job = f"{JOB_PREFIX}{command}-{os.getpid()}-{next(self._numbers)}"
         # A machine may stand still meanwhile: it is not asked again and again, and the job is dismissed behind its end.
         with self._client.listener("JOB_STATUS_CHANGE", lambda event: _has_ended(event, job)) as ended:
             await self._client.execute(command, {**arguments, "job-id": job})
             await ended.get()
-        jobs: Any = await self._client.execute("query-jobs")
-        found = next((one for one in jobs if one["id"] == job), None)
+        asked = (self._client.execute(*one) for one in (("query-jobs", None), *then))
+        jobs, *answers = await asyncio.gather(*asked)
+        found = next((one for one in cast("list[Any]", jobs) if one["id"] == job), None)
         if found is None:
             raise MonitorError(f"QEMU of machine {self._name!r}: {command}: its job is gone")
         self._dismissals = {task for task in self._dismissals if not task.done()}
         self._dismissals.add(asyncio.ensure_future(self._client.execute("job-dismiss", {"id": job})))
         if error := found.get("error"):
             raise MonitorError(f"QEMU of machine {self._name!r}: {command}: {error}")
+        return answers
 
     def watch(self, *, stands: bool) -> Standstill:
         """Note from now on whether a machine goes on, or is reset, that stands still, or is stopped next."""
@@ -242,7 +280,10 @@ class Monitor:
 
     def _hear_of_standstill(self, event: Any) -> bool:
         """Hear an event as it is read, before any reply behind it, and keep none."""
-        self._standstill.hear(str(event["event"]))
+        name = str(event["event"])
+        self._standstill.hear(name)
+        if name != "RESET":
+            self._is_live = name == "RESUME"
         return False
 
     def _refused(self, command: str, error: ExecuteError) -> MonitorError:
@@ -269,6 +310,7 @@ class Monitor:
         seconds_max: float = 0.0,
         is_at_it: Callable[[], bool] = lambda: False,
         *,
+        meanwhile: Callable[[], object] = lambda: None,
         at_end: bool = False,
     ) -> Any:
         if self._is_closed and not at_end:
@@ -277,9 +319,9 @@ class Monitor:
         begun, limit = time.monotonic(), max(seconds, seconds_max)
         future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, limit), self._loop)
         try:
-            wait(
-                [future], seconds if limit > seconds else limit + CLOSE_SECONDS
-            )  # the loop may end before it sees this
+            meanwhile()
+            # The loop may end before it sees this.
+            wait([future], seconds if limit > seconds else limit + CLOSE_SECONDS)
             while not future.done() and time.monotonic() < begun + limit and not is_stopped(self.pid) and is_at_it():
                 wait([future], LOOK_SECONDS)
             return future.result(0)

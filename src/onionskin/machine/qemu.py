@@ -61,7 +61,6 @@ _SAID_MAX = 600  # characters of what it wrote, for an error
 # reset of it.
 _GUEST_ENDED, _NEEDS_RESET = ("shutdown", "internal-error", "guest-panicked"), ("shutdown", "internal-error")
 _SLEEPS = "suspended"
-_DEVICES = ("/machine/peripheral", "/machine/peripheral-anon")  # those with an id, and those without
 STATE_TAG = "s"
 _STATE_NODE, _FILE_NODE = "state-", "file-of-state-"
 # In the environment: what is written to RAM is found by comparing, as where the kernel or a sandbox forbids to note it.
@@ -69,6 +68,10 @@ NO_TRACKING = "ONIONSKIN_NO_TRACKING"
 
 OnEvent = Callable[[str, dict[str, Any]], None]
 Command = tuple[str, dict[str, Any] | None]
+# Those with an id, and those without.
+_LIST_DEVICES: tuple[Command, ...] = tuple(
+    ("qom-list", {"path": path}) for path in ("/machine/peripheral", "/machine/peripheral-anon")
+)
 # RAM is not part of a saved state, as it is mapped shared.
 _WITHOUT_RAM: Command = (
     "migrate-set-capabilities",
@@ -384,7 +387,11 @@ class QemuProcess:
     @property
     def is_paused(self) -> bool:
         """Whether it is stopped now. One whose guest sleeps is not: it wakes when its clock says so."""
-        return self.status not in ("running", _SLEEPS)
+        return not self.monitor.is_live and self.status not in ("running", _SLEEPS)
+
+    def hear_all(self) -> None:
+        """Hear all that QEMU reported until now: it comes before the answer."""
+        self.monitor.execute("query-status")
 
     @property
     def guest_has_ended(self) -> bool:
@@ -453,9 +460,7 @@ class QemuProcess:
 
     def plugged(self) -> list[str]:
         """Return the devices that it has now: those of its command line, and what was added or taken since."""
-        lists = self.monitor.execute_all([("qom-list", {"path": path}) for path in _DEVICES])
-        found = [(one["name"], _kind_of_child(one["type"])) for children in lists for one in children]
-        return sorted(f"{name} ({kind})" for name, kind in found if kind)
+        return _plugged_of(self.monitor.execute_all(_LIST_DEVICES))
 
     def snapshot_blockers(self) -> list[str]:
         """Say what QEMU takes no snapshot for now, in its words. What it knew of at its start, it refused then."""
@@ -476,12 +481,13 @@ class QemuProcess:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
         self._prepared = (self._add_node(path, is_new=True), path)
 
-    def save_state(self) -> int:
-        """Write the state of the devices into the prepared file, while it is stopped. Return the bytes of the file."""
+    def save_state(self, meanwhile: Callable[[], object] = lambda: None) -> list[str]:
+        """Write the state of the devices into the prepared file, while it is stopped. Return the devices, as `plugged`.
+
+        `meanwhile` is called while that is written.
+        """
         assert self._prepared is not None
-        node, path = self._prepared
-        self._run_on_state("snapshot-save", node)
-        return path.stat().st_size
+        return _plugged_of(self._run_on_state("snapshot-save", self._prepared[0], _LIST_DEVICES, meanwhile))
 
     def finish_state(self) -> None:
         """Let go of the prepared file. Further calls do nothing."""
@@ -573,8 +579,15 @@ class QemuProcess:
         for node in sorted(left):
             self._remove_node(node)
 
-    def _run_on_state(self, command: str, node: str) -> None:
-        self.monitor.run_job(command, {"tag": STATE_TAG, "vmstate": node, "devices": [node]}, seconds=STATE_SECONDS)
+    def _run_on_state(
+        self,
+        command: str,
+        node: str,
+        then: Sequence[Command] = (),
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> list[Any]:
+        arguments = {"tag": STATE_TAG, "vmstate": node, "devices": [node]}
+        return self.monitor.run_job(command, arguments, then=then, meanwhile=meanwhile, seconds=STATE_SECONDS)
 
     def _add_node(self, path: Path, *before: Command, is_new: bool) -> str:
         self._nodes += 1
@@ -839,6 +852,12 @@ def _refuse_without_room(directory: Path, length: int) -> None:
             "since what is written to RAM cannot be noted here; make it larger (for a container: --shm-size), or give the "
             "machine less RAM"
         )
+
+
+def _plugged_of(lists: list[list[dict[str, str]]]) -> list[str]:
+    """Return the devices among the objects of `_LIST_DEVICES`."""
+    found = [(one["name"], _kind_of_child(one["type"])) for children in lists for one in children]
+    return sorted(f"{name} ({kind})" for name, kind in found if kind)
 
 
 def _kind_of_child(kind: str) -> str:

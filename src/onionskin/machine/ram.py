@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from onionskin.volume import Volume
 
 _MAP_NORESERVE = 0x4000  # linux/mman.h; Python 3.11 does not have it
-PIECE_PAGES = 2048  # that are looked at and written at a time
+PIECE_PAGES = 1024  # that are looked at and written at a time
 FIRST_PAGE = np.array([(0, PAGE_BYTES)], PAGE_RUN)
 PIECE_BYTES = PIECE_PAGES * PAGE_BYTES
 _FEW_RUNS = 256  # up to so many runs are marked one by one
@@ -63,15 +63,19 @@ def blocks_of(runs: NDArray[Any]) -> NDArray[np.int64]:
 
 def pieces_of(runs: NDArray[Any]) -> Iterator[NDArray[Any]]:
     """Give runs in pieces of about PIECE_BYTES together; a longer run is cut."""
-    cut = [(at, min(at + PIECE_BYTES, end)) for start, end in runs.tolist() for at in range(start, end, PIECE_BYTES)]
-    first, held = 0, 0
-    for number, (start, end) in enumerate(cut):
-        if held and held + end - start > PIECE_BYTES:
-            yield np.array(cut[first:number], PAGE_RUN)
-            first, held = number, 0
-        held += end - start
-    if held:
-        yield np.array(cut[first:], PAGE_RUN)
+    start, end = runs["start"].astype(np.int64), runs["end"].astype(np.int64)
+    parts = -(-(end - start) // PIECE_BYTES)  # of each run
+    number = np.arange(int(parts.sum())) - np.repeat(np.cumsum(parts) - parts, parts)
+    cut = np.empty(len(number), PAGE_RUN)
+    cut["start"] = np.repeat(start, parts) + number * PIECE_BYTES
+    cut["end"] = np.minimum(cut["start"].astype(np.int64) + PIECE_BYTES, np.repeat(end, parts))
+    held = np.cumsum((cut["end"] - cut["start"]).astype(np.int64))
+    first = 0
+    while first < len(cut):
+        before = int(held[first - 1]) if first else 0
+        last = int(np.searchsorted(held, before + PIECE_BYTES, "right"))
+        yield cut[first:last]
+        first = last
 
 
 def runs_of_extents(extents: NDArray[Any], length: int, *, only_data: bool) -> NDArray[Any]:
@@ -130,6 +134,9 @@ class UnsavedRam(ABC):
         self._copied = np.zeros(count, np.bool_)  # of the unsaved: what the copy has, and the volume has not
         self._stored = np.zeros(count, np.bool_)  # of the unsaved: what was written to the volume as data
         self._volume_has: NDArray[np.bool_] | None = None
+        self._parent = page_aligned(
+            0
+        )  # room for a piece of the volume, which is kept: the first touch of it takes time
         self._is_closed = False
 
     def _make_copy(self) -> None:
@@ -202,12 +209,13 @@ class UnsavedRam(ABC):
         """Write pages to the volume, in the order of their numbers."""
         held = self._held_by(volume)
         is_held = held[numbers]
-        kinds = _ram.classify(pages.reshape(-1))
+        if is_held.any():
+            # What the volume has no data of reads as zeros there, so a page of zeros is the same.
+            kinds = _ram.classify(pages.reshape(-1), volume_pages(volume, numbers, self._room_of_parent(len(numbers))))
+        else:
+            kinds = _ram.classify(pages.reshape(-1))
         zero = (kinds == _ram.ZERO) & is_held
         data = kinds == _ram.DATA
-        if is_held.any():
-            parent = page_aligned(len(numbers))
-            data &= ~is_held | (_ram.classify(pages.reshape(-1), volume_pages(volume, numbers, parent)) != _ram.SAME)
         for start, end in _runs_among(numbers, zero):
             at, length = int(numbers[start]) * PAGE_BYTES, (end - start) * PAGE_BYTES
             volume.zero(at, length)
@@ -223,6 +231,11 @@ class UnsavedRam(ABC):
             volume.write_blocks(numbers[data], np.ascontiguousarray(pages[data]).reshape(-1))
         held[numbers[data]] = True
         self._stored[numbers[data]] = True
+
+    def _room_of_parent(self, count: int) -> NDArray[np.uint8]:
+        if len(self._parent) < count:
+            self._parent = page_aligned(max(count, PIECE_PAGES))
+        return self._parent[:count]
 
     def _held_by(self, volume: "Volume") -> NDArray[np.bool_]:
         """Return which pages the volume has data of. It is asked once for each snapshot: nobody else writes to it."""
@@ -300,7 +313,7 @@ class GuestRam(UnsavedRam):
         self._unread = np.zeros(
             len(self._unsaved), np.bool_
         )  # of the unsaved: what neither the copy nor the volume has as it is now
-        self._rooms = (page_aligned(PIECE_PAGES), page_aligned(PIECE_PAGES))
+        self._rooms = (page_aligned(PIECE_PAGES), page_aligned(PIECE_PAGES))  # as `_parent`
 
     def try_out(self, *, writes: bool) -> None:
         """Read a page of the machine, and write it as it is. Raise OSError where a sandbox forbids that (process_vm_*).
@@ -411,9 +424,10 @@ class GuestRam(UnsavedRam):
     def put_back(self, pages: NDArray[Any], volume: "Volume") -> None:
         """Write runs of RAM as a snapshot has them to the machine, which is stopped, and forget that they were written."""
         for piece in pieces_of(pages):
-            buffer = np.empty(int((piece["end"] - piece["start"]).sum()), np.uint8)
-            volume.read_blocks(blocks_of(piece), buffer.reshape(-1, PAGE_BYTES))
-            self._tracker.write(piece, buffer)
+            numbers = blocks_of(piece)
+            pages = self._rooms[0][: len(numbers)]
+            volume.read_blocks(numbers, pages)
+            self._tracker.write(piece, pages.reshape(-1))
         self._tracker.written(protect=True)
         self.forget_saved()
 

@@ -190,9 +190,11 @@ class RamFiles:
                 self._building.start()
 
     def _make_wanted(self) -> None:
-        with suppress(OSError):  # the machine goes first
+        source = self._next()
+        # The machine goes first. Until then this waits with locks that whoever asks for a file waits for.
+        with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        while (source := self._next()) is not None:
+        while source is not None:
             try:
                 self.use(source).close()
                 self.sweep()
@@ -200,6 +202,7 @@ class RamFiles:
                 _log.warning(
                     "the RAM file of layer %s was not made beforehand: %s", source.layer.hex(), words_of(error)
                 )
+            source = self._next()
 
     def _next(self) -> Source | None:
         """Wait until what is wanted is due. Return it, or None if nothing is: the thread ends then."""

@@ -161,9 +161,12 @@ class Running:
         self.ram_volume = self.store._open_ram(row)
         self.guest_ram.use_volume(self.ram_volume)
 
-    def refuse_other_devices(self, what: str) -> None:
-        """Raise StateError where devices were added or taken since the process was started: no other process has those."""
-        now = self.process.plugged()
+    def refuse_other_devices(self, what: str, now: list[str] | None = None) -> None:
+        """Raise StateError where devices were added or taken since the process was started: no other process has those.
+
+        It is asked for those that it has `now`, unless they are known.
+        """
+        now = self.process.plugged() if now is None else now
         new, gone = (
             [one for one in these if one not in those] for these, those in ((now, self.plugged), (self.plugged, now))
         )
@@ -317,17 +320,21 @@ class Stop:
                     "its guest sleeps (S3), and it is not stopped then; wake it, with 'onionskin machine resume'"
                 )
 
-    def refuse_went_on(self, what: str) -> None:
-        """Raise StateError where somebody else let it go on since it was stopped: it is as at no instant."""
-        _ = self._process.is_paused  # with the answer, all that the hypervisor reported until now is heard
+    def refuse_went_on(self, what: str, *, is_heard: bool = False) -> None:
+        """Raise StateError where somebody else let it go on since it was stopped: it is as at no instant.
+
+        `is_heard`: it was asked for something else just now, and with the answer all is heard that was reported of it.
+        """
+        if not is_heard:
+            self._process.hear_all()
         if self._standstill.went_on:
             raise StateError(
                 f"somebody else let the machine go on, by a monitor of their own, while it stood still for {what}; try again"
             )
 
-    def refuse_disturbed(self, what: str) -> None:
-        """Raise StateError where somebody else let it go on, or it was reset, since it was stopped."""
-        self.refuse_went_on(what)
+    def refuse_disturbed(self, what: str, *, is_heard: bool = False) -> None:
+        """Raise StateError where somebody else let it go on, or it was reset, since it was stopped. See `refuse_went_on`."""
+        self.refuse_went_on(what, is_heard=is_heard)
         if self._standstill.was_reset:
             raise StateError(f"the machine was reset while it stood still for {what}; try again")
 

@@ -1021,6 +1021,7 @@ class Supervisor:
 
     def _may_stand(self, *, for_us_alone: bool = False) -> bool:
         try:
+            self._process.hear_all()  # a stop that took too long may still come: whoever does not answer now may stand then
             return self._process.is_paused and not (for_us_alone and self._process.guest_has_ended)
         except MonitorError:  # it answers nothing, and may be found stopped when it does
             return True

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from onionskin.base.waiting import within
 from onionskin.machine.monitor import Monitor, MonitorError, MonitorTimeout
 
 GREETING = {"QMP": {"version": {"qemu": {"major": 9, "minor": 0, "micro": 0}, "package": ""}, "capabilities": []}}
@@ -21,6 +22,7 @@ class Qemu:
 
     def __init__(self, path: Path) -> None:
         self.heard: list[str] = []
+        self.job_error: str | None = "it failed"
         self._news = threading.Condition()
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
@@ -69,7 +71,8 @@ class Qemu:
             status = {"id": self._job, "status": "concluded"}
             self.say({"event": "JOB_STATUS_CHANGE", "data": status, "timestamp": {"seconds": 1, "microseconds": 1}})
         if command == "query-jobs":
-            reply = {"return": [{"id": self._job, "status": "concluded", "type": "x", "error": "it failed"}]}
+            error = {"error": self.job_error} if self.job_error else {}
+            reply = {"return": [{"id": self._job, "status": "concluded", "type": "x"} | error]}
         self.say(reply | ({"id": request["id"]} if "id" in request else {}))
 
     def answer_late(self) -> None:
@@ -319,3 +322,45 @@ def test_events_that_nobody_asks_for_are_not_kept(qemu: Qemu, path: Path) -> Non
         monitor.execute("something")  # what came before an answer was heard before it
         assert monitor._client.events.empty()
     assert heard == ["RESET"] * 100
+
+
+def test_a_machine_goes_on_as_qemu_reports_it_until_something_may_have_ended_that(qemu: Qemu, path: Path) -> None:
+    def report(event: str) -> None:
+        qemu.say({"event": event, "data": {}, "timestamp": {"seconds": 1, "microseconds": 1}})
+        monitor.execute("next")  # with the answer, the event is heard
+
+    with Monitor(path, "lab") as monitor:
+        assert not monitor.is_live, "nothing is known of a machine that another process let go on"
+        for event in ("STOP", "SUSPEND", "SUSPEND_DISK", "SHUTDOWN", "GUEST_PANICKED"):
+            report("RESUME")
+            assert monitor.is_live
+            report("RESET")
+            assert monitor.is_live
+            report(event)
+            assert not monitor.is_live, event
+        report("RESUME")
+        qemu.end_after("next")
+        assert within(300, lambda: not monitor.is_live), "of a QEMU that is gone nothing is known"
+
+
+def test_what_is_to_be_asked_behind_a_job_is_asked_with_how_it_ended(qemu: Qemu, path: Path) -> None:
+    qemu.job_error = None
+    called: list[list[str]] = []
+    with Monitor(path, "lab") as monitor:
+        found = monitor.run_job(
+            "start-job", {}, then=[("next", None), ("last", None)], meanwhile=lambda: called.append(list(qemu.heard))
+        )
+        assert found == [{}, {}] and len(called) == 1
+        qemu.wait_for("job-dismiss")
+    assert qemu.heard == ["qmp_capabilities", "start-job", "query-jobs", "next", "last", "job-dismiss"]
+
+
+def test_the_end_of_a_job_is_waited_for_where_what_is_done_meanwhile_fails(qemu: Qemu, path: Path) -> None:
+    def fail() -> None:
+        raise OSError("what is done meanwhile")
+
+    qemu.job_error = None
+    with Monitor(path, "lab") as monitor:
+        with pytest.raises(OSError, match="what is done meanwhile"):
+            monitor.run_job("start-job", {}, meanwhile=fail)
+        assert "query-jobs" in qemu.heard

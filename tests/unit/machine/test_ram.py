@@ -174,7 +174,7 @@ def test_a_piece_of_ram_is_read_while_the_one_before_is_written_and_no_write_in_
     child: Child, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker, ram = tracked(child)
-    reads, save = [threading.Event(), threading.Event()], ram._save_pages
+    reads, save = [threading.Event() for _ in range(3)], ram._save_pages
     numbers_of_pieces: list[int] = []
 
     def read(runs: np.ndarray, to: np.ndarray) -> None:
@@ -185,7 +185,7 @@ def test_a_piece_of_ram_is_read_while_the_one_before_is_written_and_no_write_in_
         if not numbers_of_pieces:
             assert reads[1].wait(300), "the next piece is not read before this one is written"
             child.write(10, 77)  # of this piece
-            child.write(3000, 78)  # of the next one
+            child.write(2000, 78)  # of the next one
         numbers_of_pieces.append(len(numbers))
         save(volume, numbers, pages)
 
@@ -194,12 +194,12 @@ def test_a_piece_of_ram_is_read_while_the_one_before_is_written_and_no_write_in_
             child.write(page, 1 + page % 250)
         monkeypatch.setattr(ram, "_tracker", SimpleNamespace(read=read, written=tracker.written, close=tracker.close))
         monkeypatch.setattr(ram, "_save_pages", save_and_write)
-        assert ram.stream(volume) == 3000 and numbers_of_pieces == [2048, 952]
-        assert [volume.read(page * PAGE_BYTES, 1)[0] for page in (10, 2049, 3000)] == [11, 50, 1]
+        assert ram.stream(volume) == 3000 and numbers_of_pieces == [1024, 1024, 952]
+        assert [volume.read(page * PAGE_BYTES, 1)[0] for page in (10, 2000, 2049)] == [11, 1, 50]
         monkeypatch.setattr(ram, "_tracker", tracker)
         assert ram.collect() == 2
         ram.save(volume)
-        assert [volume.read(page * PAGE_BYTES, 1)[0] for page in (10, 2049, 3000)] == [77, 50, 78]
+        assert [volume.read(page * PAGE_BYTES, 1)[0] for page in (10, 2000, 2049)] == [77, 78, 50]
 
 
 def test_pieces_of_ram_that_could_not_be_written_are_collected_for_the_next_snapshot(

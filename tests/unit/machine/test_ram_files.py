@@ -259,3 +259,20 @@ def test_what_is_no_file_in_the_place_of_one_is_named(files: RamFiles, source: S
         make()
         with pytest.raises(StateError, match="remove it"):
             files.use(source)
+
+
+def test_a_file_is_made_at_low_priority_and_waited_for_at_that_of_whoever_asks_for_it(
+    files: RamFiles, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    waits = files._next
+
+    def wait() -> Source | None:
+        steps.append("waits")
+        return waits()
+
+    monkeypatch.setattr(files, "_next", wait)
+    monkeypatch.setattr(os, "setpriority", lambda *_: steps.append("lowered"))
+    files.make_soon(source)
+    files.finish()
+    assert steps == ["waits", "lowered", "waits"] and files.use_if_there(source) is not None

@@ -771,3 +771,21 @@ def test_a_machine_that_is_held_is_free_again_whether_its_ram_volume_was_opened_
         held.close()
         with machines.kept_off(store._opened, lab._row):
             pass
+
+
+def test_a_machine_whose_hypervisor_does_not_answer_may_stand_still_though_it_was_heard_to_go_on(
+    store: onionskin.Store,
+) -> None:
+    def hear_all() -> None:
+        raise MonitorError("it does not answer")
+
+    store.create_machine("lab", disks=["web"], memory="1M")
+    supervisor = Supervisor(store, "lab", print)
+    try:
+        process = SimpleNamespace(is_paused=False, hear_all=hear_all)
+        supervisor._process = process  # type: ignore[assignment]
+        assert supervisor._may_stand()
+        process.hear_all = lambda: None
+        assert not supervisor._may_stand()
+    finally:
+        supervisor._ends.close()
