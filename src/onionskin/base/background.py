@@ -9,8 +9,8 @@ A handler of a signal may raise in a caller (Ctrl-C, an alarm) at any point. The
 another thread has. A `threading.Condition` does not promise that: it takes and gives its lock in Python, where a handler may
 run between. So callers take the plain lock, and each waits for a lock of its own.
 
-Where the system gives no thread (a limit of a container, no memory), nobody hears of that who only asked: what he did is done
-already. Each later request tries to start one again, and who waits for the work does it himself.
+Where the system gives no thread (a limit of a container, no memory), nobody hears of that who only asked: what he did is
+done already. Each later request tries to start one again, and who waits for the work does it himself.
 """
 
 import threading
