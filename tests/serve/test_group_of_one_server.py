@@ -207,6 +207,21 @@ def test_a_server_that_wakes_up_after_its_caller_gave_up_takes_nothing(
     everything_goes_on(store, server)
 
 
+def test_a_server_that_wakes_up_after_its_caller_gave_up_takes_no_single_snapshot_either(
+    store: onionskin.Store, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stamp(server, 1)
+    with monkeypatch.context() as patch:
+        meeting = Meeting(patch, "sync_heads")
+        lose_patience(patch, meeting.is_reached)
+        with onionskin.connect(store, "web") as live, pytest.raises(onionskin.StateError, match="it has not answered"):
+            live.snapshot("s")
+        meeting.may_go_on.set()
+        all_sessions_end(server)
+    assert names_in(store) == [[], [], []]
+    everything_goes_on(store, server)
+
+
 def test_a_caller_that_gives_up_inside_the_transaction_of_its_server_finds_what_was_taken(
     store: onionskin.Store, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

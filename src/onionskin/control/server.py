@@ -26,6 +26,7 @@ from onionskin.base.naming import check_name, check_note, several, some_of
 from onionskin.base.paths import FilePath
 from onionskin.base.sockets import UnixListener, credentials_of, has_hung_up, may_be_read, may_be_written, may_connect
 from onionskin.base.threads import SureThread
+from onionskin.catalog import new_id
 from onionskin.catalog.tree import Snapshot
 from onionskin.control import acceptor, frames, groups
 from onionskin.errors import OnionskinError, StateError
@@ -631,7 +632,10 @@ class _Session:
     # ---- the tree ----
 
     def snapshot(self, name: str | None, note: str) -> Any:
-        return frames.pack_snapshot(self._volume.snapshot(name, note))
+        called = None if name is None else check_name("snapshot", name)
+        disk = self._volume._opened.to_write(), called, new_id()
+        (taken,) = snapshots.take_together(disk[0].store, [disk], check_note(note), check=self._refuse_left)
+        return frames.pack_snapshot(taken)
 
     def group(self, volumes: list[str]) -> dict[str, Any]:
         talk = groups.Talk(self._connection, self._send, self._be_silent)
