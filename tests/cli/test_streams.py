@@ -252,6 +252,16 @@ def test_a_file_that_a_stream_cannot_be_written_to_is_named_and_not_left(run: Ru
     assert not (tmp_path / "out").exists()
 
 
+def test_an_image_that_has_no_room_is_named_and_not_left(run: Run, vms: Path, tmp_path: Path) -> None:
+    assert run("write", f"{vms}/web", 0, input=os.urandom(1 << 20)).exit_code == 0
+    assert run("snapshot", f"{vms}/web@full").exit_code == 0
+    (tmp_path / "out").mkdir()
+    done = shell("ulimit -f 100; trap '' XFSZ; os export {vms}/web@full {out}", vms=vms, out=tmp_path / "out/disk.raw")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"onionskin: {tmp_path}/out/disk.raw: File too large; ".encode())
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_a_full_disk_is_noticed_where_stdout_has_no_buffer(vms: Path, tmp_path: Path) -> None:
     line = "ulimit -f 100; trap '' XFSZ; PYTHONUNBUFFERED=1 os export {vms}/web - > {out}"
     done = shell(line, vms=vms, out=tmp_path / "out")

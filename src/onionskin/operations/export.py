@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from onionskin.storage.shared_paths import OpenChain
 
 _NAME_BYTES_MAX = 255  # NAME_MAX of Linux
+_NO_ROOM = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)  # of what is written, and never of what is read
 
 
 def export(volume: OpenDisk, target: FilePath, *, replace: bool, progress: "Progress | None") -> None:
@@ -75,10 +76,12 @@ def new_image(store: OpenStore, target: FilePath, opened: "OpenChain", *, replac
         _refuse_directory(store, directory, target)
         _refuse_file(store, directory, target, replace=replace)
         staged = staged_name(target)
-        descriptor = os.open(staged, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=directory)
+        with _naming(target, staged):
+            descriptor = os.open(staged, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=directory)
         try:
             try:
-                yield descriptor
+                with _naming(target, staged):
+                    yield descriptor
                 sync_file(descriptor)  # BARRIER: exported image
                 _refuse_file(store, directory, target, replace=replace)
                 give_name(directory, staged, target, replace=replace)
@@ -90,6 +93,17 @@ def new_image(store: OpenStore, target: FilePath, opened: "OpenChain", *, replac
             os.close(descriptor)
     finally:
         os.close(directory)
+
+
+@contextmanager
+def _naming(target: FilePath, staged: str) -> Iterator[None]:
+    """Name the image in errors about it: a descriptor has no name, and nobody knows that of the draft."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename == staged or (error.filename is None and error.errno in _NO_ROOM):
+            raise OSError(error.errno, error.strerror, str(target)) from None
+        raise
 
 
 def staged_name(target: FilePath) -> str:
