@@ -473,8 +473,9 @@ class Supervisor:
 
     def _drop(self) -> None:
         """Leave nothing of a machine that waited in vain."""
-        machine = machines.find(self._store._opened.catalog, self._name)
-        if not machine_forks.is_taken(machine):
+        # It is not held any more, so another one may have its name.
+        machine = self._store._opened.catalog.machine_with_id(self._id or b"")
+        if machine is not None and not machine_forks.is_taken(machine):
             self._store._delete_machines([machine.name], recursive=False, agreed={machine.name: machine.id})
 
     # ---- while it runs ----
