@@ -32,7 +32,7 @@ from onionskin.base.waiting import within
 from onionskin.control import frames
 from onionskin.errors import MachineNotFoundError, OnionskinError, SnapshotNotFoundError, StateError
 from onionskin.machine import daemon, fork
-from onionskin.machine.pool import VERSION, MachinePool, socket_path
+from onionskin.machine.pool import SOCKET_PREFIX, VERSION, MachinePool, socket_path
 from onionskin.machine.record import SUPERVISOR_LOG, make_directory
 from onionskin.nbd.systemd import notify
 from onionskin.operations import machine_forks, machines
@@ -93,6 +93,8 @@ def listen(directory: Path, snapshot: bytes) -> UnixListener:
             raise StateError(
                 "there is a pool of that snapshot already; end it first, with 'onionskin machine pool --stop'"
             )
+        for left in directory.glob(f".{SOCKET_PREFIX}*"):  # by a pool that was killed before its socket had its name
+            left.unlink(missing_ok=True)
         return UnixListener(socket_path(directory, snapshot))
     finally:
         os.close(descriptor)

@@ -150,6 +150,7 @@ class Supervisor:
         self._name = row.name
         self._directory = record.make_directory(self._store._opened.layout.root, row.id)
         self._ends.push(self._forget)
+        record.drop_drafts(self._directory)  # who takes a machine over ends no orphans
         record.note_under_way(self._directory)
         found = Record.read(self._directory)
         disks = [one.name for one in machines.volumes_of(self._store._opened.catalog, row)[:-1]]
