@@ -1724,8 +1724,7 @@ class Store:
         ValueError
             A machine cannot be so.
         """
-        self._make_machine(name, disks, memory, wipe, configuration)
-        return self.open_machine(name)
+        return self._machine_of(self._make_machine(name, disks, memory, wipe, configuration))
 
     def _make_machine(
         self,
@@ -1734,8 +1733,8 @@ class Store:
         memory: "int | str",
         wipe: "WipePolicy | None",
         configuration: dict[str, Any],
-    ) -> None:
-        """Make a machine. The command line asks for no more, as what a machine returns takes long to import."""
+    ) -> MachineRow:
+        """Make a machine. The command line asks for no more, as a `Machine` takes long to import."""
         import onionskin
         from onionskin.operations import machines
 
@@ -1749,7 +1748,7 @@ class Store:
         if wipe is not None:
             _check_geometry(4096, wipe)
         self._opened.catalog.refuse_read_only()
-        machines.create(
+        return machines.create(
             self._opened,
             name,
             disks,

@@ -169,6 +169,19 @@ def test_a_fork_is_the_one_that_was_made(lab: Machine, store: onionskin.Store, m
     assert [one.name for one in store.machines()] == ["lab", "lab-1"]
 
 
+def test_a_new_machine_is_the_one_that_was_made(store: onionskin.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = machines.create
+
+    def late(*given: Any, **named: Any) -> Any:
+        made = create(*given, **named)
+        store.rename_machine("new", "other")
+        store.rename_machine("twin", "new")
+        return made
+
+    monkeypatch.setattr(machines, "create", late)
+    assert store.create_machine("new", memory="1M")._name == "other"
+
+
 def test_a_machine_that_waited_in_vain_is_dropped_and_no_other_one_that_has_its_name(store: onionskin.Store) -> None:
     for name in ("warm", "same"):
         make_machine(store, name, [])
