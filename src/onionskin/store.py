@@ -84,7 +84,7 @@ if TYPE_CHECKING:
     from onionskin.operations.machine_snapshots import MachineCut
     from onionskin.operations.machine_tree import MachineSnapshotInfo, Part
     from onionskin.operations.machine_usage import MachineUsage
-    from onionskin.operations.machines import MachineInfo
+    from onionskin.operations.machines import MachineInfo, Which
     from onionskin.operations.prune import Retention, Rules
     from onionskin.operations.seal import RemoteHead
     from onionskin.operations.store_info import StoreInfo
@@ -1724,8 +1724,7 @@ class Store:
         ValueError
             A machine cannot be so.
         """
-        self._make_machine(name, disks, memory, wipe, configuration)
-        return self.open_machine(name)
+        return self._machine_of(self._make_machine(name, disks, memory, wipe, configuration))
 
     def _make_machine(
         self,
@@ -1734,8 +1733,8 @@ class Store:
         memory: "int | str",
         wipe: "WipePolicy | None",
         configuration: dict[str, Any],
-    ) -> None:
-        """Make a machine. The command line asks for no more, as what a machine returns takes long to import."""
+    ) -> MachineRow:
+        """Make a machine. The command line asks for no more, as a `Machine` takes long to import."""
         import onionskin
         from onionskin.operations import machines
 
@@ -1749,7 +1748,7 @@ class Store:
         if wipe is not None:
             _check_geometry(4096, wipe)
         self._opened.catalog.refuse_read_only()
-        machines.create(
+        return machines.create(
             self._opened,
             name,
             disks,
@@ -1934,7 +1933,7 @@ class Store:
         from onionskin.operations import forks, machine_forks
 
         wanted = forks.check_wanted(source, snapshot, names, count, pattern, idempotency_key, lifetime, labels, wipe)
-        return machine_forks.fork_machine(self._opened, wanted)
+        return list(machine_forks.fork_machine(self._opened, wanted))
 
     def delete_machines(self, *names: str, recursive: bool = False) -> int:
         """Remove machines that are off, with their RAM and the disks of those that are forks: all of them, or none.
@@ -1988,8 +1987,14 @@ class Store:
 
         machines.rename(self._opened, name, new_name)
 
+    def _machine_of(self, row: MachineRow) -> "onionskin.Machine":
+        """Return a machine that was found, whatever it is called by now."""
+        import onionskin
+
+        return onionskin.Machine(self, row.name, row.id)
+
     def _delete_machines(
-        self, names: Sequence[str], *, recursive: bool, agreed: Mapping[str, bytes] | None = None
+        self, names: "Sequence[Which]", *, recursive: bool, agreed: "Mapping[Which, bytes] | None" = None
     ) -> int:
         from onionskin.operations import machine_removal
 
@@ -2025,29 +2030,31 @@ class Store:
 
             onionskin.drop_leftovers(self, gone)
 
-    def _snapshot_machine_off(self, name: str, snapshot: str | None, note: str = "") -> "MachineSnapshotInfo":
+    # What a machine is called may mean another one by the time at which it is held: it is found once, and its id is used.
+
+    def _snapshot_machine_off(self, which: "Which", snapshot: str | None, note: str = "") -> "MachineSnapshotInfo":
         """Take a snapshot of a machine that is off: of its disks and its configuration."""
         from onionskin.operations import machine_snapshots, machine_tree, machines
 
-        machine = machines.find(self._opened.catalog, name)
-        with machines.kept_off(self._opened, machine), self._cut_machine(name) as cut:
+        machine = machines.find(self._opened.catalog, which)
+        with machines.kept_off(self._opened, machine), self._cut_machine(machine.id) as cut:
             machine_snapshots.refuse_resuming(cut.machine)
             cut.check(snapshot)
             cut.seal()
             row = cut.commit(snapshot, note, mode="off", configuration=cut.machine.configuration)
-        return machine_tree.snapshot_info(self._opened, name, row.name)
+        return machine_tree.snapshot_info(self._opened, machine.id, row.name)
 
-    def _revert_machine(self, name: str, snapshot: str) -> None:
+    def _revert_machine(self, which: "Which", snapshot: str) -> None:
         """Put a machine that is off back to a snapshot, from whose RAM the next start goes on, if it has any."""
         from onionskin.operations import machine_tree, machines
 
         catalog = self._opened.catalog
-        machine = machines.find(catalog, name)
+        machine = machines.find(catalog, which)
         with self._open_ram(machine), held_together() as stack:
             machines.find_snapshot(catalog, machine, snapshot)
             for disk in machines.disks_of(catalog, machine).values():
                 self._hold_to_put_back(disk, stack)  # so that what is in the way is found before anything is noted
-            machine_tree.revert(self._opened, name, snapshot, self._put_back, ram=True)
+            machine_tree.revert(self._opened, machine.id, snapshot, self._put_back, ram=True)
 
     def _hold_to_put_back(self, volume: str, stack: ExitStack) -> None:
         """Hold a disk that is to be put back, unless it is open here; one that is served has to be one that may change.
@@ -2062,31 +2069,31 @@ class Store:
         if self._open_here(volume) is None and not onionskin.agrees_to_revert(self, volume):
             enter(stack, partial(self._open_to_write, volume, for_machine=True))
 
-    def _put_machine_back_to_beginning(self, name: str) -> None:
+    def _put_machine_back_to_beginning(self, which: "Which") -> None:
         """Put a fork that is off back to the snapshot that it was made from, from whose RAM the next start goes on."""
         from onionskin.operations import machine_tree, machines
 
         catalog = self._opened.catalog
-        machine = machines.find(catalog, name)
-        disks = machines.disks_of(catalog, machine)
+        machine = machines.find(catalog, which)
         with machines.kept_off(self._opened, machine):
+            disks = machines.disks_of(catalog, machine)
             machine_tree.beginning_of_fork(catalog, machine)
             for disk in disks.values():  # what a process that died left unflushed belongs to the head that goes
                 self._open_to_write(disk, for_machine=True).close()
             with locked_to_remove(self._opened.layout, disks):
-                machine_tree.put_back_to_beginning(self._opened, name, held=disks)
+                machine_tree.put_back_to_beginning(self._opened, machine.id, held=disks)
         self._tidy(list(disks.values()))
         self._drop_leftovers()
 
-    def _forget_ram_of_machine(self, name: str) -> None:
+    def _forget_ram_of_machine(self, which: "Which") -> None:
         """Have the next start of a machine that is off boot from its disks. A revert that did not end is ended first."""
         from onionskin.operations import machines
 
-        begins = machines.beginning(self._opened, name)
+        begins = machines.beginning(self._opened, which)
         if begins.is_reverting and begins.snapshot is not None:
-            self._revert_machine(name, begins.snapshot.name)
-        with machines.kept_off(self._opened, machines.find(self._opened.catalog, name)):
-            machines.forget_ram(self._opened, name)
+            self._revert_machine(begins.machine.id, begins.snapshot.name)
+        with machines.kept_off(self._opened, begins.machine):
+            machines.forget_ram(self._opened, begins.machine.id)
 
     def _open_ram(self, machine: MachineRow) -> "Volume":
         """Open the RAM volume of a machine for writing, which keeps others from starting it."""
@@ -2101,17 +2108,20 @@ class Store:
         """Keep others from starting a machine, by the lock of its RAM volume. To open the volume takes longer."""
         from onionskin.operations import machines
 
-        ram = self._opened.catalog.volume_with_id(machine.ram)
-        if ram is None:
-            raise VolumeNotFoundError(f"machine {machine.name!r} of {self.path} was deleted meanwhile")
-        if machines.is_running(self._opened, machine):
-            raise StateError(machines.said_to_run(self._opened, machine))
         deadline = time.monotonic() + _MOMENT_SECONDS
         while True:
+            ram = self._opened.catalog.volume_with_id(machine.ram)
+            if ram is None:
+                raise VolumeNotFoundError(f"machine {machine.name!r} of {self.path} was deleted meanwhile")
+            if machines.is_running(self._opened, machine):  # of two starts at once this is the other one
+                raise StateError(machines.said_to_run(self._opened, machine))
             try:
-                return HeldRam(self, *self._lock_volume(ram.name, VolumeLock))
-            except StateError:
-                if machines.is_running(self._opened, machine):  # of two starts at once this is the other one
+                row, lock = self._lock_volume(ram.name, VolumeLock)
+                if row.id == machine.ram:
+                    return HeldRam(self, row, lock)
+                lock.close()  # it was renamed meanwhile, and the name is another machine's
+            except (StateError, VolumeNotFoundError):
+                if machines.is_running(self._opened, machine):
                     raise StateError(machines.said_to_run(self._opened, machine)) from None
                 if time.monotonic() > deadline:
                     raise
@@ -2149,17 +2159,17 @@ class Store:
         disks = {part.id: (part.snapshot, part.guid) for part in parts}
         return onionskin.revert_machine_served(self, parts[0].volume, disks, machine.id, snapshot)
 
-    def _merge_machine_snapshots(self, name: str, snapshots: "str | Sequence[str]") -> list[str]:
+    def _merge_machine_snapshots(self, which: "Which", snapshots: "str | Sequence[str]") -> list[str]:
         """Drop snapshots of a machine, whether it runs or not, and keep all data. Returns their names."""
         from onionskin.operations import machine_tree
 
-        dropped = machine_tree.merge(self._opened, name, several("snapshot", snapshots))
+        dropped = machine_tree.merge(self._opened, which, several("snapshot", snapshots))
         self._tidy(dropped.volumes)
         self._drop_leftovers()
         return dropped.snapshots
 
     def _discard_machine_snapshots(
-        self, name: str, snapshots: "str | Sequence[str]", *, recursive: bool = False
+        self, which: "Which", snapshots: "str | Sequence[str]", *, recursive: bool = False
     ) -> list[str]:
         """Drop snapshots of a machine and what was written after them. Returns their names.
 
@@ -2169,14 +2179,14 @@ class Store:
 
         names = several("snapshot", snapshots)
         catalog = self._opened.catalog
-        machine = machines.find(catalog, name)
+        machine = machines.find(catalog, which)
         if machines.is_running(self._opened, machine):
-            dropped = machine_tree.discard(self._opened, name, names, recursive=recursive, held=None)
+            dropped = machine_tree.discard(self._opened, machine.id, names, recursive=recursive, held=None)
         else:
-            changes = machine_tree.stands_on_any(self._opened, name, names, recursive=recursive)
+            changes = machine_tree.stands_on_any(self._opened, machine.id, names, recursive=recursive)
             disks = machines.disks_of(catalog, machine) if changes else {}
             with machines.kept_off(self._opened, machine), locked_to_remove(self._opened.layout, disks):
-                dropped = machine_tree.discard(self._opened, name, names, recursive=recursive, held=disks)
+                dropped = machine_tree.discard(self._opened, machine.id, names, recursive=recursive, held=disks)
         self._tidy(dropped.volumes)
         self._drop_leftovers()
         return dropped.snapshots
@@ -2199,11 +2209,11 @@ class Store:
                 _log.info("%s: layers of volume %r are left to its next opening: %s", self.path, name, error)
         reclaim.work_soon(self._opened)
 
-    def _cut_machine(self, name: str) -> "AbstractContextManager[MachineCut]":
+    def _cut_machine(self, which: "Which") -> "AbstractContextManager[MachineCut]":
         """Begin a snapshot of a machine: see `machine_snapshots.cut_machine`."""
         from onionskin.operations import machine_snapshots
 
-        return machine_snapshots.cut_machine(self._opened, name, self._open_to_cut, self._find_served)
+        return machine_snapshots.cut_machine(self._opened, which, self._open_to_cut, self._find_served)
 
     # ---- looking ----
 

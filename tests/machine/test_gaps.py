@@ -14,7 +14,25 @@ from pathlib import Path
 
 import pytest
 from support.gap import Gap
+from support.gap_places import (
+    OF_A_PAUSE,
+    OF_A_POOL,
+    OF_A_RESTART,
+    OF_A_RESUME,
+    OF_A_REVERT,
+    OF_A_SERVER_THAT_CUTS,
+    OF_A_SERVER_THAT_REVERTS,
+    OF_A_SNAPSHOT,
+    OF_A_START,
+    OF_A_STOP,
+    OF_A_TAKEOVER,
+    OF_WHO_ASKS,
+    OF_WHO_FORKS,
+    WITH_DISKS,
+    places_of,
+)
 from support.guests import SECONDS_MAX, Console, configuration, end_machines, until
+from support.processes import processes_in
 from support.rounds import ALL
 
 import onionskin
@@ -25,58 +43,13 @@ from onionskin.machine.record import Record
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 VICTIMS = ("supervisor", "server", "hypervisor")
-OF_A_SNAPSHOT = (
-    *("GuestRam.stream", "MachineCut.check", "QemuProcess.prepare_state", "GuestRam.collect", "QemuProcess.pause"),
-    *("MachineCut.seal", "QemuProcess.save_state", "QemuProcess.resume", "QemuProcess.finish_state"),
-    *("UnsavedRam.save", "StateFile.save", "MachineCut._insert_pins", "MachineCut._write", "MachineCut.commit"),
-    *("Record.write", "QemuProcess._add_node", "QemuProcess._run_on_state", "QemuProcess._remove_node"),
-    *("Stop.refuse_disturbed", "Running.refuse_other_devices", "RamFiles.make_soon"),
-    *("_NodeOfState.let_go", "_finish_state"),
-)
-OF_A_START = (
-    *("QemuHypervisor.check", "RamFiles.use", "fork", "be_supervisor", "Prepared.__init__", "DiskServer.begin"),
-    *(
-        "QemuHypervisor.launch",
-        "DiskServer.wait_listening",
-        "DiskServer.wait_ready",
-        "QemuProcess._connect",
-        "QemuProcess.note_writes",
-        "QemuProcess.load_state",
-    ),
-    *("settle", "Record.write", "note_running", "QemuProcess.resume", "ControlServer.__init__"),
-    *("QemuProcess.meet_library", "QemuProcess._add_node", "QemuProcess._run_on_state", "Running.attach"),
-    *("note_under_way", "note_reachable", "HeldRam.open", "Prepared.read_state"),
-)
-# From where on the hypervisor has its disks, and waits for a server of them that has died.
-WITH_DISKS = [
-    f"QemuProcess.{one}" for one in ("_connect after", "note_writes before", "note_writes after", "load_state before")
-]
-OF_A_POOL = ("Supervisor.adopt", "DiskServer.rename", "QemuProcess.resume", "Record.write")
-OF_A_REVERT = (
-    *("Record.write", "Running.refuse_other_devices", "QemuProcess._add_node", "QemuProcess.pause"),
-    *("GuestRam.note_written", "RevertInPlace.put_disks_back", "GuestRam.drop", "QemuProcess._run_on_state", "_settle"),
-    *("renew_generation", "Stop.refuse_went_on", "RevertInPlace.put_ram_back", "QemuProcess.resume"),
-    *("QemuProcess._remove_node", "_VolumesGoingBack.finish", "_VolumesGoingBack._note_changed"),
-    *("Record.stage", "Staged.put"),
-)
-OF_A_PAUSE = ("QemuProcess.pause", "Record.write")
-OF_A_RESUME = ("QemuProcess.resume", "Record.write")
-OF_A_STOP = (
-    *("QemuProcess.quit", "ControlServer.close", "Running.close", "QemuProcess.close", "DiskServer.end"),
-    *("note_under_way", "note_reachable"),
-)
-OF_A_TAKEOVER = (
-    *("QemuProcess._connect", "QemuProcess.drop_leftovers", "QemuProcess.meet_library"),
-    *("QemuProcess.note_writes", "Running.attach", "Record.write", "ControlServer.__init__"),
-)
-OF_A_RESTART = ("DiskServer.restart", "DiskServer.begin", "DiskServer.wait_ready", "Record.write")
 # Of a command itself, whose machine runs meanwhile, or is off.
 OF_COMMANDS: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("running", "fork", "@ready"): ("fork_machine", "start_all", "_ask"),
+    ("running", "fork", "@ready"): OF_WHO_FORKS,
     ("running", "merge", "@ready"): ("merge",),
-    ("running", "snapshot", "@asked"): ("MachineControl.ask",),
-    ("running", "revert", "@ready", "--yes"): ("MachineControl.ask",),
-    ("running", "stop", "", "--force"): ("MachineControl.ask",),
+    ("running", "snapshot", "@asked"): OF_WHO_ASKS,
+    ("running", "revert", "@ready", "--yes"): OF_WHO_ASKS,
+    ("running", "stop", "", "--force"): OF_WHO_ASKS,
     ("off", "start", ""): ("start",),
     ("off", "revert", "@ready", "--yes"): ("note_reverting", "revert", "note_reverted", "start"),
     ("off", "snapshot", "@off"): (
@@ -88,26 +61,11 @@ OF_COMMANDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("off", "discard", "@ready", "--yes"): ("discard",),
     ("off", "delete", "", "--recursive", "--yes"): ("delete",),
 }
-OF_A_SERVER_THAT_CUTS = (
-    "seal_for_caller",
-    "_enter",
-    "MemberSealing.give",
-    "MemberSealing.resolve",
-    "MemberSealing.settle",
-)
-OF_A_SERVER_THAT_REVERTS = ("_Restart.prepare_on", "_Restart.change", "_Restart.remove_old", "_Restart.resolve")
-
-
-def places_of(steps: tuple[str, ...]) -> list[str]:
-    return [f"{step} {when}" for step in steps for when in ("before", "after")]
 
 
 def in_gaps(steps: tuple[str, ...], *, few: int) -> pytest.MarkDecorator:
-    """Run a test in a few gaps that are spread over all, on one machine; or, with all rounds, in each gap on its own.
-
-    Behind the end of a supervisor nobody can be met.
-    """
-    found = [one for one in places_of(steps) if one != "be_supervisor after"]
+    """Run a test in a few gaps that are spread over all, on one machine; or, with all rounds, in each gap on its own."""
+    found = places_of(steps)
     if ALL:
         return pytest.mark.parametrize("places", [pytest.param((one,), id=one.replace(" ", "-")) for one in found])
     return pytest.mark.parametrize("places", [pytest.param(found[:: -(-len(found) // few)], id="few")])
@@ -438,20 +396,6 @@ def check_fork(fork: Machine, where: str) -> None:
 def wait_for_ends(store: onionskin.Store, known: set[str], where: str) -> None:
     """Wait until there are processes in the directories of these machines alone."""
     deadline = time.monotonic() + SECONDS_MAX
-    while left := {process: at for process, at in processes_of(store).items() if at not in known}:
+    while left := {process: at for process, at in processes_in(store.path / "machines").items() if at not in known}:
         assert time.monotonic() < deadline, (where, left)
         time.sleep(0.02)
-
-
-def processes_of(store: onionskin.Store) -> dict[str, str]:
-    """Return the processes that work or log in the directories of machines, and the names of those, which may be gone."""
-    root = f"{store.path.resolve() / 'machines'}/"
-    found = {}
-    for process in Path("/proc").iterdir():
-        if process.name.isdigit():
-            for link in ("cwd", "fd/2"):
-                with suppress(OSError):  # it has ended
-                    at = str((process / link).readlink())
-                    if at.startswith(root):
-                        found[process.name] = at.removeprefix(root).partition("/")[0].removesuffix(" (deleted)")
-    return found

@@ -145,7 +145,7 @@ def test_rows_of_a_pool_that_nobody_took_away_expire(
     lab: Machine, store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine_forks, "WAITING_SECONDS", 0.001)
-    (name,) = machine_forks.make_waiting(store._opened, "lab", "ready", 1)
+    (name,) = machine_forks.make_waiting(store._opened, lab._id, "lab", "ready", 1)
     until(lambda: name in store.expire())
     assert waiting(store) == []
 

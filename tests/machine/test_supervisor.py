@@ -486,6 +486,20 @@ def test_a_machine_whose_supervisor_was_killed_is_taken_over_by_the_next_command
     assert lab.state == "off"
 
 
+def test_what_a_killed_supervisor_was_writing_goes_with_the_takeover_and_of_a_machine_that_is_off_with_the_next_look(
+    lab: Machine,
+) -> None:
+    lab.start()
+    drafts = [lab._directory / name for name in ("running.json.7", "running.json.7.next")]
+    for kills, state in ((["supervisor"], "running"), (["supervisor", "server", "hypervisor"], "off")):
+        for process in [getattr(found(lab), one) for one in kills]:
+            os.kill(process.pid, signal.SIGKILL)
+            until(lambda process=process: not process.is_alive)
+        for draft in drafts:
+            draft.touch()
+        until(lambda state=state: lab.state == state and not any(draft.exists() for draft in drafts))
+
+
 def test_a_takeover_that_took_longer_than_somebody_is_waited_for_is_found(
     lab: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ import onionskin
 from onionskin.base.sockets import UnixListener
 from onionskin.errors import StateError
 from onionskin.machine import daemon, pool_server
+from onionskin.machine import fork as fork_process
 from onionskin.machine.machine import Machine
 
 pytestmark = pytest.mark.slow  # each starts several processes
@@ -95,6 +96,25 @@ def test_a_machine_that_is_renamed_before_its_supervisor_is_there_starts_and_no_
     assert (store.open_machine("lab").state, store.machine_info("other").stands_on) == ("off", "ready")
 
 
+def test_a_fork_that_is_renamed_before_its_supervisor_is_there_starts_and_no_other_one_that_has_its_name(
+    lab: Machine, store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forks = lab.fork("ready", count=2, start=False)
+    ask = fork_process._ask
+
+    def late(*given: Any) -> bool:
+        for name, other in (("lab-1", "one"), ("lab-2", "lab-1")):
+            store.rename_machine(name, other)
+        store.create_machine("lab-2", disks=["data"], memory="16M")
+        monkeypatch.setattr(fork_process, "_ask", ask)
+        return ask(*given)
+
+    monkeypatch.setattr(fork_process, "_ask", late)
+    fork_process.start_all(store, [forks[0]._id])
+    assert [(fork.state, fork._name) for fork in forks] == [("running", "one"), ("off", "lab-1")]
+    assert store.open_machine("lab-2").state == "off"
+
+
 def test_a_revert_puts_a_machine_back_in_place_that_was_started_before_its_disks_were(
     lab: Machine, store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,7 +173,10 @@ def test_of_two_pools_that_begin_at_once_the_second_finds_the_first(
             super().__init__(path)
 
     monkeypatch.setattr(pool_server, "UnixListener", Listener)
+    left = tmp_path / ".pool.7"  # by one that was killed as it began
+    left.touch()
     listener = pool_server.listen(tmp_path, b"snapshot")
+    assert not left.exists()
     try:
         with pytest.raises(StateError, match="there is a pool of that snapshot already; end it first"):
             pool_server.listen(tmp_path, b"snapshot")

@@ -42,10 +42,10 @@ from onionskin.cli.output import json_option
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
+    from onionskin.machine.machine import Machine
     from onionskin.operations.losses import Loss
     from onionskin.operations.machine_tree import MachineSnapshotInfo
     from onionskin.operations.machines import MachineInfo
-    from onionskin.store import Store
 
 _LEAVE = b"\x1d"  # Ctrl-]
 
@@ -206,7 +206,7 @@ def start(name: Name, paused: bool, foreground: bool, fresh: bool, yes: bool, as
     with name.open_store() as store:
         opened = store.open_machine(name.volume)
         if fresh:
-            _agree_to_boot(store, name, yes=yes)
+            _agree_to_boot(opened, name, yes=yes)
         if foreground:
             status = opened.run(paused=paused, fresh=fresh)
             if status:
@@ -217,11 +217,11 @@ def start(name: Name, paused: bool, foreground: bool, fresh: bool, yes: bool, as
     output.tell(as_json, {"name": name.volume, "state": state}, lambda: f"{name} is {state}")
 
 
-def _agree_to_boot(store: "Store", name: Name, *, yes: bool) -> None:
+def _agree_to_boot(opened: "Machine", name: Name, *, yes: bool) -> None:
     """Ask before RAM is given up that no snapshot has."""
     from onionskin.operations import machines
 
-    if not yes and machines.has_unnamed_ram(store._opened, name.volume):
+    if not yes and machines.has_unnamed_ram(opened._store._opened, opened._id):
         from onionskin.cli.question import confirm_loss
 
         what = f"the RAM that {name.volume} would go on from, which no snapshot has"
@@ -532,8 +532,8 @@ def revert(name: Name, beginning: bool, yes: bool, dry_run: bool, as_json: bool)
         target = store.open_machine(name.volume)
         if dry_run or not yes:
             target._refuse_revert(name.required_snapshot)
-        loss = machine_usage.loss_of_revert(store._opened, name.volume, name.required_snapshot)
-        runs = store.machine_info(name.volume).state != "off"
+        loss = machine_usage.loss_of_revert(store._opened, target._id, name.required_snapshot)
+        runs = target.info().state != "off"
         if dry_run:
             _tell_dry_run(as_json, "revert", (), loss)
             return
@@ -555,7 +555,7 @@ def _revert_to_beginning(name: Name, *, yes: bool, dry_run: bool, as_json: bool)
         target = store.open_machine(name.volume)
         if dry_run or not yes:
             target._refuse_beginning()
-        loss = machine_usage.loss_of_beginning(store._opened, name.volume)
+        loss = machine_usage.loss_of_beginning(store._opened, target._id)
         if dry_run:
             _tell_dry_run(as_json, "revert", (), loss)
             return
@@ -585,7 +585,7 @@ def discard(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, 
     with name.open_store() as store:
         target = store.open_machine(name.volume)
         target._end_left_in_pools()
-        loss = machine_usage.loss_of_discard(store._opened, name.volume, chosen, recursive=recursive)
+        loss = machine_usage.loss_of_discard(store._opened, target._id, chosen, recursive=recursive)
         if dry_run:
             _tell_dry_run(as_json, "discard", (), loss)
             return

@@ -51,8 +51,10 @@ if TYPE_CHECKING:
     from onionskin.store import Store
 
 
-def start_all(store: "Store", names: Sequence[str], *, paused: bool = False) -> None:
+def start_all(store: "Store", those: Sequence[machines.Which], *, paused: bool = False) -> None:
     """Start machines that are off, all at once. Return when the guests of all run, or, with `paused`, are ready to.
+
+    Each supervisor is told which machine it is by its id: its name may mean another one by then.
 
     Raises
     ------
@@ -60,31 +62,30 @@ def start_all(store: "Store", names: Sequence[str], *, paused: bool = False) -> 
         What kept the first of those from running that do not run.
     """
     errors: list[Exception] = []
-    for at in range(0, len(names), STARTS_AT_ONCE):
-        errors += _start_some(store, names[at : at + STARTS_AT_ONCE], paused)
+    for at in range(0, len(those), STARTS_AT_ONCE):
+        errors += _start_some(store, those[at : at + STARTS_AT_ONCE], paused)
     if errors:
         raise errors[0]
 
 
-def _start_some(store: "Store", names: Sequence[str], paused: bool) -> list[Exception]:
+def _start_some(store: "Store", those: Sequence[machines.Which], paused: bool) -> list[Exception]:
     """Start machines at once. Return what kept those from running that do not run."""
     with ExitStack() as stack:
         readers, writers, wanted, programs = [], [], [], set[str]()
-        for name in names:
+        for row in [machines.find(store._opened.catalog, which) for which in those]:
             reader, writer = os.pipe2(os.O_CLOEXEC)
             readers.append(stack.enter_context(os.fdopen(reader, "rb", buffering=0)))
             writers.append(writer)
-            row = machines.find(store._opened.catalog, name)
             programs.add(Configuration.from_json(row.configuration).program)
             directory = make_directory(store._opened.layout.root, row.id)
-            wanted.append([name, str(directory / SUPERVISOR_LOG)])
+            wanted.append([row.name, str(directory / SUPERVISOR_LOG), row.id.hex()])
         try:
             _start_process(store, wanted, sorted(programs), writers, paused)
         finally:
             for writer in writers:
                 os.close(writer)
         answers = [
-            _failure(name, Path(log), reader.fileno()) for (name, log), reader in zip(wanted, readers, strict=True)
+            _failure(name, Path(log), reader.fileno()) for (name, log, _), reader in zip(wanted, readers, strict=True)
         ]
         return [error for error in answers if error is not None]
 
@@ -214,9 +215,9 @@ def _start_machines(what: dict[str, Any], writers: list[int], asked: socket.sock
     """Fork the supervisors of machines."""
     held = None
     if len(what["machines"]) > 1 or not _knows(what["programs"]):
-        held = _prepare(what["store"], what["machines"][0][0], what["trust"])
+        held = _prepare(what["store"], bytes.fromhex(what["machines"][0][2]), what["trust"])
     if threading.active_count() == 1:  # else each is said to have died, which is better than one that hangs
-        for (name, log), writer in zip(what["machines"], writers, strict=True):
+        for (name, log, id), writer in zip(what["machines"], writers, strict=True):
             try:
                 pid = os.fork()
             except OSError as error:
@@ -228,7 +229,8 @@ def _start_machines(what: dict[str, Any], writers: list[int], asked: socket.sock
                     asked.close()
                     if held is not None:
                         held.close()
-                os._exit(_supervise(what, name, writer, log, [other for other in writers if other != writer]))
+                others = [other for other in writers if other != writer]
+                os._exit(_supervise(what, name, bytes.fromhex(id), writer, log, others))
     for writer in writers:
         os.close(writer)
     if held is not None:
@@ -250,7 +252,7 @@ def _knows(programs: Sequence[str]) -> bool:
     return True
 
 
-def _prepare(store: str, name: str, trust: bool) -> "RamFile | None":
+def _prepare(store: str, machine: bytes, trust: bool) -> "RamFile | None":
     """Load what supervisors need, and make the RAM file. What fails here, fails in them too, and they say so."""
     global _is_loaded
     try:
@@ -261,10 +263,10 @@ def _prepare(store: str, name: str, trust: bool) -> "RamFile | None":
         from onionskin.store import Store
 
         with Store(store, create=False, trust=trust) as opened:
-            row = machines.find(opened._opened.catalog, name)
+            row = machines.find(opened._opened.catalog, machine)
             disks = opened._opened.catalog.disks_of_machine(row.id)
             QemuHypervisor().check(Configuration.from_json(row.configuration), len(disks))
-            if machines.beginning(opened._opened, name).ram is None:
+            if machines.beginning(opened._opened, machine).ram is None:
                 return None
             saved = restore.find_saved(opened, row, None)
             source = source_of(opened, saved.volume, saved.layer, saved.ram_bytes)
@@ -276,7 +278,14 @@ def _prepare(store: str, name: str, trust: bool) -> "RamFile | None":
 
 
 def _supervise(
-    what: dict[str, object], name: str, writer: int, log: str, others: list[int], *, pool: socket.socket | None = None
+    what: dict[str, object],
+    name: str,
+    machine: bytes,
+    writer: int,
+    log: str,
+    others: list[int],
+    *,
+    pool: socket.socket | None = None,
 ) -> int:
     """Be the supervisor of a machine, until its end. Return the exit status of the process."""
     try:
@@ -291,7 +300,11 @@ def _supervise(
             daemon._answer(writer, {"error": frames.pack_error(error)})
             return 1
         return daemon.be_supervisor(
-            str(what["store"]), name, writer, paused=bool(what["paused"]), trust=bool(what["trust"]), pool=pool
+            *(str(what["store"]), name, writer),
+            paused=bool(what["paused"]),
+            trust=bool(what["trust"]),
+            machine=machine,
+            pool=pool,
         )
     except BaseException as error:
         with suppress(BaseException):

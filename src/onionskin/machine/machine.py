@@ -81,10 +81,11 @@ class Machine:
     answer, and OSError if its socket cannot be used.
     """
 
-    def __init__(self, store: "Store", name: str) -> None:
+    def __init__(self, store: "Store", name: str, id: bytes = b"") -> None:
         self._store = store
         self.name: str = name
-        self._id = machines.find(store._opened.catalog, name).id
+        # All that is done to it is done by this: what it is called may mean another one by then.
+        self._id = id or machines.find(store._opened.catalog, name).id
 
     def __repr__(self) -> str:
         return f"<Machine {self.name!r} of {self._store.path}>"
@@ -104,7 +105,7 @@ class Machine:
     @property
     def snapshots(self) -> "list[MachineSnapshotInfo]":
         """Its snapshots, oldest first."""
-        return self._store.machine_snapshots(self._name)
+        return machine_tree.list_snapshots(self._store._opened, self._id)
 
     def info(self) -> "MachineInfo":
         """Return what the store knows of it. Nobody is asked.
@@ -119,7 +120,7 @@ class Machine:
         StateError
             It was deleted.
         """
-        return self._store.machine_info(self._name)
+        return machines.machine_info(self._store._opened, self._id)
 
     @_asked_again
     def status(self) -> dict[str, Any]:
@@ -196,7 +197,7 @@ class Machine:
             if control is not None:
                 raise StateError(f"machine {self._name!r} runs already, in process {control.pid}")
         if fresh:
-            self._store._forget_ram_of_machine(self._name)
+            self._store._forget_ram_of_machine(self._id)
         self._start(paused=paused, only_from=record.DISKS_ALONE if fresh else None)
 
     def run(self, *, paused: bool = False, fresh: bool = False) -> int:
@@ -230,7 +231,7 @@ class Machine:
             if control is not None:
                 raise StateError(f"machine {self._name!r} runs already, in process {control.pid}")
         if fresh:
-            self._store._forget_ram_of_machine(self._name)
+            self._store._forget_ram_of_machine(self._id)
         return daemon.run_in_foreground(
             self._store.path,
             self._name,
@@ -358,7 +359,7 @@ class Machine:
             raise StateError(
                 f"machine {self._name!r} is off, so there is nothing to collect or to freeze; leave it out"
             )
-        taken = self._store._snapshot_machine_off(self._name, name, note)
+        taken = self._store._snapshot_machine_off(self._id, name, note)
         return MachineSnapshot(taken.name, note, "off", disks=tuple(disk.name for disk in self.info().disks))
 
     @_asked_again
@@ -393,7 +394,7 @@ class Machine:
             taken = machines.find_snapshot(self._store._opened.catalog, self._row, name)
             self._refuse_unlike(taken)
             try:
-                self._store._revert_machine(self._name, name)
+                self._store._revert_machine(self._id, name)
                 self._start(only_from=taken.id.hex())
                 return
             except StateError:
@@ -414,7 +415,7 @@ class Machine:
             A file could not be read or written.
         """
         taken = self._refuse_beginning()
-        self._store._put_machine_back_to_beginning(self._name)
+        self._store._put_machine_back_to_beginning(self._id)
         self._start(only_from=None if taken.ram is None else record.BEGINNING)
 
     def _refuse_revert(self, name: str) -> None:
@@ -492,7 +493,7 @@ class Machine:
         """
         self._end_left_in_pools()
         with self._supervisor():
-            return self._store._merge_machine_snapshots(self._name, names)
+            return self._store._merge_machine_snapshots(self._id, names)
 
     def discard(self, names: "str | Sequence[str]", *, recursive: bool = False) -> list[str]:
         """Drop snapshots of it, and all that was written after them on their branches.
@@ -524,7 +525,7 @@ class Machine:
         """
         self._end_left_in_pools()
         with self._supervisor():
-            return self._store._discard_machine_snapshots(self._name, names, recursive=recursive)
+            return self._store._discard_machine_snapshots(self._id, names, recursive=recursive)
 
     def delete(self, *, recursive: bool = False) -> int:
         """Remove it, while it is off, with its RAM and, if it is a fork, its disks. Other disks stay as they are.
@@ -552,7 +553,7 @@ class Machine:
                 raise StateError(f"machine {self._name!r} runs; stop it first")
         self._end_left_in_pools()
         directory = self._directory
-        freed = self._store.delete_machines(self._name, recursive=recursive)
+        freed = self._store._delete_machines([self._id], recursive=recursive)
         record.remove_directory(directory)
         return freed
 
@@ -607,26 +608,15 @@ class Machine:
             The arguments do not say which machines to make.
         """
         forks = None
+        wanted = check_wanted(self._name, snapshot, names, count, pattern, idempotency_key, lifetime, labels, wipe)
         if start and not network and wipe is None and idempotency_key is None:  # what waits in a pool has none of these
-            forks = self._fork_from_pool(
-                check_wanted(self._name, snapshot, names, count, pattern, None, lifetime, labels, None)
-            )
+            forks = self._fork_from_pool(wanted)
         if forks is None:
             forks, may_have_run = [], idempotency_key is not None
             try:
                 with DeferredInterrupt():  # between the commit and this knowing of the forks
-                    made = self._store.fork_machine(
-                        self._name,
-                        snapshot,
-                        count=count,
-                        names=names,
-                        pattern=pattern,
-                        idempotency_key=idempotency_key,
-                        lifetime=lifetime,
-                        labels=labels,
-                        wipe=wipe,
-                    )
-                    forks = [Machine(self._store, name) for name in made]
+                    made = machine_forks.fork_machine(self._store._opened, wanted, of=self._id)
+                    forks = [Machine(self._store, name, id) for name, id in made.items()]
                 self._begin_forks(forks, network=network, start=start, may_have_run=may_have_run)
             except BaseException:
                 if not may_have_run:
@@ -656,13 +646,13 @@ class Machine:
             forks: list[Machine] = []
             try:
                 with DeferredInterrupt():
-                    made = machine_forks.fork_machine(self._store._opened, wanted, waiting)
-                    forks = [Machine(self._store, name) for name in made]
+                    made = machine_forks.fork_machine(self._store._opened, wanted, waiting, of=self._id)
+                    forks = [Machine(self._store, name, id) for name, id in made.items()]
                 cold = [fork for fork in forks if fork._id not in waiting]
                 if not self._adopt([fork for fork in forks if fork._id in waiting]):
                     self._remove(forks)
                     return None
-                fork_process.start_all(self._store, [fork._name for fork in cold])
+                fork_process.start_all(self._store, [fork._id for fork in cold])
             except BaseException:
                 self._remove(forks)
                 raise
@@ -712,7 +702,7 @@ class Machine:
             `warm` is out of range.
         """
         self._end_left_in_pools()
-        return pool.start(self._store, self._name, snapshot, warm)
+        return pool.start(self._store, self._id, snapshot, warm)
 
     def be_pool(self, snapshot: str, *, warm: int = 4) -> None:
         """Replace this process by that of a pool, for a service manager. SIGTERM ends it. See `pool`.
@@ -730,7 +720,7 @@ class Machine:
             `warm` is out of range.
         """
         self._end_left_in_pools()
-        pool.become(self._store, self._name, snapshot, warm)
+        pool.become(self._store, self._id, snapshot, warm)
 
     def pools(self) -> list[MachinePool]:
         """Return the pools of its snapshots that there are now.
@@ -752,7 +742,7 @@ class Machine:
     def _start_forks(self, forks: "list[Machine]") -> None:
         try:
             if forks:
-                fork_process.start_all(self._store, [fork._name for fork in forks])
+                fork_process.start_all(self._store, [fork._id for fork in forks])
         except StateError:
             # The same call in another process may have been faster.
             if not all(machines.is_running(self._store._opened, fork._row) for fork in forks):
@@ -785,7 +775,7 @@ class Machine:
                 for fork in forks:
                     stack.callback(fork.stop, force=True)
             try:
-                self._store.delete_machines(*(fork._name for fork in forks), recursive=True)
+                self._store._delete_machines([fork._id for fork in forks], recursive=True)
                 break
             except StateError:
                 has_begun = any(machines.is_running(self._store._opened, fork._row) for fork in forks)

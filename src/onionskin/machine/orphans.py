@@ -1,4 +1,4 @@
-"""What a killed supervisor left that no record names: processes that it had just started, and a copy of RAM in memory.
+"""What a killed supervisor left that no record names: processes that it had just started, drafts, a copy of RAM in memory.
 
 A process is recorded when it is ready, so one that was started a moment before the supervisor was killed is found by the log
 in the machine's directory to which it writes its errors, which it has from its first instruction on, and by the socket there
@@ -26,7 +26,7 @@ from pathlib import Path
 from onionskin.base.files import CANNOT_LOOK
 from onionskin.base.sockets import connect_unix
 from onionskin.errors import StateError
-from onionskin.machine.record import DISKS, SERVER_LOG, ProcessId
+from onionskin.machine.record import DISKS, SERVER_LOG, ProcessId, drafts, drop_drafts
 
 # The hypervisor first: while it ends it may write to its disks.
 SOCKETS, LOGS = ("qmp", DISKS), ("qemu.log", SERVER_LOG)
@@ -103,16 +103,17 @@ def _refuse_open(descriptor: int) -> None:
 
 def are_there(directory: Path) -> bool:
     """Whether there is anything that `end` would end, if nobody has the machine."""
-    return any(True for _ in _copies(directory)) or bool(processes([directory])[directory])
+    return any(True for _ in _copies(directory)) or bool(drafts(directory) or processes([directory])[directory])
 
 
 def end(directory: Path, *, is_new: bool = False) -> None:
-    """End the processes that were started in the directory of a machine, and drop copies of its RAM.
+    """End the processes that were started in the directory of a machine, and drop drafts and copies of its RAM.
 
     The caller has the machine, and has started nothing yet. One that `is_new` never ran: no directory of it was removed.
     """
     for process in processes([directory], is_new=is_new)[directory]:
         process.end(END_SECONDS)
+    drop_drafts(directory)
     for path in _copies(directory):
         with suppress(OSError):  # another user's
             path.unlink()

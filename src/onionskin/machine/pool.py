@@ -191,9 +191,9 @@ def what_to_hold(store: "Store", machine: bytes, snapshot: bytes, warm: int) -> 
     }
 
 
-def start(store: "Store", name: str, snapshot: str, warm: int) -> MachinePool:
+def start(store: "Store", machine: bytes, snapshot: str, warm: int) -> MachinePool:
     """Start a pool. Return when its machines are ready."""
-    pool, directory, what = _wanted(store, name, snapshot, warm)
+    pool, directory, what = _wanted(store, machine, snapshot, warm)
     reader, writer = os.pipe2(os.O_CLOEXEC)
     try:
         try:
@@ -215,40 +215,40 @@ def start(store: "Store", name: str, snapshot: str, warm: int) -> MachinePool:
     try:
         value = json.loads(answer or b"")
     except ValueError:
-        raise StateError(f"the pool of {name}@{snapshot} did not start; see {directory / LOG}") from None
+        raise StateError(f"the pool of snapshot {snapshot!r} did not start; see {directory / LOG}") from None
     if "error" in value:
         raise frames.unpack_error(value["error"])
     return pool
 
 
-def become(store: "Store", name: str, snapshot: str, warm: int) -> NoReturn:
+def become(store: "Store", machine: bytes, snapshot: str, warm: int) -> NoReturn:
     """Replace this process by that of a pool, for a service manager. The store is closed."""
-    what = _wanted(store, name, snapshot, warm)[2]
+    what = _wanted(store, machine, snapshot, warm)[2]
     store.close()
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, [*_command(), json.dumps(what)], environment(keep_notify=True))
 
 
-def _wanted(store: "Store", name: str, snapshot: str, warm: int) -> tuple[MachinePool, Path, dict[str, Any]]:
+def _wanted(store: "Store", machine: bytes, snapshot: str, warm: int) -> tuple[MachinePool, Path, dict[str, Any]]:
     if not isinstance(warm, int) or isinstance(warm, bool) or not 1 <= warm <= WARM_MAX:
         raise ValueError(f"a pool has 1 to {WARM_MAX} machines, not {warm!r}")
     store._opened.catalog.refuse_read_only()
-    machine, id = ids_of(store, name, snapshot)
+    _, id = ids_of(store, machine, snapshot)
     directory = make_directory(store._opened.layout.root, machine)
     pool = MachinePool(directory, snapshot, id)
     if pool.is_there:
         raise StateError(
-            f"there is a pool of {name}@{snapshot} already; end it first, with 'onionskin machine pool --stop'"
+            f"there is a pool of snapshot {snapshot!r} already; end it first, with 'onionskin machine pool --stop'"
         )
     return pool, directory, what_to_hold(store, machine, id, warm)
 
 
-def ids_of(store: "Store", name: str, snapshot: str) -> tuple[bytes, bytes]:
+def ids_of(store: "Store", which: machines.Which, snapshot: str) -> tuple[bytes, bytes]:
     """Return the ids of a machine and of its snapshot."""
     catalog = store._opened.catalog
     with catalog.reading():
-        machine = machines.find(catalog, name)
+        machine = machines.find(catalog, which)
         return machine.id, machines.find_snapshot(catalog, machine, snapshot).id
 
 

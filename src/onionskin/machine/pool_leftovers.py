@@ -36,7 +36,7 @@ def end_of(store: "Store", machine: "MachineRow") -> None:
     for row in waiting:
         with suppress(OSError, OnionskinError):  # it is another user's, or somebody was faster
             if _has_no_pool_now(store, row):
-                store.open_machine(row.name).stop(force=True)
+                store._machine_of(row).stop(force=True)
                 store._delete_machines([row.name], recursive=False, agreed={row.name: row.id})
 
 
@@ -46,7 +46,7 @@ def end_expired(store: "Store") -> None:
     for row in catalog.expired_machines(time.time_ns()):
         with suppress(OSError, OnionskinError):
             if _is_waiting(catalog, row) and _has_no_pool_now(store, row):
-                store.open_machine(row.name).stop(force=True)
+                store._machine_of(row).stop(force=True)
 
 
 def _is_waiting(catalog: "Catalog", row: "MachineRow") -> bool:

@@ -32,7 +32,7 @@ from onionskin.base.waiting import within
 from onionskin.control import frames
 from onionskin.errors import MachineNotFoundError, OnionskinError, SnapshotNotFoundError, StateError
 from onionskin.machine import daemon, fork
-from onionskin.machine.pool import VERSION, MachinePool, socket_path
+from onionskin.machine.pool import SOCKET_PREFIX, VERSION, MachinePool, socket_path
 from onionskin.machine.record import SUPERVISOR_LOG, make_directory
 from onionskin.nbd.systemd import notify
 from onionskin.operations import machine_forks, machines
@@ -93,6 +93,8 @@ def listen(directory: Path, snapshot: bytes) -> UnixListener:
             raise StateError(
                 "there is a pool of that snapshot already; end it first, with 'onionskin machine pool --stop'"
             )
+        for left in directory.glob(f".{SOCKET_PREFIX}*"):  # by a pool that was killed before its socket had its name
+            left.unlink(missing_ok=True)
         return UnixListener(socket_path(directory, snapshot))
     finally:
         os.close(descriptor)
@@ -178,8 +180,8 @@ class Pool:
         from onionskin.machine.ram_files import RamFiles
         from onionskin.machine.running import source_of
 
-        machine, snapshot = self._names(store)
-        row = machines.find(store._opened.catalog, machine)
+        _, snapshot = self._names(store)
+        row = machines.find(store._opened.catalog, self._machine)
         saved = restore.find_saved(store, row, snapshot)
         disks = store._opened.catalog.disks_of_machine(row.id)
         compare(saved.recorded, QemuHypervisor().check(saved.configuration, len(disks)))
@@ -231,7 +233,7 @@ class Pool:
         """Make the rows of machines. Returns their ids by their names."""
 
         def make(store: "Store") -> dict[str, str]:
-            made = machine_forks.make_waiting(store._opened, *self._names(store), count)
+            made = machine_forks.make_waiting(store._opened, self._machine, *self._names(store), count)
             return {name: id.hex() for name, id in made.items()}
 
         return dict(self._in_child(make))
@@ -277,7 +279,7 @@ class Pool:
                 os.close(reader)
                 self._forget()
                 log = make_directory(self._root, id) / SUPERVISOR_LOG
-                status = fork._supervise(self._what | {"paused": True}, name, writer, str(log), [], pool=there)
+                status = fork._supervise(self._what | {"paused": True}, name, id, writer, str(log), [], pool=there)
             finally:
                 os._exit(status)
         os.close(writer)
@@ -412,7 +414,7 @@ class Pool:
         def clean(store: "Store") -> None:
             row = store._opened.catalog.machine_with_id(member.id)
             if row is not None and not machine_forks.is_taken(row):
-                store.open_machine(row.name).stop(force=True)
+                store._machine_of(row).stop(force=True)
                 store._delete_machines([row.name], recursive=False, agreed={row.name: row.id})
 
         stays = "what a machine of the pool left stays until it expires"

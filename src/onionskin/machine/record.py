@@ -33,6 +33,8 @@ RECORD, ENDED, UNDER_WAY, CONTROL, DISKS, SUPERVISOR_LOG, SERVER_LOG = (
     *("running.json", "ended.json", "under-way.json", "control", "nbd"),
     *("supervisor.log", "server.log"),
 )
+# How the names of drafts begin: of these files (`Staged`), and of sockets before they have their names (`UnixListener`).
+_DRAFTS = (f"{RECORD}.", f"{ENDED}.", f"{UNDER_WAY}.", f".{CONTROL}.", f".{DISKS}.")
 
 
 def directory_of(root: str | Path, machine: bytes) -> Path:
@@ -310,6 +312,21 @@ class Staged:
             os.close(replaced)
         if not self._is_put:
             self._draft.unlink(missing_ok=True)
+
+
+def drafts(directory: Path) -> list[Path]:
+    """Return the drafts in the directory of a machine. They are of who has it, or a process that was killed left them."""
+    try:
+        return [directory / name for name in os.listdir(directory) if name.startswith(_DRAFTS)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def drop_drafts(directory: Path) -> None:
+    """Remove those drafts. The caller has the machine, and writes nothing there meanwhile."""
+    for path in drafts(directory):
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def open_log(path: Path, how: int) -> int:

@@ -150,6 +150,7 @@ class Supervisor:
         self._name = row.name
         self._directory = record.make_directory(self._store._opened.layout.root, row.id)
         self._ends.push(self._forget)
+        record.drop_drafts(self._directory)  # who takes a machine over ends no orphans
         record.note_under_way(self._directory)
         found = Record.read(self._directory)
         disks = [one.name for one in machines.volumes_of(self._store._opened.catalog, row)[:-1]]
@@ -477,8 +478,9 @@ class Supervisor:
 
     def _drop(self) -> None:
         """Leave nothing of a machine that waited in vain."""
-        machine = machines.find(self._store._opened.catalog, self._name)
-        if not machine_forks.is_taken(machine):
+        # It is not held any more, so another one may have its name.
+        machine = self._store._opened.catalog.machine_with_id(self._id or b"")
+        if machine is not None and not machine_forks.is_taken(machine):
             self._store._delete_machines([machine.name], recursive=False, agreed={machine.name: machine.id})
 
     # ---- while it runs ----

@@ -15,6 +15,7 @@ from onionskin.base.durations import end_of
 from onionskin.base.naming import some_of
 from onionskin.base.records import replaced
 from onionskin.catalog import (
+    Catalog,
     LabelRow,
     MachineDiskRow,
     MachineRow,
@@ -33,8 +34,11 @@ POOL_LABEL = "pool"
 WAITING_SECONDS = 300  # from then on `expire` drops one that waits, if it is off
 
 
-def make_waiting(store: OpenStore, machine: str, snapshot: str, count: int) -> dict[str, bytes]:
-    """Make forks that a pool will hold. Returns their ids by their names. They are dropped by `expire` if they are left."""
+def make_waiting(store: OpenStore, of: bytes, machine: str, snapshot: str, count: int) -> dict[str, bytes]:
+    """Make forks that a pool will hold, of the machine with an id, which is called so.
+
+    Returns their ids by their names. They are dropped by `expire` if they are left.
+    """
     wanted = forks.check_wanted(
         *(
             machine,
@@ -46,7 +50,7 @@ def make_waiting(store: OpenStore, machine: str, snapshot: str, count: int) -> d
         ),
         *(WAITING_SECONDS, {POOL_LABEL: f"{machine}@{snapshot}"}, None),
     )
-    return {name: machines.find(store.catalog, name).id for name in fork_machine(store, wanted)}
+    return fork_machine(store, wanted, of=of)
 
 
 def is_taken(machine: MachineRow) -> bool:
@@ -54,8 +58,13 @@ def is_taken(machine: MachineRow) -> bool:
     return machine.resumes == machines.BOOTS
 
 
-def fork_machine(store: OpenStore, wanted: Wanted, waiting: Sequence[bytes] = ()) -> list[str]:
-    """Make forks of a snapshot of a machine. Returns their names. `wanted` names the machine as it does a volume.
+def fork_machine(
+    store: OpenStore, wanted: Wanted, waiting: Sequence[bytes] = (), *, of: bytes | None = None
+) -> dict[str, bytes]:
+    """Make forks of a snapshot of a machine. Returns their ids by their names, in their order.
+
+    `wanted` names the machine as it does a volume; where it was found before, `of` is its id. Where an earlier call made the
+    forks, under the same key, the id of one that is gone is empty.
 
     The first of them are those machines of `waiting` that a pool holds, as long as they are forks of the snapshot as it is:
     their processes are to be told.
@@ -67,15 +76,15 @@ def fork_machine(store: OpenStore, wanted: Wanted, waiting: Sequence[bytes] = ()
         )
     for name in wanted.names or ():
         machines.check_machine_name(name)
-    return store.change(lambda: _fork(store, wanted, waiting))
+    return store.change(lambda: _fork(store, wanted, waiting, wanted.volume if of is None else of))
 
 
-def _fork(store: OpenStore, wanted: Wanted, waiting: Sequence[bytes]) -> list[str]:
+def _fork(store: OpenStore, wanted: Wanted, waiting: Sequence[bytes], of: machines.Which) -> dict[str, bytes]:
     """Write the rows. Inside the transaction, which may run twice."""
     catalog = store.catalog
     if wanted.key is not None and (made := forks.made_under(store, wanted.key, _digest(wanted))) is not None:
-        return made
-    machine = machines.find(catalog, wanted.volume)
+        return _ids_of(catalog, made)
+    machine = machines.find(catalog, of)
     taken = machines.find_snapshot(catalog, machine, wanted.snapshot or "")
     disks = catalog.disks_of_machine(machine.id)
     names = _free_names(store, wanted, disks)
@@ -86,7 +95,12 @@ def _fork(store: OpenStore, wanted: Wanted, waiting: Sequence[bytes]) -> list[st
         _make(store, replaced(wanted, count=len(new)), machine, taken, disks, new)
     if wanted.key is not None:
         forks.note_call(store, wanted.key, _digest(wanted), names)
-    return names
+    return _ids_of(catalog, names)
+
+
+def _ids_of(catalog: Catalog, names: Sequence[str]) -> dict[str, bytes]:
+    found = {row.name: row.id for row in catalog.machines_named(names)}
+    return {name: found.get(name, b"") for name in names}
 
 
 def _usable(

@@ -18,6 +18,7 @@ from onionskin.catalog.tree import remove_unreachable_layers
 from onionskin.errors import OnionskinError, StateError
 from onionskin.operations import holds, losses, machines, volumes
 from onionskin.operations.losses import Loss
+from onionskin.operations.machines import Which
 from onionskin.storage.locks import locked_to_remove
 from onionskin.storage.open_store import OpenStore
 
@@ -48,19 +49,19 @@ class _Parts(NamedTuple):
     layers: list[bytes]  # of the volumes that stay, whose names go
 
 
-def ids_of(catalog: Catalog, names: Sequence[str]) -> dict[str, bytes]:
-    """Return the ids of the machines of these names, in their order."""
+def ids_of(catalog: Catalog, names: Sequence[Which]) -> dict[Which, bytes]:
+    """Return the ids of machines, by what they were named by, in that order."""
     with catalog.reading():
         return {name: machines.find(catalog, name).id for name in dict.fromkeys(names)}
 
 
 def delete(
     store: OpenStore,
-    names: Sequence[str],
+    names: Sequence[Which],
     refuse_processes: RefuseProcesses,
     *,
     recursive: bool,
-    agreed: Mapping[str, bytes] | None = None,
+    agreed: Mapping[Which, bytes] | None = None,
 ) -> Removed:
     """Remove machines that are off. With `agreed`, only while their names mean the machines with these ids."""
     catalog = store.catalog

@@ -332,7 +332,7 @@ def _fold_back(head: OpenHead, layer: bytes) -> None:
 
 
 @held
-def cut_machine(store: OpenStore, name: str, opener: Opener, finder: Finder) -> Iterator[MachineCut]:
+def cut_machine(store: OpenStore, which: machines.Which, opener: Opener, finder: Finder) -> Iterator[MachineCut]:
     """Begin a snapshot of a machine: find or open its disks, whoever holds them. At the end, what is not committed goes.
 
     `opener` and `finder` are as for `group_snapshot.Heads`.
@@ -341,11 +341,13 @@ def cut_machine(store: OpenStore, name: str, opener: Opener, finder: Finder) -> 
     catalog.refuse_read_only()
     staged_volumes.drop_dead(store)
     with catalog.reading():
-        machine = machines.find(catalog, name)
+        machine = machines.find(catalog, which)
         disks = catalog.disks_of_machine(machine.id)
         names = {row.id: row.name for row in machines.volumes_of(catalog, machine) if row.id != machine.ram}
         if not {disk.volume for disk in disks} <= names.keys():
-            raise damaged(catalog.path, f"a disk of machine {name!r} is no volume, or the one that keeps its RAM")
+            raise damaged(
+                catalog.path, f"a disk of machine {machine.name!r} is no volume, or the one that keeps its RAM"
+            )
     with open_heads(store, names.values(), opener, finder) as found:
         cut_disks: list[_CutDisk] = []
         cut = MachineCut(store, machine, cut_disks)

@@ -20,6 +20,7 @@ from onionskin.catalog.sqlite_errors import damaged
 from onionskin.catalog.tree import remove_unreachable_layers, when
 from onionskin.errors import StateError
 from onionskin.operations import holds, machines
+from onionskin.operations.machines import Which
 from onionskin.operations.snapshots import Target, all_of_branches, refuse_discard, revert_together
 from onionskin.storage.chain import NewHead
 from onionskin.storage.open_head import OpenHead
@@ -70,20 +71,20 @@ class Dropped(NamedTuple):
 # ---- looking ----
 
 
-def list_snapshots(store: OpenStore, name: str) -> list[MachineSnapshotInfo]:
+def list_snapshots(store: OpenStore, which: Which) -> list[MachineSnapshotInfo]:
     """Return the snapshots of a machine, in the order of taking."""
     catalog = store.catalog
     with catalog.reading():
-        machine = machines.find(catalog, name)
+        machine = machines.find(catalog, which)
         taken = catalog.snapshots_of_machine(machine.id)
         return [_described(catalog, machine, row, {one.id: one.name for one in taken}) for row in taken]
 
 
-def snapshot_info(store: OpenStore, name: str, snapshot: str) -> MachineSnapshotInfo:
+def snapshot_info(store: OpenStore, which: Which, snapshot: str) -> MachineSnapshotInfo:
     """Return one snapshot of a machine."""
     catalog = store.catalog
     with catalog.reading():
-        machine = machines.find(catalog, name)
+        machine = machines.find(catalog, which)
         row = machines.find_snapshot(catalog, machine, snapshot)
         above = catalog.machine_snapshot_with_id(row.parent)
         return _described(catalog, machine, row, {above.id: above.name} if above else {})
@@ -141,11 +142,11 @@ PutBackTogether = Callable[[Sequence[Part], MachineRow, bytes], bool]
 
 
 def _parts(
-    catalog: Catalog, name: str, snapshot: str
+    catalog: Catalog, which: Which, snapshot: str
 ) -> tuple[MachineRow, MachineSnapshotRow, list[Part], Part | None]:
     """Return a machine, a snapshot of it, and what that binds: the disks, and the RAM, if it has any."""
     with catalog.reading():
-        machine = machines.find(catalog, name)
+        machine = machines.find(catalog, which)
         row = machines.find_snapshot(catalog, machine, snapshot)
         layers = [one.layer for one in catalog.disks_of_machine_snapshot(row.id)]
         wanted = layers + ([] if row.ram is None else [row.ram])
@@ -153,7 +154,7 @@ def _parts(
         volumes = {one.id: one.name for one in machines.volumes_of(catalog, machine)}
         has = sorted(one.volume for one in named.values())
         if has != sorted(volumes if row.ram is not None else volumes.keys() - {machine.ram}):
-            raise damaged(catalog.path, f"a part of snapshot {snapshot!r} of machine {name!r} is missing")
+            raise damaged(catalog.path, f"a part of snapshot {snapshot!r} of machine {machine.name!r} is missing")
 
     def part(layer: bytes) -> Part:
         found = named[layer]
@@ -162,14 +163,14 @@ def _parts(
     return machine, row, [part(layer) for layer in layers], None if row.ram is None else part(row.ram)
 
 
-def revert(store: OpenStore, name: str, snapshot: str, put_back: PutBack, *, ram: bool) -> MachineSnapshotRow:
+def revert(store: OpenStore, which: Which, snapshot: str, put_back: PutBack, *, ram: bool) -> MachineSnapshotRow:
     """Put the disks of a machine back to one of its snapshots, so that the next start goes on from there.
 
     The guest does not run meanwhile. `put_back` is called for each volume with its name, the name and the GUID of its
     snapshot, and the machine; where it fails, this can be called again, and a start of the machine does so. With `ram`, the
     RAM volume is put back too, for which nobody else may hold it.
     """
-    machine, row, parts, of_ram = _parts(store.catalog, name, snapshot)
+    machine, row, parts, of_ram = _parts(store.catalog, which, snapshot)
     if ram and of_ram is not None:
         parts.append(of_ram)
     machines.note_reverting(store, machine.id, row.id)
@@ -197,14 +198,16 @@ class RevertInPlace:
     Parameters
     ----------
     store : OpenStore
-    name, snapshot : str
-        The machine, and the snapshot, which has RAM.
+    which : str or bytes
+        The machine.
+    snapshot : str
+        Of it, with RAM.
     """
 
-    def __init__(self, store: OpenStore, name: str, snapshot: str) -> None:
+    def __init__(self, store: OpenStore, which: Which, snapshot: str) -> None:
         self._store = store
         self._snapshot = snapshot
-        self._machine, self._row, self._disks, self._ram = _parts(store.catalog, name, snapshot)
+        self._machine, self._row, self._disks, self._ram = _parts(store.catalog, which, snapshot)
 
     def put_disks_back(self, together: PutBackTogether, put_back: PutBack) -> None:
         """Put the disks back: `together`, if one process has them all, or else each with `put_back`, as in `revert`."""
@@ -254,7 +257,7 @@ def _at_once(calls: Sequence[Callable[[], None]]) -> None:
         one.result()
 
 
-def put_back_to_beginning(store: OpenStore, name: str, *, held: Collection[bytes]) -> None:
+def put_back_to_beginning(store: OpenStore, which: Which, *, held: Collection[bytes]) -> None:
     """Put a fork back to what it was made from: its disks and its RAM, so that the next start goes on from there again.
 
     The machine is off and kept off, and the caller keeps these of its disks closed. Its own snapshots stay.
@@ -262,11 +265,11 @@ def put_back_to_beginning(store: OpenStore, name: str, *, held: Collection[bytes
     catalog = store.catalog
 
     def change() -> None:
-        machine = machines.find(catalog, name)
+        machine = machines.find(catalog, which)
         layers, taken = beginning_of_fork(catalog, machine)
         volumes = machines.volumes_of(catalog, machine)
         if not {volume.id for volume in volumes} - {machine.ram} <= set(held):
-            raise StateError(f"the disks of machine {name!r} changed meanwhile; nothing was changed; try again")
+            raise StateError(f"the disks of machine {machine.name!r} changed meanwhile; nothing was changed; try again")
         for volume in volumes:
             layer = layers.get(volume.id)
             _put_head(store, volume, None if layer is None else catalog.layer(layer))
@@ -303,12 +306,13 @@ def beginning_of_fork(catalog: Catalog, machine: MachineRow) -> tuple[dict[bytes
 # ---- dropping ----
 
 
-def merge(store: OpenStore, name: str, snapshots: Sequence[str]) -> Dropped:
+def merge(store: OpenStore, which: Which, snapshots: Sequence[str]) -> Dropped:
     """Drop snapshots of a machine and keep all data: what was written after each joins what was written before it."""
+    id = machines.find(store.catalog, which).id
 
     def change() -> Dropped:
         catalog = store.catalog
-        machine = machines.find(catalog, name)
+        machine = machines.find(catalog, id)
         going = chosen(catalog, machine, snapshots)
         refuse_awaited(catalog, machine, going)
         layers = catalog.layers_of_machine_snapshots(row.id for row in going)
@@ -319,22 +323,23 @@ def merge(store: OpenStore, name: str, snapshots: Sequence[str]) -> Dropped:
         remove_unreachable_layers(catalog, *layers)
         return _dropped(catalog, machine, going)
 
-    with machines.snapshots_kept(store, machines.find(store.catalog, name).id, to_drop=True):
+    with machines.snapshots_kept(store, id, to_drop=True):
         return store.change(change)
 
 
 def discard(
-    store: OpenStore, name: str, snapshots: Sequence[str], *, recursive: bool, held: Collection[bytes] | None
+    store: OpenStore, which: Which, snapshots: Sequence[str], *, recursive: bool, held: Collection[bytes] | None
 ) -> Dropped:
     """Drop snapshots of a machine, and all that was written after them on their branches.
 
     `held`: the machine is off and kept off, and the caller keeps these of its disks closed; where they stand on what goes,
     they read as the lowest that goes again. None: it runs, and what it runs on is refused.
     """
+    id = machines.find(store.catalog, which).id
 
     def change() -> Dropped:
         catalog = store.catalog
-        machine = machines.find(catalog, name)
+        machine = machines.find(catalog, id)
         going = going_with(catalog, machine, snapshots, recursive=recursive)
         refuse_awaited(catalog, machine, going, but_own=held is not None)
         stands = machine.stands_on in {row.id for row in going}
@@ -354,7 +359,7 @@ def discard(
         remove_unreachable_layers(catalog, *layers)
         return _dropped(catalog, machine, going)
 
-    with machines.snapshots_kept(store, machines.find(store.catalog, name).id, to_drop=True):
+    with machines.snapshots_kept(store, id, to_drop=True):
         return store.change(change)
 
 
@@ -389,11 +394,11 @@ def going_with(
     return [row for row in taken if row.id in going]
 
 
-def stands_on_any(store: OpenStore, name: str, snapshots: Sequence[str], *, recursive: bool) -> bool:
+def stands_on_any(store: OpenStore, which: Which, snapshots: Sequence[str], *, recursive: bool) -> bool:
     """Whether a machine stands on one of the snapshots that a discard of these drops."""
     catalog = store.catalog
     with catalog.reading():
-        machine = machines.find(catalog, name)
+        machine = machines.find(catalog, which)
         return machine.stands_on in {row.id for row in going_with(catalog, machine, snapshots, recursive=recursive)}
 
 

@@ -10,6 +10,7 @@ from onionskin.catalog import Catalog, MachineRow, MachineSnapshotRow, VolumeRow
 from onionskin.operations import holds, losses, machine_tree, machines
 from onionskin.operations import usage as usages
 from onionskin.operations.losses import Loss
+from onionskin.operations.machines import Which
 from onionskin.operations.snapshots import all_of_branches, refuse_discard
 from onionskin.operations.unflushed import refuse_open
 from onionskin.storage.open_store import OpenStore
@@ -36,11 +37,11 @@ class MachineUsage:
     bytes_freed_by_merge: int
 
 
-def usage(store: OpenStore, name: str) -> list[MachineUsage]:
+def usage(store: OpenStore, which: Which) -> list[MachineUsage]:
     """Return what each snapshot of a machine holds, oldest first, and at last what its disks and RAM hold now."""
     catalog = store.catalog
     with catalog.reading():
-        machine = machines.find(catalog, name)
+        machine = machines.find(catalog, which)
         taken = catalog.snapshots_of_machine(machine.id)
         volumes = machines.volumes_of(catalog, machine)
         named = {
@@ -69,12 +70,12 @@ def _layers_of(catalog: Catalog, row: MachineSnapshotRow) -> list[bytes]:
     return catalog.layers_of_machine_snapshots([row.id])
 
 
-def loss_of_revert(store: OpenStore, name: str, snapshot: str) -> Loss:
+def loss_of_revert(store: OpenStore, which: Which, snapshot: str) -> Loss:
     """Return what a revert of a machine would drop of its disks. What is not flushed is not counted."""
     catalog = store.catalog
 
     def find() -> tuple[list[VolumeRow], list[str], Collection[bytes], Collection[bytes]]:
-        machine = machines.find(catalog, name)
+        machine = machines.find(catalog, which)
         row = machines.find_snapshot(catalog, machine, snapshot)
         disks = catalog.volumes_with_ids(disk.volume for disk in catalog.disks_of_machine(machine.id))
         return [], [], [disk.head for disk in disks], _layers_of(catalog, row)
@@ -82,12 +83,12 @@ def loss_of_revert(store: OpenStore, name: str, snapshot: str) -> Loss:
     return losses.of_names(store, find)
 
 
-def loss_of_beginning(store: OpenStore, name: str) -> Loss:
+def loss_of_beginning(store: OpenStore, which: Which) -> Loss:
     """Return what is dropped of the disks of a fork that is put back to what it was made from."""
     catalog = store.catalog
 
     def find() -> tuple[list[VolumeRow], list[str], Collection[bytes], Collection[bytes]]:
-        machine = machines.find(catalog, name)
+        machine = machines.find(catalog, which)
         layers, _ = machine_tree.beginning_of_fork(catalog, machine)
         disks = catalog.volumes_with_ids(disk.volume for disk in catalog.disks_of_machine(machine.id))
         return [], [], [disk.head for disk in disks], list(layers.values())
@@ -95,11 +96,11 @@ def loss_of_beginning(store: OpenStore, name: str) -> Loss:
     return losses.of_names(store, find)
 
 
-def loss_of_merge(store: OpenStore, name: str, snapshots: Sequence[str]) -> Loss:
+def loss_of_merge(store: OpenStore, which: Which, snapshots: Sequence[str]) -> Loss:
     """Return what goes with the names of snapshots of a machine alone: what nothing reads then."""
     catalog = store.catalog
     with catalog.reading():
-        machine = machines.find(catalog, name)
+        machine = machines.find(catalog, which)
         going = machine_tree.chosen(catalog, machine, snapshots)
         machine_tree.refuse_awaited(catalog, machine, going)
         named = catalog.snapshots_of_layers(catalog.layers_of_machine_snapshots(row.id for row in going))
@@ -118,13 +119,14 @@ def loss_of_merge(store: OpenStore, name: str, snapshots: Sequence[str]) -> Loss
     )
 
 
-def loss_of_discard(store: OpenStore, name: str, snapshots: Sequence[str], *, recursive: bool) -> Loss:
+def loss_of_discard(store: OpenStore, which: Which, snapshots: Sequence[str], *, recursive: bool) -> Loss:
     """Return what a discard of snapshots of a machine would drop, with all that was written after them."""
     catalog = store.catalog
-    runs = machines.is_running(store, machines.find(catalog, name))
+    found = machines.find(catalog, which)
+    runs = machines.is_running(store, found)
 
     def find() -> tuple[list[VolumeRow], list[str], Collection[bytes], Collection[bytes]]:
-        machine = machines.find(catalog, name)
+        machine = machines.find(catalog, found.id)
         going = machine_tree.going_with(catalog, machine, snapshots, recursive=recursive)
         machine_tree.refuse_awaited(catalog, machine, going, but_own=not runs)
         if runs:

@@ -148,12 +148,20 @@ class Beginning:
 # ---- finding ----
 
 
-def find(catalog: Catalog, name: str) -> MachineRow:
-    """Return a machine by its name, or raise MachineNotFoundError."""
-    row = catalog.machine_named(name)
+Which = str | bytes  # the name of a machine; or its id, which means the same one whatever that is called by now
+
+
+def find(catalog: Catalog, which: Which) -> MachineRow:
+    """Return a machine, or raise MachineNotFoundError: there is none of that name; or StateError: it was deleted."""
+    if isinstance(which, bytes):
+        row = catalog.machine_with_id(which)
+        if row is None:
+            raise StateError(f"a machine of {catalog.path.parent} was deleted meanwhile; nothing was changed")
+        return row
+    row = catalog.machine_named(which)
     if row is None:
         raise MachineNotFoundError(
-            f"the store {catalog.path.parent} has no machine {name!r}; 'onionskin machine list' lists them"
+            f"the store {catalog.path.parent} has no machine {which!r}; 'onionskin machine list' lists them"
         )
     return row
 
@@ -383,11 +391,11 @@ def is_running(store: OpenStore, machine: MachineRow) -> bool:
 # ---- what a start begins with ----
 
 
-def beginning(store: OpenStore, name: str) -> Beginning:
+def beginning(store: OpenStore, which: Which) -> Beginning:
     """Return what the next start of a machine begins with."""
     catalog = store.catalog
     with catalog.reading():
-        machine = find(catalog, name)
+        machine = find(catalog, which)
         taken = catalog.machine_snapshot_with_id(machine.stands_on)
         boots = Beginning(machine, taken, machine.resumes == REVERTING, None, "", 0, "")
         if machine.resumes == BOOTS or (taken and taken.ram is None):
@@ -399,7 +407,7 @@ def beginning(store: OpenStore, name: str) -> Beginning:
             return Beginning(machine, None, False, (ram.name, None), key, machine.state_bytes, machine.recorded)
         snapshot = catalog.snapshot_of_layer(taken.ram or b"")
         if snapshot is None:
-            raise damaged(catalog.path, f"the RAM of snapshot {taken.name!r} of machine {name!r} is missing")
+            raise damaged(catalog.path, f"the RAM of snapshot {taken.name!r} of machine {machine.name!r} is missing")
         return Beginning(
             machine,
             taken,
@@ -473,23 +481,23 @@ def refuse_other_revert(catalog: Catalog, machine: bytes, snapshot: bytes) -> Ma
     return found
 
 
-def forget_ram(store: OpenStore, name: str) -> None:
+def forget_ram(store: OpenStore, which: Which) -> None:
     """Have the next start of a machine that is kept off boot from its disks, and not go on from RAM."""
 
     def change() -> None:
-        machine = find(store.catalog, name)
+        machine = find(store.catalog, which)
         if machine.resumes == REVERTING:
-            raise StateError(f"machine {name!r} is being put back; start it, which ends that, or revert it")
+            raise StateError(f"machine {machine.name!r} is being put back; start it, which ends that, or revert it")
         store.catalog.update_machine(machine.id, resumes=BOOTS, state_bytes=0, recorded="")
 
     store.change(change)
 
 
-def has_unnamed_ram(store: OpenStore, name: str) -> bool:
+def has_unnamed_ram(store: OpenStore, which: Which) -> bool:
     """Whether a machine is about to go on from RAM that no snapshot has."""
     catalog = store.catalog
     with catalog.reading():
-        machine = find(catalog, name)
+        machine = find(catalog, which)
         volume = catalog.volume_with_id(machine.ram)
         if machine.resumes != RESUMES or machine.stands_on is not None or volume is None:
             return False
@@ -532,11 +540,11 @@ def list_machines(store: OpenStore, wanted: Mapping[str, str]) -> list[MachineIn
         ]
 
 
-def machine_info(store: OpenStore, name: str) -> MachineInfo:
+def machine_info(store: OpenStore, which: Which) -> MachineInfo:
     """Return one machine."""
     catalog = store.catalog
     with catalog.reading():
-        machine = find(catalog, name)
+        machine = find(catalog, which)
         disks = catalog.disks_of_machine(machine.id)
         rows = {row.id: row for row in volumes_of(catalog, machine)}
         count = len(catalog.snapshots_of_machine(machine.id))

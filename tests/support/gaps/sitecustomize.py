@@ -2,7 +2,8 @@
 
 Python loads this at its start where PYTHONPATH names this directory. ONIONSKIN_GAP names a file; while it has a line
 "STEP WHEN VICTIM", such as "MachineCut.seal before server", whoever comes there first takes the file away and kills. Steps of
-the server of the disks are there too, and of the command line: whoever is there can kill itself.
+the server of the disks are there too, and of the command line: whoever is there can kill itself. A victim may be the
+number of a process, too. ONIONSKIN_GAP_RESTARTS says how often a server of disks may die within a minute.
 """
 
 import functools
@@ -12,6 +13,7 @@ import select
 import signal
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +81,9 @@ def _meet(label: str) -> None:
     path = Path(os.environ["ONIONSKIN_GAP"])
     try:
         where, victim = path.read_text().rsplit(" ", 1)
-        if where != label or victim not in _found:
+        if where != label or not (victim.isdigit() or victim in _found):
             return
-        pid = _found[victim]()
+        pid = int(victim) if victim.isdigit() else _found[victim]()
         descriptor = os.pidfd_open(pid)
     except (OSError, ValueError):
         return  # nobody is to be killed, or is there
@@ -90,7 +92,8 @@ def _meet(label: str) -> None:
     except OSError:
         os.close(descriptor)
         return  # another process came first
-    os.kill(pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):  # it has ended by itself
+        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     poll.poll(10_000)
@@ -129,6 +132,10 @@ def _prepare() -> None:
             owner, _, name = step.rpartition(".")
             holder = getattr(loaded, owner) if owner else loaded
             setattr(holder, name, _with_gaps(step, getattr(holder, name)))
+    if "ONIONSKIN_GAP_RESTARTS" in os.environ:
+        importlib.import_module("onionskin.machine.disk_server").RESTARTS_MAX = int(
+            os.environ["ONIONSKIN_GAP_RESTARTS"]
+        )
 
 
 if "ONIONSKIN_GAP" in os.environ:

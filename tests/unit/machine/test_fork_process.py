@@ -87,7 +87,13 @@ def test_a_process_that_has_loaded_all_leaves_the_store_to_the_supervisor_of_a_s
     monkeypatch.setattr(os, "fork", refuse)
     monkeypatch.setattr(threading, "active_count", lambda: 1)
     pipes = [os.pipe() for _ in range(count)]
-    what = {"store": "store", "machines": [["lab", "log"]] * count, "programs": [], "trust": False, "paused": False}
+    what = {
+        "store": "store",
+        "machines": [["lab", "log", "00"]] * count,
+        "programs": [],
+        "trust": False,
+        "paused": False,
+    }
     with socket.socket() as asked:
         fork._start_machines(what, [writer for _, writer in pipes], asked)
     for reader, _ in pipes:

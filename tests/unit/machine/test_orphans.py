@@ -34,6 +34,17 @@ def test_a_directory_without_processes_has_nothing_to_end(tmp_path: Path) -> Non
     assert not orphans.are_there(tmp_path)
 
 
+def test_drafts_that_a_killed_process_left_are_found_and_dropped(tmp_path: Path) -> None:
+    kept = {"running.json", "ended.json", "control", "nbd", "supervisor.log"}
+    left = {"running.json.7", "running.json.7.next", "ended.json.7", "under-way.json.7", ".control.7", ".nbd.7"}
+    for name in kept | left:
+        (tmp_path / name).touch()
+    assert orphans.are_there(tmp_path)
+    orphans.end(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    assert not orphans.are_there(tmp_path)
+
+
 def test_what_listens_in_the_directory_is_found_and_ended(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", LISTEN, tmp_path / "qmp"], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -153,11 +153,11 @@ def test_the_same_call_to_fork_again_makes_nothing_and_starts_what_never_ran(
     snapshot_live(store, "lab", "ready", {})
     started: list[list[str]] = []
 
-    def start(_: object, names: list[str]) -> None:
-        started.append(names)
+    def start(_: object, ids: list[bytes]) -> None:
+        started.append([machines.find(store._opened.catalog, id).name for id in ids])
         if len(started) == 1:
             raise OSError(28, "no room")
-        machines.note_running(store._opened, store.open_machine(names[0])._id)
+        machines.note_running(store._opened, ids[0])
 
     monkeypatch.setattr("onionskin.machine.fork.start_all", start)
     with pytest.raises(OSError, match="no room"):
