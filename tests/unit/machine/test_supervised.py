@@ -426,6 +426,9 @@ def test_a_machine_that_did_not_answer_behind_a_revert_that_failed_is_noted_as_o
         is_paused = property(lambda self: next(is_paused))
         guest_has_ended = property(lambda self: next(has_ended))
 
+        def hear_all(self) -> None:
+            pass
+
     def revert(running: SimpleNamespace, *given: object, **named: object) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(running, "is_broken", True)
