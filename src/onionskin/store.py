@@ -20,7 +20,7 @@ from onionskin.base.held import enter, held, held_together
 from onionskin.base.keyed_locks import KeyedLocks
 from onionskin.base.lazy import logger
 from onionskin.base.limits import HEADER_BYTES, VOLUME_BYTES_MAX, WIPE_POLICIES
-from onionskin.base.naming import check_name, plain_name, several
+from onionskin.base.naming import check_name, named, plain_name, several
 from onionskin.base.paths import FilePath
 from onionskin.base.sizes import parse_size
 from onionskin.catalog import (
@@ -1774,11 +1774,9 @@ class Store:
         MachineNotFoundError
             There is none of that name.
         """
-        import onionskin
         from onionskin.operations import machines
 
-        machines.find(self._opened.catalog, name)
-        return onionskin.Machine(self, name)
+        return self._machine_of(machines.find(self._opened.catalog, named("machine", name)))
 
     def machines(self, *, labels: "Mapping[str, str] | None" = None) -> "list[MachineInfo]":
         """Return all machines, or those that have some labels.
@@ -1817,7 +1815,7 @@ class Store:
         """
         from onionskin.operations import machines
 
-        return machines.machine_info(self._opened, name)
+        return machines.machine_info(self._opened, named("machine", name))
 
     def machine_snapshots(self, name: str) -> "list[MachineSnapshotInfo]":
         """Return the snapshots of a machine, in the order in which they were taken.
@@ -1839,7 +1837,7 @@ class Store:
         """
         from onionskin.operations import machine_tree
 
-        return machine_tree.list_snapshots(self._opened, name)
+        return machine_tree.list_snapshots(self._opened, named("machine", name))
 
     def machine_usage(self, name: str) -> "list[MachineUsage]":
         """Return what each snapshot of a machine holds, of its disks and of its RAM.
@@ -1861,7 +1859,7 @@ class Store:
         """
         from onionskin.operations import machine_usage
 
-        return machine_usage.usage(self._opened, name)
+        return machine_usage.usage(self._opened, named("machine", name))
 
     def machine_lineage(self, name: str) -> "list[Ancestor]":
         """Return what a machine was forked from, and what that was, up to the first.
@@ -1885,7 +1883,7 @@ class Store:
 
         from onionskin.operations import lineage, machines
 
-        about = machines.machine_info(self._opened, name)
+        about = machines.machine_info(self._opened, named("machine", name))
         found = lineage.lineage(self._opened, about.ram)
         return [replace(one, name=one.name.removesuffix(machines.RAM_SUFFIX)) for one in found]
 
@@ -1962,7 +1960,7 @@ class Store:
         """
         if not names:
             raise TypeError("delete_machines needs the name of a machine")
-        return self._delete_machines(names, recursive=recursive)
+        return self._delete_machines([named("machine", name) for name in names], recursive=recursive)
 
     def rename_machine(self, name: str, new_name: str) -> None:
         """Give a machine that is off another name, and the volumes that go with it too. Durable on return.
@@ -1985,7 +1983,7 @@ class Store:
         """
         from onionskin.operations import machines
 
-        machines.rename(self._opened, name, new_name)
+        machines.rename(self._opened, named("machine", name), new_name)
 
     def _machine_of(self, row: MachineRow) -> "onionskin.Machine":
         """Return a machine that was found, whatever it is called by now."""

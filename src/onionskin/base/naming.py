@@ -38,6 +38,13 @@ def check_note(note: str) -> str:
     return note
 
 
+def named(what: str, name: str) -> str:
+    """Return a name; TypeError if it is no string. Of a machine, bytes would be its id."""
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a {what} is a str, not {name!r}")
+    return name
+
+
 def several(what: str, names: "str | Sequence[str]") -> list[str]:
     """Return one name or several as a list without repetitions; none at all is refused."""
     if not isinstance(names, str | Iterable) or isinstance(names, bytes):
@@ -46,8 +53,7 @@ def several(what: str, names: "str | Sequence[str]") -> list[str]:
     if not found:
         raise ValueError(f"no {what} is named; nothing was changed")
     for name in found:
-        if not isinstance(name, str):
-            raise TypeError(f"the name of a {what} is a str, not {name!r}")
+        named(what, name)
     return found
 
 

@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 from support.strikes import Strikes
@@ -150,13 +151,13 @@ def test_calls_side_by_side_are_made_where_threads_die_before_they_say_that_they
 ) -> None:
     """Without memory for it, a thread ends before it does anything, and whoever waits for its first word waits for ever."""
     monkeypatch.setattr(threads, "START_SECONDS", 0.0)
-    late: list[threading.Thread] = []
-    monkeypatch.setattr(threads.SureThread, "_bootstrap", lambda self: late.append(self))
+    late: SimpleQueue[threading.Thread] = SimpleQueue()
+    monkeypatch.setattr(threads.SureThread, "_bootstrap", lambda self: late.put(self))
     made: list[int] = []
     running = SideBySide(3)
     running.run([lambda number=number: made.append(number) for number in range(3)])
     assert made == [0, 1, 2]
-    late[0].run()  # it begins all the same, when it was given up
+    late.get(timeout=300).run()  # it begins all the same, when it was given up
     running.close()
 
 

@@ -123,7 +123,7 @@ def test_a_verb_is_done_to_the_machine_that_was_opened(
     [
         ("snapshot", machines, "kept_off"),
         ("revert", onionskin.Store, "_open_ram"),
-        ("revert", onionskin.Store, "_open_to_write"),
+        ("revert", onionskin.Store, "_lock_volume"),
         ("start fresh", machines, "kept_off"),
         ("merge", machines, "snapshots_kept"),
         ("discard", machines, "kept_off"),

@@ -128,6 +128,11 @@ ASKED_FOR: dict[str, Callable[[onionskin.Store, Any], object]] = {
     "a view": lambda store, name: store.open("a", snapshot=name),
     "usage": lambda store, name: store.usage(name),
     "a machine": lambda store, name: store.machine_info(name),
+    "a machine to open": lambda store, name: store.open_machine(name),
+    "snapshots of a machine": lambda store, name: store.machine_snapshots(name),
+    "usage of a machine": lambda store, name: store.machine_usage(name),
+    "lineage of a machine": lambda store, name: store.machine_lineage(name),
+    "a machine to rename": lambda store, name: store.rename_machine(name, "other"),
     "machines to delete": lambda store, name: store.delete_machines(name),
     "a note": lambda store, name: store.set_note("a", name, "text"),
 }
