@@ -18,6 +18,7 @@ from onionskin.base.naming import some_of
 from onionskin.base.paths import FilePath
 from onionskin.base.signals import DeferredInterrupt
 from onionskin.catalog import BaseRow, Catalog, LayerRow, SnapshotRow, WorkRow, new_id
+from onionskin.catalog.sqlite_errors import damaged
 from onionskin.catalog.tree import descendants, find_snapshot, remove_unreachable_layers
 from onionskin.errors import ChainError, StateError
 from onionskin.operations import copy, reclaim
@@ -133,7 +134,8 @@ def _begin_base_merge(volume: OpenHead, target: bytes, *, is_new: bool) -> Chain
     """
     store, catalog = volume.store, volume.store.catalog
     folded = read_chain(catalog, target)
-    assert folded.base is not None and volume.base_lock is not None
+    if folded.base is None or volume.base_lock is None:
+        raise damaged(catalog.path, f"a merge of volume {volume.name!r} into its base was begun, but it has no base")
     copy.check_room(store, folded, volume.base_lock)
     volume.base_lock.write_alone()
     try:

@@ -241,3 +241,19 @@ def test_a_head_without_a_segment_that_each_has_is_damage(
             return
         with pytest.raises(onionskin.FormatError, match=f"has (no|0) {role} segment"):
             store.open("db", mode=mode)
+
+
+def test_a_merge_into_the_base_that_a_volume_does_not_have_is_damage(store_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(store_path, tmp_path / "store")
+    with closing(sqlite3.connect(tmp_path / "store" / "catalog.db")) as catalog:
+        catalog.execute(
+            "INSERT INTO pending (kind, target, lock_byte, wipe, done_bytes)"
+            " SELECT 'base-merge', head, 0, 'release', 0 FROM volumes WHERE name = 'db'"
+        )
+        catalog.commit()
+    with (
+        onionskin.Store(tmp_path / "store") as store,
+        store.open("db") as db,
+        pytest.raises(onionskin.FormatError, match="'db' into its base was begun, but it has no base"),
+    ):
+        db.merge_into_base()
