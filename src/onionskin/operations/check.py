@@ -24,7 +24,7 @@ from onionskin.kernels._maplog import MAGIC_SEGMENT, decode_header
 from onionskin.operations.locked_maps import locked_maps
 from onionskin.operations.unflushed import has_unflushed
 from onionskin.storage.block_maps import load_map, open_map
-from onionskin.storage.chain import check_base
+from onionskin.storage.chain import ChainBusyError, check_base
 from onionskin.storage.layout import listed
 from onionskin.storage.locks import stands_for_many, volume_holder
 from onionskin.storage.open_store import OpenStore
@@ -236,6 +236,8 @@ def _check_left(store: OpenStore, rows: _Rows) -> Iterator[Problem]:
         found = _looks(dirty)
         try:
             opened = store.open_layer(volume.head, dirty=dirty)
+        except ChainBusyError:
+            pass  # since the rows were read, others got another head for it; or they wipe, and an opening waits for them
         except StateError as error:
             if not _is_held(store, volume) and _looks(dirty) == found:
                 yield Problem("error", f"volume {volume.name!r} cannot be opened: {error}", str(dirty), "as it says")

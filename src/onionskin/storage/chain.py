@@ -55,12 +55,16 @@ class Chain(NamedTuple):
         return {segment.id: segment.lock_byte for rows in self.segments.values() for segment in rows}
 
 
+class ChainBusyError(StateError):
+    """What another process has done, or does now, keeps a chain from being locked. It is no damage."""
+
+
 def read_chain(catalog: Catalog, layer_id: bytes) -> Chain:
     """Read a chain from the catalog, in one state of it."""
     with catalog.reading():
         layers = catalog.chain(layer_id)
         if not layers:
-            raise StateError("the layer is gone: another process changed the tree; try again")
+            raise ChainBusyError("the layer is gone: another process changed the tree; try again")
         return Chain(tuple(layers), catalog.segments_of(layers), catalog.base_of(layers[0]))
 
 
@@ -83,7 +87,7 @@ def lock_chain(catalog: Catalog, layer_id: bytes, locks: ByteLocks) -> Chain:
                 return chain
             locks.keep_shared(held_before)
         elif time.monotonic() > deadline:
-            raise StateError("files of the volume are being wiped by another process; try again when it is done")
+            raise ChainBusyError("files of the volume are being wiped by another process; try again when it is done")
         else:
             time.sleep(0.01)  # another process frees slots in one of the files; no event tells us when it is done
 
