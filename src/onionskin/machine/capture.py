@@ -3,8 +3,7 @@
     rounds      RAM is written to the RAM volume while the machine runs, again and again, until little is left
     ready       all is done that the cut of the disks needs, while the machine runs
     stop        of the machine
-    cut         at the same time: the disks are cut; the state of the devices is saved; RAM is collected for the last time;
-                what the rounds wrote is made durable
+    cut         at the same time: the disks are cut; the state of the devices is saved; RAM is collected for the last time
     go on       of the machine
     write       the rest of RAM and the state are written to the RAM volume, while what was cut of the disks is made durable
     commit      the RAM volume is made durable, and one transaction seals it, and names all
@@ -17,9 +16,8 @@ of them are collected anew: so the next snapshot has them.
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -182,8 +180,6 @@ def _captured(
             ram.stream(running.ram_volume)  # what was written meanwhile
         with stopped(process) as stop:
             cutting.cut()
-            if mode == "live":
-                node.meanwhile(partial(_flush_rounds, running, cutting.wait_until_ended))
             devices = process.save_state(ram.collect)
             cutting.wait_until_cut()
             running.refuse_other_devices("nothing was taken", devices)
@@ -255,10 +251,6 @@ class _Cutting:
         self._is_cut.wait()
         self._raise_what_failed()
 
-    def wait_until_ended(self) -> None:
-        """Wait until the disks are cut, or cannot be."""
-        self._is_cut.wait()
-
     def _raise_what_failed(self) -> None:
         assert self._sealing is not None
         if self._sealing.done():
@@ -294,10 +286,6 @@ class _NodeOfState:
         """Return when the state can be saved, or raise what kept it from that."""
         self._prepared.result()
 
-    def meanwhile(self, work: Callable[[], None]) -> None:
-        """Do something else in the thread, which is there already, while the state is saved."""
-        self._thread.submit(work)
-
     def let_go(self) -> None:
         """Begin to let go of the file. Further calls do nothing.
 
@@ -306,17 +294,6 @@ class _NodeOfState:
         if not self._is_let_go:
             self._is_let_go = True
             self._thread.submit(_finish_state, self._running)
-
-
-def _flush_rounds(running: Running, wait_until_cut: Callable[[], None]) -> None:
-    """Make durable what the rounds wrote of RAM, and the files that it is in, so that the commit waits for the rest alone.
-
-    Not before the disks are cut: for that, and for the stop, others may sync their files, while the guest stands still, and
-    all would wait for one journal of the file system. Where it fails, the commit says what is wrong.
-    """
-    wait_until_cut()
-    with suppress(OSError, OnionskinError):
-        running.ram_volume._opened.on_path(lambda path: path.flush())
 
 
 def _finish_state(running: Running) -> None:

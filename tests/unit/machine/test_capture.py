@@ -5,7 +5,6 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -438,47 +437,6 @@ def test_a_machine_that_boots_again_has_nothing_of_the_ram_before(
         booted.close()
     finally:
         fresh.close()
-
-
-def test_what_the_rounds_wrote_is_durable_before_the_commit_of_a_live_snapshot(
-    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    frames: list[int] = []
-    real = MachineCut.commit
-
-    def commit(*given: Any, **named: Any) -> object:
-        path = running.ram_volume._opened.path
-        assert within(300, lambda: path.log_state()[1] > 0), "only the commit makes RAM durable"
-        frames.append(path.log_state()[1])
-        return real(*given, **named)
-
-    monkeypatch.setattr(MachineCut, "commit", commit)
-    for page in range(50):
-        process.write(page, page)
-    capture.snapshot(running, "a")
-    assert frames == [1]
-
-
-def test_a_snapshot_whose_ram_could_not_be_made_durable_beforehand_is_taken_all_the_same(
-    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[bool] = []
-
-    class Full:
-        def on_path(self, call: object) -> None:
-            told.append(process.is_paused)
-            raise OSError(28, "no room")
-
-    real = capture._flush_rounds
-
-    def flush(running: Running, wait_until_cut: Callable[[], None]) -> None:
-        real(SimpleNamespace(ram_volume=SimpleNamespace(_opened=Full())), wait_until_cut)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(capture, "_flush_rounds", flush)
-    kept = keep_reference(process)
-    process.write(7, 7)
-    capture.snapshot(running, "a")
-    assert len(told) == 1 and ram_of(running, "a") == kept[0]
 
 
 def test_the_devices_are_looked_at_while_the_machine_stands_still(
