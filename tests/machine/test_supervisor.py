@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 import pytest
 from support.guests import SECONDS_MAX, Console, configuration, count_in, has_ended, stop_process, until
+from support.logs import words_of
 
 import onionskin
 from onionskin.base.sockets import credentials_of
@@ -457,7 +458,7 @@ def test_a_stop_with_a_dead_server_ends_with_an_error_in_bounded_time_and_the_ma
             os.kill(server, signal.SIGCONT)
         screen.wait_ticks(5)
     assert lab.state == "running"
-    assert [record.getMessage() for record in caplog.records if record.name == "onionskin.machine.control"] == [
+    assert words_of(caplog, "onionskin.machine.control") == [
         f"waiting for process {server}, which serves the disks of machine 'lab': it is stopped; kill -CONT lets it go on, or "
         "thawing its cgroup"
     ]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy
 import pytest
+from support.logs import words_of
 from support.servers import Serve, onionskin, stop
 
 import onionskin as library
@@ -47,7 +48,7 @@ def test_a_verb_on_a_server_that_was_stopped_ends_and_says_which_process_it_is(
         ended = onionskin(*(word.format(f"{vms}/web") for word in words), status=5)
         assert f"process {pid}, which serves volume 'web', has not answered" in ended.stderr
         assert ended.stderr.count("\n") == 1
-        assert [record.message for record in caplog.records] == [
+        assert words_of(caplog, "onionskin.control.client") == [
             f"waiting for process {pid}, which serves volume 'web': it is stopped; kill -CONT lets it go on (at most 0 s)"
         ]
     monkeypatch.undo()

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.logs import words_of
 from support.machines import snapshot_live
 from support.stand_in import RECORDED
 
@@ -257,7 +258,7 @@ def test_who_waits_for_a_supervisor_that_says_nothing_is_told_for_whom(
     here, there = socket.socketpair()
     with there, pytest.raises(StateError, match="has not answered"):
         MachineControl(here, "lab")
-    assert [record.message for record in caplog.records] == [
+    assert words_of(caplog, "onionskin.control.client") == [
         f"waiting for process {os.getpid()}, which supervises machine 'lab': "
         "it is silent, and may hang on its disk (at most 0 s)"
     ]
@@ -284,7 +285,7 @@ def test_who_waits_for_a_supervisor_that_waits_itself_is_told_once_for_whom(
     with control:
         assert control.call("pause") is True
     server.close()
-    assert [record.message for record in caplog.records if record.name == "onionskin.machine.control"] == [
+    assert words_of(caplog, "onionskin.machine.control") == [
         "waiting for process 5, which serves the disks of machine 'lab': it is stopped; kill -CONT lets it go on, or thawing "
         "its cgroup"
     ]
