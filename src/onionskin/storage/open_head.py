@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 _log = logger(__name__)
 
+_LOOK_SECONDS = 0.002  # after so long a first write looks again whether an operation, which goes on, opened the head
+
 Result = TypeVar("Result")
 
 
@@ -431,16 +433,30 @@ class OpenHead(OpenDisk):
 
         Until then the lock of the volume kept others from the head, and this handle made no change to it. What lies below
         may be other layers by now, which read the same: so the head is opened as any other, by what the catalog says now.
-        A write waits here for an operation on the volume that is under way; none waits for a write that has not begun.
+        A write waits here for whoever holds the guard, until the head is open: an operation opens it first, and may then wait
+        for this very write, as one does that cuts the disks of a machine, which stops when its writes are answered.
         """
         if self._unwritten is None or self._forked:  # the usual case: it is looked at again under the guard
             return False
-        with self.guard, DeferredInterrupt():
+        is_held = False
+        try:
+            while not is_held and self._unwritten is not None:
+                with DeferredInterrupt():  # else one might come when the guard is there, and nobody knows
+                    is_held = self.guard.acquire(timeout=_LOOK_SECONDS)
             unwritten = self._unwritten
             if unwritten is None:
                 return True  # another thread was faster, and the caller goes on with the path that it opened
             if self._closed:
                 return False
+            self._open_unwritten(unwritten)
+        finally:
+            if is_held:
+                self.guard.release()
+        unwritten.after_open(self)
+        return True
+
+    def _open_unwritten(self, unwritten: Unwritten) -> None:
+        with DeferredInterrupt():
             opened = unwritten.open_head(self)
             # Nobody writes before all are told: a write that was answered has to be seen by whoever reads.
             opened.path.freeze(opened.path.log_state()[1])
@@ -454,8 +470,6 @@ class OpenHead(OpenDisk):
             # Later reads go to the new path, where they find what is written from now on. Those under way in the view
             # are waited for, if nobody else reads it.
             self.store.views.end(unwritten.use)
-        unwritten.after_open(self)
-        return True
 
     @property
     def writable(self) -> bool:

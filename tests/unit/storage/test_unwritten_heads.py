@@ -4,6 +4,7 @@ import gc
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.listing import found_in
@@ -168,6 +169,55 @@ def test_a_first_write_goes_on_where_another_thread_opened_the_head_meanwhile(
         write(fork)
         monkeypatch.undo()
         assert fork.head_changed
+
+
+class ToldGuard:
+    """The guard of a head, which tells when another thread is about to wait for it."""
+
+    def __init__(self, head: OpenHead) -> None:
+        self._guard = head.guard
+        self._thread = threading.get_ident()
+        self.is_wanted = threading.Event()
+
+    def acquire(self, *given: Any, **named: Any) -> bool:
+        if threading.get_ident() != self._thread:
+            self.is_wanted.set()
+        return self._guard.acquire(*given, **named)
+
+    def release(self) -> None:
+        self._guard.release()
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+def test_a_first_write_waits_for_no_operation_that_opened_the_head_meanwhile(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a machine that is cut, the operation waits until its writes were answered: both would wait for each other."""
+    with store.open("job-1") as fork:
+        head = head_of(fork)
+        guard = ToldGuard(head)
+        is_written = threading.Event()
+        open_head = head._unwritten.open_head  # type: ignore[union-attr]
+
+        def write() -> None:
+            fork.write(0, b"b")
+            is_written.set()
+
+        def open_when_a_write_waits(head: OpenHead) -> Any:
+            threading.Thread(target=write, daemon=True).start()
+            assert guard.is_wanted.wait(300)
+            return open_head(head)
+
+        monkeypatch.setattr(head, "guard", guard)
+        monkeypatch.setattr(head, "_unwritten", head._unwritten._replace(open_head=open_when_a_write_waits))  # type: ignore[union-attr]
+        with head.operation():
+            assert is_written.wait(60)
+        assert fork.read(0, 1) == b"b"
 
 
 def test_a_base_that_changed_is_seen_by_the_opening_of_a_fork_though_another_one_is_open(tmp_path: Path) -> None:
