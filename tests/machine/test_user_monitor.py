@@ -32,16 +32,16 @@ def user(lab: LabMachine) -> Iterator[Monitor]:
         yield user
 
 
-def after(lab: LabMachine, monkeypatch: pytest.MonkeyPatch, method: str, what: Callable[[], object]) -> None:
-    """Have something done behind a step of the hypervisor's."""
-    step = getattr(lab.process, method)
+def after(of: object, monkeypatch: pytest.MonkeyPatch, method: str, what: Callable[[], object]) -> None:
+    """Have something done behind a step."""
+    step = getattr(of, method)
 
     def call(*given: object) -> object:
         result = step(*given)
         what()
         return result
 
-    monkeypatch.setattr(lab.process, method, call)
+    monkeypatch.setattr(of, method, call)
 
 
 @pytest.mark.parametrize(("command", "said"), [("cont", "let the machine go on"), ("system_reset", "was reset")])
@@ -49,9 +49,9 @@ def test_what_its_user_disturbs_is_not_taken_for_a_snapshot(
     lab: LabMachine, user: Monitor, monkeypatch: pytest.MonkeyPatch, command: str, said: str
 ) -> None:
     with monkeypatch.context() as patched:
-        after(lab, patched, "save_state", lambda: user.execute(command))
+        after(lab.running.guest_ram, patched, "collect", lambda: user.execute(command))
         if command == "system_reset":  # which is asked for, and done a moment later
-            after(lab, patched, "save_state", lambda: lab.process.monitor.execute("query-status"))
+            after(lab.running.guest_ram, patched, "collect", lambda: lab.process.monitor.execute("query-status"))
         with pytest.raises(StateError, match=f"{said}.* while it stood still"):
             capture.snapshot(lab.running, "ready")
     assert not lab.process.is_paused

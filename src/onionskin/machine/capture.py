@@ -172,6 +172,11 @@ def _captured(
 ) -> tuple[float, list[str]]:
     """Cut the disks, collect RAM, and save the state of the devices, all as they are at one instant."""
     process, ram = running.process, running.guest_ram
+
+    def collect() -> None:
+        ram.collect()
+        cutting.wait_until_cut()  # what is heard behind all of it says whether the machine stood still for it
+
     node.wait_until_prepared()
     with _frozen(running, freeze) as frozen:
         cutting.begin()
@@ -180,8 +185,7 @@ def _captured(
             ram.stream(running.ram_volume)  # what was written meanwhile
         with stopped(process) as stop:
             cutting.cut()
-            devices = process.save_state(ram.collect)
-            cutting.wait_until_cut()
+            devices = process.save_state(collect)
             running.refuse_other_devices("nothing was taken", devices)
             stop.refuse_disturbed("a snapshot, of which nothing was taken", is_heard=True)
     return stop.seconds, frozen

@@ -238,23 +238,32 @@ class Monitor:
         """Run a command that starts a job, and wait until the job has ended well.
 
         `then` is asked for with how it ended, and this returns what it returns. `meanwhile` is called while the job runs; the
-        end of the job is waited for also where that fails.
+        end of the job is waited for also where that fails. QEMU is asked behind both: so all is heard that it reported until
+        `meanwhile` had ended.
         """
         failed: list[BaseException] = []
+        has_ended = asyncio.Event()
 
         def guarded() -> None:
             try:
                 meanwhile()
             except BaseException as error:  # which is not QEMU's
                 failed.append(error)
+            finally:
+                with suppress(RuntimeError):  # the connection was closed
+                    self._loop.call_soon_threadsafe(has_ended.set)
 
-        answers = self._await(self._job(command, arguments, then), command, seconds, meanwhile=guarded)
+        answers = self._await(self._job(command, arguments, then, has_ended), command, seconds, meanwhile=guarded)
         if failed:
             raise failed[0]
         return list(answers)
 
     async def _job(
-        self, command: str, arguments: dict[str, Any], then: Sequence[tuple[str, dict[str, Any] | None]]
+        self,
+        command: str,
+        arguments: dict[str, Any],
+        then: Sequence[tuple[str, dict[str, Any] | None]],
+        behind: asyncio.Event,
     ) -> list[Any]:
         # Each has a name of its own: one that timed out may still run.
         job = f"{JOB_PREFIX}{command}-{os.getpid()}-{next(self._numbers)}"
@@ -262,6 +271,7 @@ class Monitor:
         with self._client.listener("JOB_STATUS_CHANGE", lambda event: _has_ended(event, job)) as ended:
             await self._client.execute(command, {**arguments, "job-id": job})
             await ended.get()
+        await behind.wait()
         asked = (self._client.execute(*one) for one in (("query-jobs", None), *then))
         jobs, *answers = await asyncio.gather(*asked)
         found = next((one for one in cast("list[Any]", jobs) if one["id"] == job), None)

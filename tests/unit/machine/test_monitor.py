@@ -355,6 +355,20 @@ def test_what_is_to_be_asked_behind_a_job_is_asked_with_how_it_ended(qemu: Qemu,
     assert qemu.heard == ["qmp_capabilities", "start-job", "query-jobs", "next", "last", "job-dismiss"]
 
 
+def test_what_is_asked_behind_a_job_is_asked_behind_what_is_done_meanwhile(qemu: Qemu, path: Path) -> None:
+    """So what QEMU reported until then is heard with the answer."""
+    qemu.job_error = None
+    with Monitor(path, "lab") as monitor:
+
+        def ask() -> None:
+            for _ in range(3):  # with the first answer the end of the job is heard; what is asked then comes before the others
+                monitor.execute("meanwhile")
+
+        monitor.run_job("start-job", {}, meanwhile=ask)
+        qemu.wait_for("job-dismiss")
+    assert qemu.heard == ["qmp_capabilities", "start-job", *["meanwhile"] * 3, "query-jobs", "job-dismiss"]
+
+
 def test_the_end_of_a_job_is_waited_for_where_what_is_done_meanwhile_fails(qemu: Qemu, path: Path) -> None:
     def fail() -> None:
         raise OSError("what is done meanwhile")
