@@ -297,7 +297,8 @@ class Process(Protocol):
     def save_state(self, meanwhile: Callable[[], object] = lambda: None) -> list[str]:
         """Write the state of its devices into the prepared file, while it is stopped. Return the devices, as `plugged`.
 
-        `meanwhile` is called while that is written. On return all is heard that was reported until both had ended (`hear_all`).
+        `meanwhile` is called while that is written. On return all is heard that was reported until both had ended: see
+        `hear_all`.
         """
 
     def finish_state(self) -> None:

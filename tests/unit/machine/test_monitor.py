@@ -361,7 +361,7 @@ def test_what_is_asked_behind_a_job_is_asked_behind_what_is_done_meanwhile(qemu:
     with Monitor(path, "lab") as monitor:
 
         def ask() -> None:
-            for _ in range(3):  # with the first answer the end of the job is heard; what is asked then comes before the others
+            for _ in range(3):  # with the first answer the end of the job is heard; what is asked then comes next
                 monitor.execute("meanwhile")
 
         monitor.run_job("start-job", {}, meanwhile=ask)
