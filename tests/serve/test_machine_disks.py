@@ -1,7 +1,7 @@
 """Machines whose disks are served, as they are while a guest runs: cut, put back and tidied through the control socket."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,45 @@ def test_served_disks_are_cut_at_one_instant_and_named_at_the_commit(store: onio
         cut.commit("ready", mode="live", configuration=CONFIGURATION, ram=ram._opened.to_write(), state_bytes=1)
     assert (read_at(store, "web", "ready"), read_at(store, "data", "ready")) == (b"then", bytes(4))
     assert web.read(0, 4) == data.read(0, 4) == b"late"
+
+
+def test_a_server_waits_for_a_machine_that_is_long_in_stopping(
+    store: onionskin.Store, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does while its caller says so. Meanwhile what the guest writes is answered: else the machine would not stop."""
+    hear = groups.Talk.hear
+    asked: list[str] = []
+
+    def hear_and_note(self: groups.Talk, *steps: str) -> dict[str, Any]:
+        found = hear(self, *steps)
+        asked.append(str(found.get("step")))
+        return found
+
+    def stop(keep_waiting: Callable[[], None]) -> None:
+        for _ in range(3):
+            keep_waiting()
+            disk_of(server, "web").write(0, b"then")
+            disk_of(server, "web").flush()
+
+    monkeypatch.setattr(groups.Talk, "hear", hear_and_note)
+    with store._open_to_write("lab.ram", for_machine=True) as ram, store._cut_machine("lab") as cut:
+        cut.seal(when_ready=stop)
+        cut.commit("ready", mode="live", configuration=CONFIGURATION, ram=ram._opened.to_write(), state_bytes=1)
+    assert [step for step in asked if step != "enter"] == ["wait", "wait", "wait", "begin", "sync", "end"]
+    assert read_at(store, "web", "ready") == b"then"
+
+
+def test_who_is_long_in_stopping_a_machine_is_not_waited_for_without_end(
+    store: onionskin.Store, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(keep_waiting: Callable[[], None]) -> None:
+        monkeypatch.setattr(groups, "GROUP_SECONDS", -1.0)
+        keep_waiting()
+
+    with store._cut_machine("lab") as cut, pytest.raises(StateError, match="has not begun"):
+        cut.seal(when_ready=stop)
+    monkeypatch.undo()
+    snapshot(store, "ready")
 
 
 def test_what_is_abandoned_of_served_disks_goes_with_the_next_cut(store: onionskin.Store, server: Server) -> None:

@@ -11,8 +11,9 @@ asks for the verb `group` with the volumes that it looks for. Then both ends spe
     caller: sync      server: synced    the rest is durable; this describes the sealed heads
     caller: end       server: result    the volumes go on with the heads that the catalog has
 
-`enter` may come more than once, since volumes are held in the order of their ids, whoever has them. Instead of `sync` or
-`end` the caller may say `give up`: then the volumes go on with their old heads.
+`enter` may come more than once, since volumes are held in the order of their ids, whoever has them. Before `begin` the caller
+may say `wait`, which is not answered: it needs longer than a step may take, as QEMU does to be stopped whose disks are slow.
+Instead of `sync` or `end` it may say `give up`: then the volumes go on with their old heads.
 
 What must hold: writers wait from `hold` to `cut` only, and for HOLD_SECONDS at most; where one server has all volumes, it
 hears both at once, so its writers wait for nobody, and it may answer as late as any sign of life. The words of both are fixed
@@ -282,14 +283,16 @@ def _enter(talk: Talk, here: Mapping[str, OpenHead], held: ExitStack) -> list[Op
     heads: dict[str, OpenHead] = {}
     deadline = time.monotonic() + OPERATION_SECONDS
     begun = time.monotonic()
-    while (step := talk.hear("enter", "begin"))["step"] == "enter":
+    while (step := talk.hear("enter", "begin", "wait"))["step"] != "begin":
+        if time.monotonic() - begun > GROUP_SECONDS:
+            raise StateError(f"the group's caller has not begun within {GROUP_SECONDS:.0f} s; it was stopped")
+        if step["step"] == "wait":
+            continue
         ids = step.get("volumes")
         if not isinstance(ids, list) or not all(isinstance(id, str) and id in here for id in ids):
             raise FormatError("the group's caller wants to hold volumes that it was not told of")
         if not ids:  # it could go on so for ever, and what it holds would be held for ever
             raise FormatError("the group's caller wants to hold no volume")
-        if time.monotonic() - begun > GROUP_SECONDS:
-            raise StateError(f"the group's caller has not begun within {GROUP_SECONDS:.0f} s; it was stopped")
         if len({*ids, *heads}) < len(ids) + len(heads):
             raise FormatError("the group's caller wants to hold a volume twice")
         for id in ids:
@@ -454,6 +457,10 @@ class GroupServer:
         if self._is_entering:
             self._hear("entered")
             self._is_entering = False
+
+    def ask_to_wait(self) -> None:
+        """Have it wait for as long again as it waits for a step."""
+        self._say("wait")
 
     def ask_to_begin(self) -> None:
         """Have it make durable most of what was written."""

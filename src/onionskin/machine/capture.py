@@ -36,6 +36,7 @@ _log = logger(__name__)
 
 MODES = ("live", "pause")
 ROUNDS_MAX = 12
+KEEP_SECONDS = 5.0  # how often who serves the disks is told that the machine is not stopped yet
 FEW_PAGES = 128  # so many are collected in less than a millisecond
 
 
@@ -177,10 +178,10 @@ def _captured(
         ram.collect()
         cutting.wait_until_cut()  # what is heard behind all of it says whether the machine stood still for it
 
+    cutting.begin()  # from here on who serves the disks waits for as long as it takes
     node.wait_until_prepared()
+    go_on()
     with _frozen(running, freeze) as frozen:
-        cutting.begin()
-        go_on()
         if mode == "live" and isinstance(ram, GuestRam):
             ram.stream(running.ram_volume)  # what was written meanwhile
         with stopped(process) as stop:
@@ -235,9 +236,10 @@ class _Cutting:
         self._is_ready.wait()
         self._raise_what_failed()
 
-    def _wait(self) -> None:
+    def _wait(self, keep_waiting: Callable[[], None]) -> None:
         self._is_ready.set()
-        self._is_told.wait()
+        while not self._is_told.wait(KEEP_SECONDS):  # QEMU stops when its disks are flushed, which may be slow
+            keep_waiting()
         if not self._goes_on:
             raise _NotCut
 

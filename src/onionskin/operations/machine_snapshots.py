@@ -35,7 +35,7 @@ from onionskin.operations import machines, reclaim, snapshot_names, staged_volum
 from onionskin.operations.fold import fold_unnamed_below, fold_where_unnamed
 from onionskin.operations.group_snapshot import Finder, Opener, open_heads
 from onionskin.operations.hidden_blocks import free_hidden
-from onionskin.operations.seal import Part, RemoteHead, seal_together
+from onionskin.operations.seal import Part, Ready, RemoteHead, seal_together
 from onionskin.operations.snapshots import in_operations
 from onionskin.storage.chain import NewHead, insert_heads
 from onionskin.storage.locks import VolumeLock
@@ -84,12 +84,13 @@ class MachineCut:
 
     # ---- the cut ----
 
-    def seal(self, when_cut: Callable[[], None] = lambda: None, when_ready: Callable[[], None] = lambda: None) -> None:
+    def seal(self, when_cut: Callable[[], None] = lambda: None, when_ready: Ready = lambda keep_waiting: None) -> None:
         """Cut all disks at one instant. What was cut stays until `commit` or `abandon`.
 
         Durable on return, with no name yet. `when_ready` is called when all is done that can be done while the guest runs;
-        on its return the guest stands still, and if it raises, nothing is cut. `when_cut` is called as soon as what the guest
-        writes is in the snapshot no more: it may run from then on, while this makes durable what was cut.
+        on its return the guest stands still, and if it raises, nothing is cut. It calls what it is given every few seconds,
+        so that who serves the disks waits for it. `when_cut` is called as soon as what the guest writes is in the snapshot no
+        more: it may run from then on, while this makes durable what was cut.
 
         Raises
         ------
@@ -99,7 +100,7 @@ class MachineCut:
         if self._is_sealed or self._is_ended:
             raise StateError(f"the disks of machine {self.machine.name!r} were cut before; begin another snapshot")
         if not self._disks:
-            when_ready()
+            when_ready(lambda: None)
             when_cut()
         else:
             with in_operations([disk.head for disk in self._disks]):

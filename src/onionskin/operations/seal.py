@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 Check = Callable[[], None]
 Also = Callable[[LayerRow, LayerRow], None]
+Ready = Callable[[Check], None]
 
 
 @record
@@ -343,6 +344,9 @@ class RemoteProcess(Protocol):
     def words(self, *, is_alone: bool) -> tuple[bytes, bytes, bytes, bytes, float]:
         """What is said at the cut, as `kernels.cut_heads` takes it. `is_alone`: no writers wait but those of this process."""
 
+    def ask_to_wait(self) -> None:
+        """Have it wait for longer until it is asked to begin. It does not wait for as long as it takes without this."""
+
     def ask_to_begin(self) -> None:
         """Have it make durable most of what was written."""
 
@@ -373,12 +377,13 @@ def begin_seals(
     volumes: Sequence[OpenHead],
     remotes: Sequence[RemoteHead] = (),
     when_cut: Check = lambda: None,
-    when_ready: Check | None = None,
+    when_ready: Ready | None = None,
 ) -> Iterator[list[Sealing]]:
     """Cut heads at one instant, and make durable what was written; in the block one transaction writes their rows.
 
     `when_ready` is called when all is done that can be done beforehand, and before flushes have to wait for this seal. Where
-    it raises, nothing was begun. `when_cut` is called when writers go on, before anything is synced.
+    it raises, nothing was begun. If it takes seconds, it calls what it is given every few of them, so that the other
+    processes wait for it. `when_cut` is called when writers go on, before anything is synced.
 
     At the end of the block each data path here is told which head goes on: the new one, or, where the catalog does not
     have that, the old one. In an operation of each volume. Behind the block, `Sealing.finish` is called.
@@ -394,7 +399,7 @@ def begin_seals(
                 for process in processes:
                     process.entered()
             if when_ready:
-                when_ready()
+                when_ready(lambda: _ask_to_wait(processes))
             for process in processes:
                 process.ask_to_begin()
             begin_each(sealings)
@@ -414,6 +419,11 @@ def begin_seals(
         for sealing in sealings:
             sealing.give_back_reclaims()
         raise
+
+
+def _ask_to_wait(processes: Sequence[RemoteProcess]) -> None:
+    for process in processes:
+        process.ask_to_wait()
 
 
 def processes_of(remotes: Sequence[RemoteHead]) -> list[RemoteProcess]:
@@ -499,7 +509,7 @@ def seal_together(
     then: Check = lambda: None,
     *,
     check: Check = lambda: None,
-    when_ready: Check | None = None,
+    when_ready: Ready | None = None,
     when_cut: Check = lambda: None,
 ) -> list[LayerRow]:
     """Seal heads at one instant and in one transaction, and go on in new ones. Returns the sealed layers.

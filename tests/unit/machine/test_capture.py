@@ -452,3 +452,27 @@ def test_the_devices_are_looked_at_while_the_machine_stands_still(
     monkeypatch.setattr(process, "plugged", look)
     capture.snapshot(running, "a")
     assert stood == [True]
+
+
+def test_who_serves_the_disks_is_told_while_a_machine_is_long_in_stopping(monkeypatch: pytest.MonkeyPatch) -> None:
+    class SlowCut:
+        times = 0
+        is_told = threading.Event()
+
+        def seal(self, when_cut: Callable[[], None], when_ready: Callable[[Callable[[], None]], None]) -> None:
+            when_ready(self.keep_waiting)
+            when_cut()
+
+        def keep_waiting(self) -> None:
+            self.times += 1
+            if self.times == 3:
+                self.is_told.set()
+
+    monkeypatch.setattr(capture, "KEEP_SECONDS", 0.001)
+    cut = SlowCut()
+    with capture._Cutting(cut) as cutting:  # type: ignore[arg-type]
+        cutting.begin()
+        assert cut.is_told.wait(300)
+        cutting.cut()
+        cutting.wait_until_cut()
+        cutting.result()
