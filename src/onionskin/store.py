@@ -51,6 +51,7 @@ from onionskin.storage.chain import (
     described_base,
     read_chain,
     refuse_half_merged,
+    refuse_written_next,
     replace_spare,
     unfinished_base_merges,
 )
@@ -615,6 +616,7 @@ class Store:
         from onionskin.operations import reclaim
 
         spare = self._opened.catalog.spare_of(head)
+        refuse_written_next(self._opened.layout, spare.id)
         path = self._opened.layout.segment_file(spare.id)
         if bytes_in(path) > HEADER_BYTES:
             self._opened.change(lambda: replace_spare(self._opened.catalog, head))

@@ -184,6 +184,7 @@ class Connection:
     def __init__(self, path: FilePath, *, create: bool, read_only: bool = False) -> None:
         self.path = path
         self.read_only = read_only
+        self.is_not_its_own: str | None = None  # why nothing is changed: it is not the catalog of these files
         self._copy: TemporaryDirectory[str] | None = None
         self._guard = threading.RLock()
         self._forked = False
@@ -444,7 +445,9 @@ class Connection:
             yield
 
     def refuse_read_only(self) -> None:
-        """Raise OSError if the store may only be read."""
+        """Raise OSError if the store may only be read, and FormatError if its catalog does not belong to its files."""
+        if self.is_not_its_own is not None:
+            raise FormatError(self.is_not_its_own)
         if self.read_only:
             number, why = why_not_written(self.path)
             raise OSError(number, f"the store is read-only: {why}", str(self.path.parent))
@@ -512,7 +515,7 @@ class Connection:
         This must be done before the commit could do harm: before a head is opened for writing, and before a file is
         freed that this commit may name, although no reader sees the commit.
         """
-        if self._is_unknown and not self.read_only:
+        if self._is_unknown and not self.read_only and self.is_not_its_own is None:
             with self._transaction():
                 pass
 

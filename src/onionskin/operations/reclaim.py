@@ -88,6 +88,7 @@ def work_in_background(store: OpenStore) -> None:
         with suppress(OSError, OnionskinError):  # if this fails, commits make the log longer
             while not store.closed and store.catalog.make_room_in_log():
                 pass
+        store.note_progress()
 
 
 def do_work(store: OpenStore, *, policy: str | None = None) -> int:
