@@ -103,6 +103,10 @@ class OpenStore:
         The ids of the pending work whose failure was logged already.
     reported_volumes : set of bytes
         The ids of the volumes of which it was logged that they stay beyond their lifetime, and why.
+    doubted_segments : set of bytes
+        The ids of segments that are not of the layers that their rows name: nothing in them is freed.
+    work_found : int
+        The greatest id of the pending work that was there when the store was opened.
     does_work : bool
         Whether this handle has done pending work, as none does that only looks.
     """
@@ -126,6 +130,7 @@ class OpenStore:
         self.unwipeable_bytes: int = 0
         self.reported_work: set[int] = set()
         self.reported_volumes: set[bytes] = set()
+        self.doubted_segments: set[bytes] = set()
         self.does_work: bool = False
         self._progress: Progress | None = None  # as it was written to the mark
         self._noted_at = float("-inf")  # when that was, or was tried
@@ -151,6 +156,8 @@ class OpenStore:
         try:
             self.locks: ByteLocks = self.reserve.retry(lambda: ByteLocks(self.layout.lock))
             self.locks.share_store()
+            self._refuse_changes_of_another_catalog()
+            self.work_found: int = 0 if self.read_only else self.catalog.last_work()
         except BaseException:
             self.catalog.close()
             raise
