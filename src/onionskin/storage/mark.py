@@ -11,7 +11,6 @@ come as far as the mark or farther, and the mark itself needs no sync. Where the
 import os
 import stat
 from struct import Struct
-from zlib import crc32
 
 from onionskin.base.files import read_all, write_all
 from onionskin.base.modes import make_file
@@ -21,7 +20,7 @@ from onionskin.storage.layout import Layout
 
 _MARK = Struct("<8s16sQQ")
 _MAGIC = b"ONIONMRK"
-_SUM = Struct("<I")
+_INVERTED = bytes(range(256))[::-1]  # of each byte: a sum would have each verb load a module for it
 
 
 def read(path: FilePath) -> Progress | None:
@@ -31,14 +30,15 @@ def read(path: FilePath) -> Progress | None:
     except OSError:
         return None
     try:
-        found = read_all(descriptor, _MARK.size + _SUM.size) if _is_own(descriptor) else b""
+        found = read_all(descriptor, 2 * _MARK.size) if _is_own(descriptor) else b""
     except OSError:
         return None
     finally:
         os.close(descriptor)
-    if len(found) < _MARK.size + _SUM.size or _SUM.unpack(found[_MARK.size :]) != (crc32(found[: _MARK.size]),):
+    text = found[: _MARK.size]
+    if len(text) < _MARK.size or found[_MARK.size :] != text.translate(_INVERTED):
         return None
-    magic, *values = _MARK.unpack(found[: _MARK.size])
+    magic, *values = _MARK.unpack(text)
     return Progress(*values) if magic == _MAGIC else None
 
 
@@ -51,7 +51,7 @@ def write(path: FilePath, progress: Progress) -> None:
     try:
         if _is_own(descriptor):
             text = _MARK.pack(_MAGIC, *progress)
-            write_all(descriptor, text + _SUM.pack(crc32(text)))
+            write_all(descriptor, text + text.translate(_INVERTED))
     finally:
         os.close(descriptor)
 
