@@ -51,6 +51,7 @@ from onionskin.storage.chain import (
     described_base,
     read_chain,
     refuse_half_merged,
+    refuse_written_next,
     replace_spare,
     unfinished_base_merges,
 )
@@ -592,6 +593,7 @@ class Store:
                 self.path,
                 row.name,
             )
+        self._opened.catalog.refuse_other_id(row)
         self._look_at_spare(row.head)
         dirty = self._opened.layout.dirty_file(row.id)
         for left in self._opened.layout.staged_dirty_files(row.id):
@@ -615,6 +617,7 @@ class Store:
         from onionskin.operations import reclaim
 
         spare = self._opened.catalog.spare_of(head)
+        refuse_written_next(self._opened.layout, spare.id)
         path = self._opened.layout.segment_file(spare.id)
         if bytes_in(path) > HEADER_BYTES:
             self._opened.change(lambda: replace_spare(self._opened.catalog, head))
@@ -685,11 +688,25 @@ class Store:
             with head.guard:  # other threads find the handle already
                 if not head.closed:
                     fold_unnamed_below(head)
-        segments = [row.id for row in self._opened.catalog.sealed_segments_of(head.head)]
         with suppress(OSError, OnionskinError):
-            if segments:
+            if segments := self._segments_to_look_at(head):
                 reclaim.reclaim_slots(self._opened, segments, head.wipe)
+        with suppress(OSError, OnionskinError):
             reclaim.work_soon(self._opened)
+
+    def _segments_to_look_at(self, head: OpenHead) -> list[bytes]:
+        """Return the segments that a head has taken over, without those that seem to be another layer's."""
+        rows = self._opened.catalog.sealed_segments_of(head.head)
+        if not rows:
+            return []
+        unused = set(head.path.unused_segments())
+        doubtful = [row for row in rows if row.id in unused]
+        found = [row.id for row in rows if row.id not in unused]
+        if doubtful:
+            from onionskin.operations.segment_owners import without_others
+
+            found += without_others(self._opened, doubtful)
+        return found
 
     def snapshot_group(self, names: "Mapping[str, str | None]", note: str = "") -> dict[str, Snapshot]:
         """Take snapshots of several volumes at one instant: all or none. Durable on return.

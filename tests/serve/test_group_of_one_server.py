@@ -16,7 +16,7 @@ from onionskin.catalog.tree import Snapshot
 from onionskin.control import frames, groups
 from onionskin.control.client import LiveVolume
 from onionskin.nbd.server import Limits, Server
-from onionskin.operations import seal
+from onionskin.operations import seal, snapshots
 
 MIB = 1 << 20
 NAMES = ("web", "db", "log")
@@ -220,6 +220,63 @@ def test_a_server_that_wakes_up_after_its_caller_gave_up_takes_no_single_snapsho
         all_sessions_end(server)
     assert names_in(store) == [[], [], []]
     everything_goes_on(store, server)
+
+
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_a_caller_that_gives_up_inside_the_transaction_of_its_server_finds_its_one_snapshot(
+    store: onionskin.Store, server: Server, monkeypatch: pytest.MonkeyPatch, is_closed: bool
+) -> None:
+    """Also one that gave the path of the store, which nobody has open here then."""
+    stamp(server, 1)
+    with monkeypatch.context() as patch:
+        meeting = Meeting(patch, "write_sealed")
+        lose_patience(patch, meeting.is_reached)
+        hang_up = LiveVolume._hang_up
+
+        def hang_up_and_tell(live: LiveVolume) -> None:
+            hang_up(live)
+            meeting.may_go_on.set()
+
+        patch.setattr(LiveVolume, "_hang_up", hang_up_and_tell)
+        with onionskin.connect(store.path if is_closed else store, "web") as live:
+            taken = live.snapshot("s", "a note")
+        all_sessions_end(server)
+    assert [taken] == store.snapshots("web") and taken.note == "a note"
+    everything_goes_on(store, server)
+
+
+def test_a_server_that_fails_behind_its_commit_has_taken_the_one_snapshot(
+    store: onionskin.Store, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_together = snapshots.take_together
+
+    def take_and_fail(*arguments: Any, **named: Any) -> None:
+        take_together(*arguments, **named)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with onionskin.connect(store, "web") as live:
+        with monkeypatch.context() as patch:
+            patch.setattr(snapshots, "take_together", take_and_fail)
+            assert live.snapshot("s") == store.snapshots("web")[0]
+        with pytest.raises(onionskin.SnapshotExistsError, match="'s'"):
+            live.snapshot("s")
+        assert live.snapshot("t").name == "t"  # the connection goes on
+    assert names_in(store) == [["s", "t"], [], []]
+
+
+def test_a_server_that_knows_no_guid_of_a_snapshot_takes_it_all_the_same(
+    store: onionskin.Store, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = frames.checked_request
+
+    def check_as_before(request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        if "guid" in request["arguments"]:
+            raise ValueError("snapshot takes exactly these arguments: name, note")
+        return checked(request)
+
+    monkeypatch.setattr(frames, "checked_request", check_as_before)
+    with onionskin.connect(store, "web") as live:
+        assert live.snapshot("s") == store.snapshots("web")[0]
 
 
 def test_a_caller_that_gives_up_inside_the_transaction_of_its_server_finds_what_was_taken(

@@ -184,6 +184,7 @@ class Connection:
     def __init__(self, path: FilePath, *, create: bool, read_only: bool = False) -> None:
         self.path = path
         self.read_only = read_only
+        self.is_not_its_own: str | None = None  # why nothing is changed: it is not the catalog of these files
         self._copy: TemporaryDirectory[str] | None = None
         self._guard = threading.RLock()
         self._forked = False
@@ -195,6 +196,7 @@ class Connection:
         self._inode: tuple[int, int] | None = None  # of the file that is open; None: nothing is opened yet
         self._inode_of_log: tuple[int, int] | None = None  # None: the catalog is only read
         self._is_log_lost = False  # whether a sync of earlier commits failed, and the log was not replaced since
+        self._are_references_sound = False  # whether this opening has found so: see `references`
         self._log_bytes = 0  # of its file, as the last transaction found it
         self._commits = 0
         self._log_is_left = False  # whether no room can be made in it
@@ -296,9 +298,19 @@ class Connection:
             for what, query in UNSOUND_WHOLES.items():
                 table, _, fault = what.partition(": ")
                 found += [(table, _shown(id), fault) for (id,) in self._connection.execute(query)]
-            for table, _, other, _ in self._connection.execute("PRAGMA foreign_key_check").fetchall():
-                found.append((table, "", f"it names a row of {other} that is not there"))
+            for kind, table in TABLES.items():
+                found += [(table, _shown(id), fault) for id, fault in self._dangling_in(table, KEYS.get(kind, "id"))]
         return found
+
+    def _dangling_in(self, table: str, key: str) -> Iterator[tuple[Any, str]]:
+        """Yield (key, reason) of each row of a table that names a row which is not there."""
+        for _, _, other, column, named, *_ in self._connection.execute(f"PRAGMA foreign_key_list({table})").fetchall():
+            query = (
+                f"SELECT {key} FROM {table} AS one WHERE {column} IS NOT NULL"
+                f" AND NOT EXISTS (SELECT 1 FROM {other} AS other WHERE other.{named or 'id'} = one.{column})"
+            )
+            for (id,) in self._connection.execute(query).fetchall():
+                yield id, f"its {column} names a row of {other} that is not there"
 
     def sync_found(self) -> None:
         """Make the visible commits durable. After a crash, a visible commit may be one that a power loss would undo.
@@ -444,7 +456,9 @@ class Connection:
             yield
 
     def refuse_read_only(self) -> None:
-        """Raise OSError if the store may only be read."""
+        """Raise OSError if the store may only be read, and FormatError if its catalog does not belong to its files."""
+        if self.is_not_its_own is not None:
+            raise FormatError(self.is_not_its_own)
         if self.read_only:
             number, why = why_not_written(self.path)
             raise OSError(number, f"the store is read-only: {why}", str(self.path.parent))
@@ -471,6 +485,7 @@ class Connection:
                 seen = self._version_of_others()  # nobody else commits before this transaction ends
             except BaseException:
                 self._changing = False
+                self._are_references_sound = False  # they may have been looked at in what is undone now
                 self._roll_back()
                 raise
             self._changing = False
@@ -512,7 +527,7 @@ class Connection:
         This must be done before the commit could do harm: before a head is opened for writing, and before a file is
         freed that this commit may name, although no reader sees the commit.
         """
-        if self._is_unknown and not self.read_only:
+        if self._is_unknown and not self.read_only and self.is_not_its_own is None:
             with self._transaction():
                 pass
 

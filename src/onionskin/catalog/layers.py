@@ -69,6 +69,10 @@ class Layers(Connection):
         """Whether a layer has this map. The row of the layer may be unsound."""
         return self.has(LayerRow, "map_id = ?", map_id)
 
+    def layers_with_maps(self) -> list[bytes]:
+        """Return the layers that may have a map file, in no order; unsound rows are left out."""
+        return [id for (id,) in self.values(LayerRow, "id", "map_length > 0 OR NOT sealed")]
+
     def maps_among(self, map_ids: Iterable[bytes]) -> list[bytes]:
         """Return those of these maps that a layer has, in no order; unsound rows are left out."""
         return [id for (id,) in self.values_in(LayerRow, "map_id", "map_id", map_ids)]

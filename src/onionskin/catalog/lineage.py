@@ -52,6 +52,10 @@ class Lineage(Connection):
         self.delete(ForkCallRow, "key = ?", row.key)
         self.insert(row)
 
-    def forget_fork_calls(self, before_ns: int) -> None:
-        """Forget the keys of forks that were made before a time. Inside a transaction."""
-        self.delete(ForkCallRow, "created_ns < ?", before_ns)
+    def fork_calls_before(self, time_ns: int) -> list[ForkCallRow]:
+        """Return the calls under keys that were noted before a time, in no order. Unsound rows are left out."""
+        return self.sound_rows(ForkCallRow, "created_ns < ?", time_ns)
+
+    def forget_fork_calls(self, keys: Iterable[str]) -> None:
+        """Forget these keys of forks. Inside a transaction."""
+        self._connection.executemany("DELETE FROM fork_calls WHERE key = ?", [(key,) for key in keys])

@@ -3,7 +3,7 @@
 import os
 import sqlite3
 import threading
-from contextlib import suppress
+from contextlib import closing, suppress
 from errno import EACCES, EDQUOT, EFBIG, EIO, EISDIR, EMFILE, ENFILE, ENOSPC, EROFS, ESHUTDOWN
 
 from onionskin.base.paths import FilePath
@@ -11,6 +11,8 @@ from onionskin.errors import FormatError, StateError
 
 _LOG_BYTES = 128 << 10  # less room than this is too little for SQLite's log and its index
 RESTORE = "restore it from a copy of the store"
+_READ_BYTES = 1 << 20
+_LOOK_AT_DISK = "look at the disk (dmesg), mend it, and try again; nothing says that the contents are wrong"
 
 
 class CommitUnknownError(StateError):
@@ -51,6 +53,76 @@ def _is_shut_down(path: FilePath) -> bool:
     except OSError as error:
         return error.errno in (EIO, ESHUTDOWN)
     return False
+
+
+def _cannot_be_read(path: FilePath, primary: int | None) -> str | None:
+    """Return what to say where the disk could not read a part of a catalog or of its log; None: what is in them is wrong.
+
+    Where a read fails with EIO, SQLite says that the file is damaged, as if other bytes had been read
+    (SQLITE_IOERR_CORRUPTFS). So the files are read again. If all of them can be read by now, and SQLite finds nothing wrong,
+    the read failed once.
+    """
+    if primary not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return None
+    for file in (path, path.with_name(f"{path.name}-wal")):
+        offset = _unreadable_at(file)
+        if offset is not None:
+            return f"the disk cannot read {file.name} (I/O error at byte {offset}); {_LOOK_AT_DISK}"
+    if primary == sqlite3.SQLITE_CORRUPT and _is_sound(path):
+        return f"a part of it could not be read for a moment (I/O error); {_LOOK_AT_DISK}"
+    return None
+
+
+def _unreadable_at(path: FilePath) -> int | None:
+    """Return from where on a file of SQLite cannot be read; None: all of it can, or nobody can tell.
+
+    No descriptor of such a file may be closed while SQLite has it open here, as that gives up the locks of this process on
+    it. So it is read through SQLite's own; where it has none, one is opened.
+    """
+    descriptors = _descriptors_of(path)
+    opened = None
+    try:
+        if not descriptors:
+            opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor, offset = opened if opened is not None else descriptors[0], 0
+        while True:
+            try:
+                read = len(os.pread(descriptor, _READ_BYTES, offset))
+            except OSError as error:
+                return offset if error.errno == EIO else None
+            if not read:
+                return None
+            offset += read
+    except OSError as error:
+        return 0 if error.errno == EIO else None
+    finally:
+        if opened is not None:
+            os.close(opened)
+
+
+def _descriptors_of(path: FilePath) -> list[int]:
+    """Return the descriptors that this process has of a file."""
+    found = []
+    with suppress(OSError):
+        wanted = path.stat()
+        for entry in os.listdir("/proc/self/fd"):
+            with suppress(OSError):
+                status = os.fstat(int(entry))
+                if (status.st_dev, status.st_ino) == (wanted.st_dev, wanted.st_ino):
+                    found.append(int(entry))
+    return found
+
+
+def _is_sound(path: FilePath) -> bool:
+    """Whether SQLite finds nothing wrong in a catalog, which is only read: its log is not moved either."""
+    from pathlib import Path  # this is seldom
+
+    try:
+        uri = f"{Path(path).absolute().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as connection:
+            return bool(connection.execute("PRAGMA integrity_check(1)").fetchone() == ("ok",))
+    except (sqlite3.Error, UnicodeDecodeError):
+        return False
 
 
 def _cannot_make(path: FilePath, count: int) -> int:
@@ -111,9 +183,12 @@ def translated(error: sqlite3.Error, path: FilePath) -> Exception:
     ):
         number = _refusal(path, EIO if primary == sqlite3.SQLITE_IOERR else EACCES)
         # SQLite's message describes its own step. It would mislead where the reason is known.
-        return OSError(number, str(error) if number in (EIO, EACCES) else os.strerror(number), str(path))
+        what = str(error) if number in (EIO, EACCES) else os.strerror(number)
+        return OSError(number, f"{what}; {_LOOK_AT_DISK}" if number == EIO else what, str(path))
     if isinstance(error, sqlite3.DatabaseError):
         if _is_shut_down(path):
             return OSError(EIO, "the file system does no I/O any more; mend it, and open the store again", str(path))
+        if unread := _cannot_be_read(path, primary):
+            return OSError(EIO, unread, str(path))
         return damaged(path, error)
     return StateError(f"{path}: {error}")

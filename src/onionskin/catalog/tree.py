@@ -190,6 +190,11 @@ def remove_unreachable_layers(catalog: Catalog, *layers: bytes | None) -> list[b
 
     Their files become pending work. Returns the needed layers at which it stopped. A layer that is already gone is passed
     over. How many statements this takes goes by the depth, and not by how many layers are given.
+
+    Raises
+    ------
+    FormatError
+        A row names nothing, so a sealed layer may only seem not to be needed.
     """
     stopped: dict[bytes, None] = {}
     asked = dict.fromkeys(layers)
@@ -198,6 +203,8 @@ def remove_unreachable_layers(catalog: Catalog, *layers: bytes | None) -> list[b
         needed = catalog.needed_layers(found)
         stopped |= {id: None for id in asked if id in needed}
         going = [found[id] for id in asked if id in found and id not in needed]
+        if any(row.sealed for row in going):  # a head is named by its volume alone
+            catalog.refuse_dangling()
         _drop_layers(catalog, going)
         for row in going:
             stopped.pop(row.id, None)  # it was needed by one that is gone now

@@ -24,8 +24,9 @@ from onionskin.base import forking
 from onionskin.base.lazy import logger
 from onionskin.base.naming import several
 from onionskin.base.progress import Progress
+from onionskin.base.signals import DeferredInterrupt
 from onionskin.base.sockets import connect_if_listening, credentials_of
-from onionskin.catalog import VolumeRow
+from onionskin.catalog import VolumeRow, new_id
 from onionskin.catalog.tree import Snapshot
 from onionskin.control import frames
 from onionskin.errors import FormatError, StateError
@@ -84,7 +85,7 @@ def find(store: Store, name: str) -> "LiveVolume | None":
         connection = reach(store._opened, row, name)
         if connection is None:
             return None
-        live = LiveVolume(connection, name, row.id)
+        live = LiveVolume(connection, name, row.id, store._opened)
         try:
             # The path and the server belong to the volume's id; the name may mean another volume by now.
             is_same = catalog.volume(name).id == row.id
@@ -188,9 +189,12 @@ class LiveVolume:
     after `close`, and in the child of a fork, where the program connects again.
     """
 
-    def __init__(self, connection: socket.socket, name: str, id: bytes, *, greet: bool = True) -> None:
+    def __init__(
+        self, connection: socket.socket, name: str, id: bytes, store: OpenStore, *, greet: bool = True
+    ) -> None:
         """Take a connection; where `greet` is false, the caller waits for the greeting later, with `_greeted`."""
         self.name: str = name
+        self._store = store  # the caller may have closed it by now
         self._id = id
         self._connection = connection
         self._guard = threading.Lock()
@@ -247,7 +251,13 @@ class LiveVolume:
         parts: list[Any] = []
         with self._guard:
             self._refuse_unusable()
-            self._request(request)
+            try:
+                self._request(request)
+            except ValueError:  # it is too long, so nothing of it was sent
+                raise
+            except BaseException:  # a part of it may have been sent, or all
+                self._hang_up()
+                raise
             while True:
                 try:
                     reply = self._receive()
@@ -284,7 +294,7 @@ class LiveVolume:
             frames.send(self._connection, {"cancel": True}, bytes_max=frames.REQUEST_BYTES_MAX)
             while not self._receive().keys() & {"result", "error"}:
                 pass
-        self._connection.close()
+        self._hang_up()
 
     def _receive(self, deadline: float | None = None) -> dict[str, Any]:
         """Wait for one frame; `deadline`, by the monotonic clock, is for all of it."""
@@ -483,8 +493,31 @@ class LiveVolume:
         ------
         SnapshotExistsError
             The name is taken.
+        StateError
+            The server went away or does not answer. No snapshot was taken, or the message says that this is not known. One
+            that was taken is returned, though the answer did not come.
         """
-        return frames.unpack_snapshot(self._call("snapshot", name=name, note=note))
+        from onionskin.control.groups import taken_though_unheard  # imported late, as it imports this module
+
+        self._refuse_unusable()
+        guid = new_id()
+        try:
+            try:
+                taken = self._call("snapshot", name=name, note=note, guid=guid.hex())
+            except ValueError as error:
+                if "takes exactly these arguments" not in str(error):
+                    raise
+                # An older server draws the GUID itself, so it cannot be looked for.
+                taken = self._call("snapshot", name=name, note=note, guid=None)
+        except (ValueError, TypeError):  # nothing was asked for, or all of it was refused
+            raise
+        except BaseException as error:
+            with DeferredInterrupt():
+                found = taken_though_unheard(self, guid, error)
+            if found is None:
+                raise
+            return found
+        return frames.unpack_snapshot(taken)
 
     def _fork(self, wanted: "Wanted") -> list[str]:
         """Fork the disk as it is now: see `Store.fork`."""

@@ -40,7 +40,7 @@ ARGUMENTS: dict[str, dict[str, tuple[type, ...]]] = {
     "snapshots": {},
     "parent": {},
     "head_changed": {},
-    "snapshot": {"name": (str, NoneType), "note": (str,)},
+    "snapshot": {"name": (str, NoneType), "note": (str,), "guid": (str, NoneType)},
     "revert": {"name": (str,), "guid": (str, NoneType), "machine": (str, NoneType)},
     "revert_machine": {"machine": (str,), "snapshot": (str,), "names": (dict,), "guids": (dict,)},
     "discard": {"name": (str, list), "recursive": (bool,), "guid": (str, list, NoneType)},

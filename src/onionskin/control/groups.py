@@ -603,7 +603,7 @@ def _ask_servers(
                     del left[first]  # its holder serves nothing
                     continue
                 # The greeting is waited for later, so that all servers greet at the same time.
-                live = LiveVolume(connection, left[first], row.id, greet=False)
+                live = LiveVolume(connection, left[first], row.id, store, greet=False)
                 connections.callback(live.close)
                 candidates = {id: rows[left[id]] for id in of_process}
                 servers[first] = server = GroupServer(store, live, candidates)
@@ -645,7 +645,7 @@ def snapshot_group_served(
     if connection is None:
         return None
     guids = {row.id: new_id() for row in rows.values()}
-    with LiveVolume(connection, first, rows[first].id, greet=False) as live:
+    with LiveVolume(connection, first, rows[first].id, store._opened, greet=False) as live:
         live._greeted(time.monotonic() + SILENCE_SECONDS)
         now = catalog.volumes_called(names)  # the server knows ids alone; the names may mean other volumes by now
         if any(now[name].id != row.id for name, row in rows.items()):
@@ -730,10 +730,14 @@ def _asked_after(store: "OpenStore", look: Callable[[], _Found], error: BaseExce
                 with store.catalog.reading():
                     return look()
     except (OSError, OnionskinError) as failure:
-        raise StateError(
-            f"{error}; whether it was done is not known, because the catalog cannot be asked either ({failure}); look for it "
-            "later"
-        ) from error
+        raise _unknown(error, failure) from error
+
+
+def _unknown(error: BaseException, failure: BaseException) -> StateError:
+    return StateError(
+        f"{error}; whether it was done is not known, because the catalog cannot be asked either ({failure}); look for it "
+        "later"
+    )
 
 
 def _snapshots_with(
@@ -744,6 +748,44 @@ def _snapshots_with(
     there = [row for row in volumes if row.id in rows]
     described = describe_snapshots(catalog, [(row, rows[row.id], catalog.layer(rows[row.id].layer)) for row in there])
     return {row.id: one for row, one in zip(there, described, strict=True)}
+
+
+def taken_though_unheard(live: LiveVolume, guid: bytes, error: BaseException) -> Snapshot | None:
+    """Return the snapshot with a GUID that a server was asked to take, where an error was heard or nothing, or None.
+
+    What must hold: as for `snapshot_group_served`. A server that answered has ended its operation. One that did not was hung
+    up on, so it takes none behind this. An interrupt stays one, also where the snapshot was taken.
+    """
+    has_ended = live._connection.fileno() >= 0  # else its answer was waited for in vain
+    with ExitStack() as stack:
+        store = _store_of(live, stack, error)
+
+        def look() -> Snapshot | None:
+            row = store.catalog.volume_with_id(live._id)
+            return None if row is None else _snapshots_with(store.catalog, [row], {row.id: guid}).get(row.id)
+
+        found = None
+        if has_ended:  # so what is not there by now will not be
+            with suppress(OSError, OnionskinError), store.catalog.reading():
+                found = look()
+        else:
+            found = _asked_after(store, look, error, has_ended)
+    if found is None or not isinstance(error, Exception):
+        return None
+    _log.warning("%s@%s was taken; what was heard instead: %s", live.name, found.name, error)
+    return found
+
+
+def _store_of(live: LiveVolume, stack: ExitStack, error: BaseException) -> "OpenStore":
+    """Return the store that a volume was found in, opened again if the caller has closed it, for as long as the stack."""
+    if not live._store.closed:
+        return live._store
+    from onionskin.store import Store
+
+    try:  # the caller has opened it before, so it is trusted
+        return stack.enter_context(Store(live._store.path, create=False, trust=True))._opened
+    except (OSError, OnionskinError) as failure:
+        raise _unknown(error, failure) from error
 
 
 def fork_served(store: "Store", wanted: Wanted) -> list[str] | None:

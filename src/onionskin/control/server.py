@@ -538,7 +538,7 @@ class _Session:
             self._log(f"control: {self._peer}: {request.get('verb')}: {packed['class']}: {packed['message']}")
             return {"error": packed}
         if verb in _LOGGED:
-            self._log_done(verb, *(value for name, value in arguments.items() if name != "ids"))
+            self._log_done(verb, *(value for name, value in arguments.items() if name not in _NOT_LOGGED))
         return {"result": result}
 
     def _log_done(self, verb: str, *what: object) -> None:
@@ -631,9 +631,12 @@ class _Session:
 
     # ---- the tree ----
 
-    def snapshot(self, name: str | None, note: str) -> Any:
+    def snapshot(self, name: str | None, note: str, guid: str | None) -> Any:
         called = None if name is None else check_name("snapshot", name)
-        disk = self._volume._opened.to_write(), called, new_id()
+        drawn = new_id() if guid is None else bytes.fromhex(guid)
+        if len(drawn) != ID_BYTES:
+            raise ValueError("the GUID of the snapshot is none")
+        disk = self._volume._opened.to_write(), called, drawn
         (taken,) = snapshots.take_together(disk[0].store, [disk], check_note(note), check=self._refuse_left)
         return frames.pack_snapshot(taken)
 
@@ -788,6 +791,7 @@ def _in_brief(what: object) -> str:
     return text if len(text) <= LOGGED_CHARACTERS else f"{text[:LOGGED_CHARACTERS]}..."
 
 
+_NOT_LOGGED = {"ids", "guid"}  # arguments that say nothing to who reads the log
 _LOGGED = {  # `snapshot_group` says itself what it did
     *(
         "snapshot",

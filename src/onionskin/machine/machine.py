@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from onionskin.base.files import CANNOT_LOOK
 from onionskin.base.held import held
+from onionskin.base.naming import some_of
 from onionskin.base.signals import DeferredInterrupt
 from onionskin.base.sockets import connect_unix
 from onionskin.control.client import is_stopped
-from onionskin.errors import FormatError, OnionskinError, StateError
+from onionskin.errors import FormatError, MachineNotFoundError, OnionskinError, StateError
 from onionskin.machine import daemon, disk_server, orphans, pool, pool_leftovers, record
 from onionskin.machine import fork as fork_process
 from onionskin.machine.control import MachineControl, NotAsked
@@ -65,6 +66,15 @@ def _asked_again(method: Callable[_P, _T]) -> Callable[_P, _T]:
     return call
 
 
+def _refuse_gone(made: "Mapping[str, bytes]", key: str | None) -> None:
+    """Raise MachineNotFoundError where a machine is gone that an earlier call under the same key made."""
+    if gone := [name for name, id in made.items() if not id]:
+        raise MachineNotFoundError(
+            f"{some_of(gone)} of the machines that were made under the key {key!r} are gone; what has such a name now is "
+            "another machine. Give another key to make new ones"
+        )
+
+
 class Machine:
     """A machine. It holds nothing, so it need not be closed. Any thread may call it.
 
@@ -81,11 +91,11 @@ class Machine:
     answer, and OSError if its socket cannot be used.
     """
 
-    def __init__(self, store: "Store", name: str, id: bytes = b"") -> None:
+    def __init__(self, store: "Store", name: str, id: bytes | None = None) -> None:
         self._store = store
         self.name: str = name
         # All that is done to it is done by this: what it is called may mean another one by then.
-        self._id = id or machines.find(store._opened.catalog, name).id
+        self._id = machines.find(store._opened.catalog, name).id if id is None else id
 
     def __repr__(self) -> str:
         return f"<Machine {self.name!r} of {self._store.path}>"
@@ -616,6 +626,7 @@ class Machine:
             try:
                 with DeferredInterrupt():  # between the commit and this knowing of the forks
                     made = machine_forks.fork_machine(self._store._opened, wanted, of=self._id)
+                    _refuse_gone(made, idempotency_key)
                     forks = [Machine(self._store, name, id) for name, id in made.items()]
                 self._begin_forks(forks, network=network, start=start, may_have_run=may_have_run)
             except BaseException:

@@ -24,7 +24,7 @@ from onionskin.kernels._maplog import MAGIC_SEGMENT, decode_header
 from onionskin.operations.locked_maps import locked_maps
 from onionskin.operations.unflushed import has_unflushed
 from onionskin.storage.block_maps import load_map, open_map
-from onionskin.storage.chain import ChainBusyError, check_base
+from onionskin.storage.chain import ChainBusyError, check_base, refuse_written_next
 from onionskin.storage.layout import listed
 from onionskin.storage.locks import stands_for_many, volume_holder
 from onionskin.storage.open_store import OpenStore
@@ -102,7 +102,9 @@ def _read_rows(store: OpenStore) -> _Rows:
 
 
 def _unsound_rows(store: OpenStore) -> list[Problem]:
-    return [
+    why = store.catalog.is_not_its_own
+    other = [] if why is None else [Problem("error", why, str(store.layout.catalog), "as it says")]
+    return other + [
         Problem(
             "error", what, f"{store.layout.catalog}{f', table {table}, row {id}' if table else ''}", _RESTORE_CATALOG
         )
@@ -127,6 +129,18 @@ def _check_layers(store: OpenStore, rows: _Rows) -> Iterator[Problem]:
         yield from _check_segments(store, layer, ends, segments)
         if layer.id in heads:
             yield from _data_without_map(store, heads[layer.id], layer, ends, segments)
+            yield from _check_next(store, heads[layer.id], segments)
+
+
+def _check_next(store: OpenStore, volume: VolumeRow, segments: list[SegmentRow]) -> Iterator[Problem]:
+    """Report a head whose successor was written to, so that an opening refuses it: the catalog is older than the files."""
+    for row in segments:
+        try:
+            if row.role == "spare":
+                refuse_written_next(store.layout, row.id)
+        except FormatError as error:
+            if store.catalog.head_of(volume) == volume.head:  # else it became the head since the rows were read
+                yield Problem("error", str(error), f"volume {volume.name}", "as it says")
 
 
 def _slots_named(store: OpenStore, layer: LayerRow) -> dict[bytes, int]:

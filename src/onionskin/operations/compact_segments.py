@@ -114,9 +114,12 @@ def _compact(store: OpenStore, layer: LayerRow, sealed: list[SegmentRow], reader
             return  # another process frees or wipes one of the files just now, so the next time will do
         _refuse_changed(store, layer)  # another process may have compacted the same layer, and freed its files
         with load_layer(store, layer) as layer_map:
-            small = _smallest(layer_map, sealed, layer.block_size, OPEN_BYTES_MAX if reader else COMPACT_BYTES_MAX)
+            bytes_max = OPEN_BYTES_MAX if reader else COMPACT_BYTES_MAX
+            small = _smallest(layer_map, sealed, layer.block_size, bytes_max, store.doubted_segments)
             if len(small) < 2:
                 return
+            if not reader:  # an opening
+                _refuse_others(store, layer_map, small)
             # A segment may come from a volume whose freed space is wiped: then the space of its copy must be, too.
             has_to_be_wiped = layer.wipe == "zero" or reclaim.any_wants_zeros(store, [row.id for row in small])
             with staged_files(store, ["segment", "map"], "zero" if has_to_be_wiped else "release") as files:
@@ -173,9 +176,22 @@ def _refuse_changed(store: OpenStore, layer: LayerRow) -> None:
         raise TreeChangedError("a layer changed while its segments were compacted; open the volume again")
 
 
-def _smallest(layer_map: LayerMap, sealed: list[SegmentRow], block_size: int, bytes_max: int) -> list[SegmentRow]:
+def _refuse_others(store: OpenStore, layer_map: LayerMap, small: list[SegmentRow]) -> None:
+    """Raise FormatError where a segment that would be dropped, since no block of it is in the map, is another layer's."""
+    use = layer_map.segment_use()
+    for row in small:
+        if row.id not in use:
+            from onionskin.operations.segment_owners import refuse_of_another
+
+            refuse_of_another(store, row)
+
+
+def _smallest(
+    layer_map: LayerMap, sealed: list[SegmentRow], block_size: int, bytes_max: int, doubted: set[bytes]
+) -> list[SegmentRow]:
     """Return the segments to compact: those with the fewest live bytes, and as many as the bound allows."""
     use = layer_map.segment_use()  # one pass over the map gives the use of all segments
+    sealed = [row for row in sealed if row.id not in doubted]
     live = {row.id: use.get(row.id, (0, 0))[0] * block_size for row in sealed}
     chosen: list[SegmentRow] = []
     total = 0

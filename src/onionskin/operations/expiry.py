@@ -40,6 +40,7 @@ def would_expire(store: OpenStore) -> list[str]:
     for rows in due(store):
         for row in rows:
             with _left_alone(store, row):
+                store.catalog.refuse_other_id(row)
                 refuse_open(store, row.name)
                 names.append(row.name)
     return sorted(names)
@@ -54,6 +55,9 @@ def due(store: OpenStore) -> Iterator[Sequence[VolumeRow]]:
 
 def drop(store: OpenStore, rows: Sequence[VolumeRow]) -> list[str]:
     """Drop volumes in one transaction, those that are open and those that may not go any more left out; returns the names."""
+    if rows:  # a snapshot or a fork whose row is damaged keeps nothing
+        store.catalog.refuse_dangling()
+        store.catalog.refuse_snapshots_of_nobody()
     names, stood_on = _drop(store, rows)
     if names:
         reclaim.work_soon(store)
@@ -67,6 +71,7 @@ def _drop(store: OpenStore, rows: Sequence[VolumeRow]) -> tuple[list[str], list[
         locked = []
         for row in rows:
             with _left_alone(store, row):
+                store.catalog.refuse_other_id(row)
                 enter(stack, partial(locked_to_remove, store.layout, {row.id: row.name}))
                 locked.append(row.id)
 

@@ -11,6 +11,7 @@ from contextlib import closing
 
 from onionskin.base.lazy import logger
 from onionskin.catalog import CommitUnknownError, LayerRow
+from onionskin.catalog.sqlite_errors import damaged
 from onionskin.catalog.tree import unnamed_below, unnamed_of
 from onionskin.errors import OnionskinError
 from onionskin.operations import compact_segments, fold_policy, reclaim
@@ -74,6 +75,8 @@ def _fold_run(volume: OpenHead, run: Sequence[LayerRow]) -> bool:
     except FileNotFoundError:
         _check_run_is_gone(store, run)
         return False
+    if groups:  # a snapshot whose row is damaged is no name, and a fork whose row is damaged no child
+        store.catalog.refuse_dangling()
     folded = [_fold_group(volume, group) for group in groups]
     if not any(folded):
         return False
@@ -127,6 +130,7 @@ def _fold_sealed(volume: OpenHead, lowers: Sequence[LayerRow], upper: LayerRow) 
         _check_unchanged(store, lowers, upper)
         with staged_files(store, ["map"], wipe) as files, closing(fold_policy.lay(store, [*lowers, upper])) as laid:
             (map_file,) = files.rows
+            _refuse_segments_of_others(store, [*lowers, upper], laid)
             if stands_on_nothing(lowers[0]):
                 laid.map.drop_zero()
             written = write_map(store, map_file, laid.map, wipe, upper.size_bytes)
@@ -139,6 +143,21 @@ def _fold_sealed(volume: OpenHead, lowers: Sequence[LayerRow], upper: LayerRow) 
     finally:
         locks.close()
     give_up_maps(volume, [*lowers, upper])
+
+
+def _refuse_segments_of_others(store: OpenStore, layers: Sequence[LayerRow], laid: fold_policy.Laid) -> None:
+    """Raise FormatError where the maps of layers name a segment that no row gives to one of them.
+
+    The layer that its row should name would be gone behind the fold.
+    """
+    owned = {row.id for rows in store.catalog.segments_of(list(layers)).values() for row in rows}
+    for id in set(laid.map.segment_use()) | set(laid.freed):
+        if id not in owned:
+            raise damaged(
+                store.catalog.path,
+                f"a map of layer {layers[-1].id.hex()}, or of one below, names the segment {id.hex()}, which no row gives "
+                "to them",
+            )
 
 
 def _fold_into_head(volume: OpenHead, lower: LayerRow, upper: LayerRow) -> None:
@@ -164,6 +183,7 @@ def _drop_unused(volume: OpenHead) -> None:
     """
     store, catalog = volume.store, volume.store.catalog
     owned = {row.id for row in catalog.sealed_segments_of(volume.head)}
+    owned -= store.doubted_segments
     dropped = [id for id in volume.path.unused_segments() if id in owned]
     if not dropped:
         return

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
+from typing import Any
 
 from onionskin.base.durations import end_of, parse_duration
 from onionskin.base.limits import NAME_BYTES_MAX, WIPE_POLICIES
@@ -24,7 +25,7 @@ from onionskin.catalog import ForkCallRow, LabelRow, LayerRow, SnapshotRow, Volu
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.catalog.tree import find_snapshot, unnamed_around
 from onionskin.catalog.volumes import NUMBER_MAX
-from onionskin.errors import OnionskinError, StateError, VolumeExistsError
+from onionskin.errors import FormatError, OnionskinError, StateError, VolumeExistsError
 from onionskin.operations import lineage
 from onionskin.operations.flush import flush
 from onionskin.operations.fold import fold_where_unnamed
@@ -392,26 +393,102 @@ def made_before(store: OpenStore, wanted: Wanted) -> list[str] | None:
 
 def made_under(store: OpenStore, key: str, digest: bytes) -> list[str] | None:
     """Return the names that a call with this key and digest made within a day: see `made_before`."""
+    made = call_under(store, key, digest)
+    return None if made is None else list(made.names)
+
+
+def call_under(store: OpenStore, key: str, digest: bytes) -> "Made | None":
+    """Return what a call with this key and digest made within a day: see `made_before`."""
     found, now_ns = store.catalog.fork_call(key), time.time_ns()
-    if found is None or found.created_ns < now_ns - KEY_NANOSECONDS:
+    if found is None:
         return None
-    if found.digest != digest and found.created_ns > now_ns + KEY_NANOSECONDS:
+    made = _made_by(store, found)
+    if _is_forgotten(found, made.since_boot, now_ns):
+        return None
+    if found.digest != digest and found.created_ns > now_ns + KEY_NANOSECONDS and not made.is_of_this_boot:
         return None  # the clock was wrong then, and the key would be refused until that time has come
     if found.digest != digest:
         raise StateError(f"the key {key!r} was used for another fork within a day; give each fork its own key")
-    return _names_in(store, found)
+    return made
 
 
-def _names_in(store: OpenStore, call: ForkCallRow) -> list[str]:
+@record
+class SinceBoot:
+    """A time by the clock that nobody sets, and the boot of the machine that it counts from."""
+
+    boot: str
+    nanoseconds: int
+
+    @classmethod
+    def now(cls) -> "SinceBoot":
+        """Return this time. It goes on while the machine is asleep."""
+        return cls(_boot_id(), time.clock_gettime_ns(time.CLOCK_BOOTTIME))
+
+
+@lru_cache(1)
+def _boot_id() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""  # no boot has this id, so the clock that tells the date counts alone
+
+
+@record
+class Made:
+    """What a call under a key made: names, and where they are noted the ids; and when, by the clock that nobody sets."""
+
+    names: tuple[str, ...]
+    ids: tuple[bytes, ...] | None
+    since_boot: SinceBoot | None
+
+    @property
+    def is_of_this_boot(self) -> bool:
+        """Whether the clock that nobody sets can tell how long ago that was."""
+        return self.since_boot is not None and bool(self.since_boot.boot) and self.since_boot.boot == _boot_id()
+
+
+def _is_forgotten(call: ForkCallRow, since_boot: SinceBoot | None, now_ns: int) -> bool:
+    """Whether a call was a day ago or more.
+
+    In the boot that it was made in, the clock that nobody sets says so: while the clock that tells the date is a day ahead,
+    no key may be forgotten, since the same call again would make the forks twice. Behind a restart that one counts alone.
+    """
+    now = SinceBoot.now()
+    if since_boot is not None and now.boot and since_boot.boot == now.boot:
+        return now.nanoseconds - since_boot.nanoseconds > KEY_NANOSECONDS
+    return call.created_ns < now_ns - KEY_NANOSECONDS
+
+
+def _as_list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError("it is no list")
+    return value
+
+
+def _made_by(store: OpenStore, call: ForkCallRow) -> Made:
+    """Read what a call noted: an object, or a list of the names, as older ones noted it."""
     import json
 
     try:
-        names = json.loads(call.names)
-    except (ValueError, RecursionError):
-        names = None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        noted = json.loads(call.names)
+        if isinstance(noted, list):
+            noted = {"names": noted}
+        names, ids, boot = noted["names"], noted.get("ids"), noted.get("boot")
+        made = Made(
+            tuple(_as_list(names)),
+            None if ids is None else tuple(map(bytes.fromhex, ids)),
+            None if boot is None else SinceBoot(str(boot), int(noted["boot_ns"])),
+        )
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError, OverflowError):
+        made = None
+    if (
+        made is None
+        or not all(isinstance(name, str) for name in made.names)
+        or (made.ids is not None and len(made.ids) != len(made.names))
+    ):
         raise damaged(store.catalog.path, f"what was forked under the key {call.key!r} is no list of names")
-    return names
+    return made
 
 
 def _insert(
@@ -453,13 +530,36 @@ def insert_named(
     catalog.insert_all(LabelRow(id, key, value) for id in sorted(ids) for key, value in labels)
 
 
-def note_call(store: OpenStore, key: str, digest: bytes, names: Sequence[str]) -> None:
-    """Write down what a call under a key made, and forget the keys of another day. Inside its transaction."""
+def note_call(
+    store: OpenStore, key: str, digest: bytes, names: Sequence[str], ids: Sequence[bytes] | None = None
+) -> None:
+    """Write down what a call under a key made, and forget the keys of another day. Inside its transaction.
+
+    `ids` are those of what was made, where the same call again has to find that, whatever it is called by then.
+    """
     import json
 
-    now_ns = time.time_ns()
-    store.catalog.forget_fork_calls(now_ns - KEY_NANOSECONDS)
-    store.catalog.remember_fork_call(ForkCallRow(key, digest, json.dumps(list(names)), now_ns))
+    now_ns, since_boot = time.time_ns(), SinceBoot.now()
+    noted: dict[str, object] = {"names": list(names)}
+    if ids is not None:
+        noted["ids"] = [id.hex() for id in ids]
+    if since_boot.boot:
+        noted |= {"boot": since_boot.boot, "boot_ns": since_boot.nanoseconds}
+    _forget_old_calls(store, now_ns)
+    store.catalog.remember_fork_call(ForkCallRow(key, digest, json.dumps(noted), now_ns))
+
+
+def _forget_old_calls(store: OpenStore, now_ns: int) -> None:
+    """Forget the keys of another day. Inside a transaction."""
+    gone = []
+    for call in store.catalog.fork_calls_before(now_ns - KEY_NANOSECONDS):
+        try:
+            since_boot = _made_by(store, call).since_boot
+        except FormatError:
+            since_boot = None
+        if _is_forgotten(call, since_boot, now_ns):
+            gone.append(call.key)
+    store.catalog.forget_fork_calls(gone)
 
 
 def _free_names(store: OpenStore, wanted: Wanted) -> list[str]:

@@ -190,6 +190,7 @@ def _free_hidden(volume: OpenHead, layer_id: bytes) -> None:
         seen = read_above(catalog, layer_id, volume.head)
     if not seen or not wants_wiping(store, seen):
         return
+    catalog.refuse_dangling()
     if any(row.id == volume.head for row in seen.layers()):
         volume.path.flush()  # a write that is not durable hides nothing
     with locked_above(store, layer_id, volume.head) as above:

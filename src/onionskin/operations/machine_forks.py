@@ -82,8 +82,8 @@ def fork_machine(
 def _fork(store: OpenStore, wanted: Wanted, waiting: Sequence[bytes], of: machines.Which) -> dict[str, bytes]:
     """Write the rows. Inside the transaction, which may run twice."""
     catalog = store.catalog
-    if wanted.key is not None and (made := forks.made_under(store, wanted.key, _digest(wanted))) is not None:
-        return _ids_of(catalog, made)
+    if wanted.key is not None and (made := forks.call_under(store, wanted.key, _digest(wanted))) is not None:
+        return _still_there(catalog, made)
     machine = machines.find(catalog, of)
     taken = machines.find_snapshot(catalog, machine, wanted.snapshot or "")
     disks = catalog.disks_of_machine(machine.id)
@@ -93,14 +93,26 @@ def _fork(store: OpenStore, wanted: Wanted, waiting: Sequence[bytes], of: machin
         _take(store, wanted, one, name)
     if new := names[len(usable) :]:
         _make(store, replaced(wanted, count=len(new)), machine, taken, disks, new)
-    if wanted.key is not None:
-        forks.note_call(store, wanted.key, _digest(wanted), names)
-    return _ids_of(catalog, names)
-
-
-def _ids_of(catalog: Catalog, names: Sequence[str]) -> dict[str, bytes]:
     found = {row.name: row.id for row in catalog.machines_named(names)}
-    return {name: found.get(name, b"") for name in names}
+    ids = {name: found[name] for name in names}
+    if wanted.key is not None:
+        forks.note_call(store, wanted.key, _digest(wanted), names, list(ids.values()))
+    return ids
+
+
+def _still_there(catalog: Catalog, made: forks.Made) -> dict[str, bytes]:
+    """Return the ids of what an earlier call made, by the names that it gave; of one that is gone the id is empty.
+
+    By their ids: one may have been renamed since, and another machine may have its name. Where an older onionskin noted no
+    ids, the names are all that there is.
+    """
+    if made.ids is None:
+        by_name = {row.name: row.id for row in catalog.machines_named(made.names)}
+        return {name: by_name.get(name, b"") for name in made.names}
+    return {
+        name: id if catalog.machine_with_id(id) is not None else b""
+        for name, id in zip(made.names, made.ids, strict=True)
+    }
 
 
 def _usable(

@@ -20,6 +20,7 @@ from onionskin.base.lazy import logger
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.paths import FilePath
 from onionskin.catalog import Catalog, LayerRow, SegmentRow, WorkRow
+from onionskin.catalog.sqlite_errors import damaged
 from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.kernels._maplog import MAGIC_MAP, MAGIC_SEGMENT
 from onionskin.kernels._volume import LongTurns
@@ -88,6 +89,7 @@ def work_in_background(store: OpenStore) -> None:
         with suppress(OSError, OnionskinError):  # if this fails, commits make the log longer
             while not store.closed and store.catalog.make_room_in_log():
                 pass
+        store.note_progress()
 
 
 def do_work(store: OpenStore, *, policy: str | None = None) -> int:
@@ -336,11 +338,20 @@ def _reclaim_slots(store: OpenStore, row: WorkRow, slots: SlotsOfLayers) -> bool
     with store.catalog.reading():
         segment = store.catalog.segment_with_id(row.target)
         owner = store.catalog.layer_with_id(segment.layer) if segment else None
-    if segment is None or owner is None:  # the whole segment was freed meanwhile
+    if segment is None:  # the whole segment was freed meanwhile
         return True
+    if owner is None:
+        raise damaged(
+            store.catalog.path,
+            f"the row {segment.id.hex()} of segments names the layer {segment.layer.hex()}, which is not there",
+        )
     live = _live_slots(store, segment, owner, slots)
     if live is None:
         return False
+    if not live and row.id <= store.work_found:
+        from onionskin.operations.segment_owners import refuse_of_another  # a look at all maps, which is seldom
+
+        refuse_of_another(store, segment)
     for volume in store.open_handles():
         volume.wait_for_readers()  # a read may still copy from a slot that it looked up before the slot was freed
     descriptor = _open_own_to_free(store, store.layout.segment_file(segment.id))

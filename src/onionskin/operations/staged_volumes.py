@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from onionskin.base.held import held
+from onionskin.base.lazy import logger
 from onionskin.base.naming import check_name
 from onionskin.base.records import record
 from onionskin.base.states import DATA
 from onionskin.catalog import Catalog, SnapshotRow, VolumeRow, new_id
 from onionskin.catalog.rows import STAGED_PREFIX
 from onionskin.catalog.tree import Snapshot, describe_snapshot, nearest_snapshot, remove_unreachable_layers
-from onionskin.errors import ChainError, SnapshotExistsError, StateError
+from onionskin.errors import ChainError, FormatError, SnapshotExistsError, StateError
 from onionskin.operations import ownership, reclaim, volumes
 from onionskin.operations.flush import finish, flush
 from onionskin.operations.reclaim import add_files_of, unlink_files_of
@@ -27,6 +28,8 @@ from onionskin.storage.chain import NewHead
 from onionskin.storage.locks import VolumeLock
 from onionskin.storage.open_head import OpenDisk, OpenHead
 from onionskin.storage.open_store import OpenStore
+
+_log = logger(__name__)
 
 
 @record
@@ -242,11 +245,28 @@ def _drop(store: OpenStore, id: bytes) -> None:
 
 
 def drop_dead(store: OpenStore) -> None:
-    """Drop the staged volumes of processes that died."""
+    """Drop the staged volumes of processes that died.
+
+    The name of one is made of its id. Any other name that begins so is damaged, and may be that of a volume.
+    """
     for row in store.catalog.staged_volumes():
-        with suppress(StateError):  # a living process is writing it
+        if row.name != f"{STAGED_PREFIX}{row.id.hex()}":
+            _report(store, row, "its name is none that a volume can have; restore the catalog from a copy of the store")
+            continue
+        try:
             lock = VolumeLock(store.layout, row.id, row.name)
             try:
                 _drop(store, row.id)
             finally:
                 lock.close()
+        except StateError:  # a living process is writing it
+            pass
+        except FormatError as error:
+            _report(store, row, str(error))
+
+
+def _report(store: OpenStore, row: VolumeRow, why: str) -> None:
+    """Log once that a volume stays that seems to have been left, and why."""
+    if row.id not in store.reported_volumes:
+        store.reported_volumes.add(row.id)
+        _log.warning("%s: the volume %s (%r) is not dropped: %s", store.path, row.id.hex(), row.name, why)

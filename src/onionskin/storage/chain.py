@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from errno import ENODEV, ENOENT, ENOMEDIUM, ENXIO
 from typing import TYPE_CHECKING
 
+from onionskin.base.files import CANNOT_LOOK, read_all
 from onionskin.base.held import held
 from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.named_tuples import NamedTuple
@@ -18,7 +19,7 @@ from onionskin.base.naming import is_text
 from onionskin.base.paths import FilePath
 from onionskin.catalog import BaseRow, Catalog, LayerRow, SegmentRow, new_id, new_ids
 from onionskin.catalog.sqlite_errors import damaged
-from onionskin.errors import ChainError, StateError, VerifyError
+from onionskin.errors import ChainError, FormatError, StateError, VerifyError
 from onionskin.exchange.device_nodes import identity_of, is_claimed, mount_point_of, share_bytes
 from onionskin.storage.base_looks import digest_of, looks_in, looks_of, what_differs
 from onionskin.storage.layout import Layout, bytes_in
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 LOCK_WAIT_SECONDS = 60.0
 _CLAIM_WAIT_SECONDS = 1.0
+_FRAME = b"OFRM"  # what a frame of a map log begins with
 
 
 class Chain(NamedTuple):
@@ -402,6 +404,31 @@ def _spare_with_blocks(layout: Layout, segments: list[SegmentRow]) -> list[bytes
         for segment in segments
         if segment.role == "spare" and bytes_in(layout.segment_path(segment.id)) > HEADER_BYTES
     ]
+
+
+def refuse_written_next(layout: Layout, spare: bytes) -> None:
+    """Raise FormatError where the map of a head's successor has a frame.
+
+    It gets one only behind the commit that makes it a head, so the catalog is older than the files: to open the head for
+    writing would free what was written since, and write over what may be a snapshot.
+    """
+    path = layout.map_file(spare)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in CANNOT_LOOK:
+            raise
+        return
+    try:
+        is_written = read_all(descriptor, len(_FRAME), HEADER_BYTES) == _FRAME
+    finally:
+        os.close(descriptor)
+    if is_written:
+        raise FormatError(
+            f"{layout.catalog} is older than the files beside it: {path} is the map of a head that it does not have yet, "
+            "and something was written there; nothing was changed. Put the catalog back that belongs to the files, with its "
+            f"-wal, or the whole store from one copy; if there is none, remove {path}: what was written since is lost then"
+        )
 
 
 def replace_spare(catalog: Catalog, head: bytes) -> SegmentRow:

@@ -24,18 +24,21 @@ class Layout:
         The lock file: one byte for each segment and map file, and byte 0 for the store.
     reserve : FilePath
         The file whose room is given up when the disk is full and something must be freed.
+    mark : FilePath
+        The file that says how far the catalog had come when the store was last changed.
     layers, segments, volumes : FilePath
         The directories of block maps; of segments; and of the writers' locks, their unflushed records, and the servers'
         control sockets.
     """
 
-    __slots__ = ("catalog", "layers", "lock", "reserve", "root", "segments", "volumes")
+    __slots__ = ("catalog", "layers", "lock", "mark", "reserve", "root", "segments", "volumes")
 
     def __init__(self, root: FilePath) -> None:
         self.root: FilePath = root
         self.catalog: FilePath = root / CATALOG
         self.lock: FilePath = root / "lock"
         self.reserve: FilePath = root / "reserve"
+        self.mark: FilePath = root / "mark"
         layers, segments, volumes = DIRECTORIES
         self.layers: FilePath = root / layers
         self.segments: FilePath = root / segments
@@ -44,7 +47,7 @@ class Layout:
     @property
     def files(self) -> tuple[FilePath, ...]:
         """The files directly in the store's directory, those that SQLite makes included."""
-        return (self.catalog, *self.made_by_sqlite, self.lock, self.reserve)
+        return (self.catalog, *self.made_by_sqlite, self.lock, self.reserve, self.mark)
 
     def is_of_store(self, name: str) -> bool:
         """Whether a name directly in the store's directory is one of a store, or of a catalog that is being made."""

@@ -9,6 +9,7 @@ What must hold: a handle holds shared locks on all files that it can read before
 import os
 import stat
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -24,8 +25,10 @@ from onionskin.base.modes import group_id, is_shared, make_shared, refuse_other_
 from onionskin.base.paths import FilePath
 from onionskin.base.sizes import format_size
 from onionskin.catalog import Catalog
+from onionskin.catalog.progress import Progress
 from onionskin.catalog.read_only import can_be_written
 from onionskin.errors import ChainError, FormatError, OnionskinError, StateError
+from onionskin.storage import mark
 from onionskin.storage.chain import Chain, lock_base, lock_chain, open_chain, read_chain
 from onionskin.storage.layout import CATALOG, DIRECTORIES, Layout, allocated_files, bytes_in
 from onionskin.storage.locks import BaseLock, ByteLocks, SharedFile, second_name
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
     from onionskin.kernels._volume import DataPath
 
 _log = logger(__name__)
+
+_NOTE_SECONDS = 1.0  # between two notes of how far the catalog has come, beside those of the background and of the end
 
 Result = TypeVar("Result")
 
@@ -98,6 +103,10 @@ class OpenStore:
         The ids of the pending work whose failure was logged already.
     reported_volumes : set of bytes
         The ids of the volumes of which it was logged that they stay beyond their lifetime, and why.
+    doubted_segments : set of bytes
+        The ids of segments that are not of the layers that their rows name: nothing in them is freed.
+    work_found : int
+        The greatest id of the pending work that was there when the store was opened.
     does_work : bool
         Whether this handle has done pending work, as none does that only looks.
     """
@@ -121,7 +130,10 @@ class OpenStore:
         self.unwipeable_bytes: int = 0
         self.reported_work: set[int] = set()
         self.reported_volumes: set[bytes] = set()
+        self.doubted_segments: set[bytes] = set()
         self.does_work: bool = False
+        self._progress: Progress | None = None  # as it was written to the mark
+        self._noted_at = float("-inf")  # when that was, or was tried
         self._counting = threading.Lock()
         self._background = Background(partial(work, self), "onionskin pending work")
         self._open: weakref.WeakSet[Handle] = weakref.WeakSet()
@@ -144,10 +156,36 @@ class OpenStore:
         try:
             self.locks: ByteLocks = self.reserve.retry(lambda: ByteLocks(self.layout.lock))
             self.locks.share_store()
+            self._refuse_changes_of_another_catalog()
+            self.work_found: int = 0 if self.read_only else self.catalog.last_work()
         except BaseException:
             self.catalog.close()
             raise
         forking.register(self)
+
+    def _refuse_changes_of_another_catalog(self) -> None:
+        """Have the store be read alone if its catalog is older than its files, or another's: see `storage.mark`."""
+        if self.read_only:
+            return
+        known = mark.read(self.layout.mark)  # before the catalog, which only goes on
+        progress = self.catalog.progress() if known else None
+        why = mark.why_not_of(progress, known, self.layout) if known and progress else None
+        if why is not None:
+            self.catalog.is_not_its_own = why
+            self.read_only = self.reserve.read_only = True
+            _log.warning("%s", why)
+
+    def note_progress(self) -> None:
+        """Write down how far the catalog has come, if this process has changed it, and that is durable."""
+        if self.read_only:
+            return
+        self._noted_at = time.monotonic()
+        with suppress(OSError, OnionskinError):  # a store works without it
+            progress = self.catalog.durable_progress()
+            if progress is not None and progress != self._progress:
+                self.catalog.refuse_moved()
+                mark.write(self.layout.mark, progress)
+                self._progress = progress
 
     @property
     def closed(self) -> bool:
@@ -276,6 +314,8 @@ class OpenStore:
                 return change()
 
         result = self.reserve.retry(once)
+        if time.monotonic() > self._noted_at + _NOTE_SECONDS:
+            self.note_progress()
         if self.catalog.wants_room_in_log:
             self.wake()
         return result
@@ -329,6 +369,7 @@ class OpenStore:
             stack.callback(self.reserve.make_again)  # the catalog's log is gone by then
             stack.callback(self.catalog.close)
             stack.callback(self.locks.close)
+            stack.callback(self.note_progress)
             stack.callback(self._background.end)
             for handle in self.open_handles():
                 stack.callback(handle.close)

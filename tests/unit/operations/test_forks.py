@@ -189,12 +189,45 @@ def test_a_call_under_a_key_is_done_once(store: onionskin.Store) -> None:
     assert len(store) == 3
 
 
-def test_a_key_is_free_again_behind_a_day(store: onionskin.Store) -> None:
-    store.fork("web@clean", idempotency_key="k")
-    with closing(sqlite3.connect(store.path / "catalog.db")) as catalog:
-        catalog.execute("UPDATE fork_calls SET created_ns = ?", (time.time_ns() - forks.KEY_NANOSECONDS - 1,))
-        catalog.commit()
+@pytest.mark.parametrize("boot", ["this", "another", "none"])
+def test_a_key_is_free_again_behind_a_day(store: onionskin.Store, monkeypatch: pytest.MonkeyPatch, boot: str) -> None:
+    with monkeypatch.context() as before:
+        if boot != "this":
+            before.setattr(forks, "_boot_id", lambda: "another" if boot == "another" else "")
+        store.fork("web@clean", idempotency_key="k")
+    later(monkeypatch, forks.KEY_NANOSECONDS + 1)
     assert store.fork("web@clean", count=2, idempotency_key="k") == ["web-2", "web-3"]
+
+
+def later(monkeypatch: pytest.MonkeyPatch, nanoseconds: int, *, only_date: bool = False) -> None:
+    """Have it be later, by both clocks or by the one that tells the date alone."""
+    now_ns, since_boot_ns = time.time_ns() + nanoseconds, time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    since_boot_ns += 0 if only_date else nanoseconds
+    monkeypatch.setattr(forks.time, "time_ns", lambda: now_ns)
+    monkeypatch.setattr(forks.time, "clock_gettime_ns", lambda clock: since_boot_ns)
+
+
+def test_no_key_is_forgotten_while_the_clock_is_days_ahead(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.fork("web@clean", idempotency_key="k")
+    with monkeypatch.context() as ahead:
+        later(ahead, 2 * forks.KEY_NANOSECONDS, only_date=True)
+        assert store.fork("web@clean", idempotency_key="k") == ["web-1"]
+        assert store.fork("web@clean", idempotency_key="another") == ["web-2"]
+    assert store.fork("web@clean", idempotency_key="k") == ["web-1"]
+    later(monkeypatch, 4 * forks.KEY_NANOSECONDS)
+    store.fork("web@clean", idempotency_key="later")
+    with closing(sqlite3.connect(store.path / "catalog.db")) as catalog:
+        assert catalog.execute("SELECT key FROM fork_calls").fetchall() == [("later",)]
+
+
+def test_a_key_that_an_older_onionskin_noted_gives_its_names(store: onionskin.Store) -> None:
+    store.fork("web@clean", count=2, idempotency_key="k")
+    with closing(sqlite3.connect(store.path / "catalog.db")) as catalog:
+        catalog.execute("""UPDATE fork_calls SET names = '["web-1", "web-2"]'""")
+        catalog.commit()
+    assert store.fork("web@clean", count=2, idempotency_key="k") == ["web-1", "web-2"]
 
 
 def test_a_key_that_was_used_while_the_clock_was_far_ahead_is_no_trouble_for_years(
@@ -204,6 +237,7 @@ def test_a_key_that_was_used_while_the_clock_was_far_ahead_is_no_trouble_for_yea
     then_ns = time.time_ns() + 1000 * forks.KEY_NANOSECONDS
     with monkeypatch.context() as ahead:
         ahead.setattr(forks.time, "time_ns", lambda: then_ns)
+        ahead.setattr(forks, "_boot_id", lambda: "the one before")
         store.fork("web@clean", idempotency_key="k")
     assert store.fork("web@clean", idempotency_key="k") == ["web-1"]
     assert store.fork("web@clean", count=2, idempotency_key="k") == ["web-2", "web-3"]
@@ -223,7 +257,9 @@ def test_a_key_is_any_text_that_prints_on_a_line(store: onionskin.Store) -> None
 def test_a_key_is_free_again_behind_a_day_though_the_clock_is_set_back_meanwhile(
     store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.fork("web@clean", idempotency_key="k")
+    with monkeypatch.context() as before:
+        before.setattr(forks, "_boot_id", lambda: "the one before")
+        store.fork("web@clean", idempotency_key="k")
     now_ns = time.time_ns()
     times = [now_ns + 2 * forks.KEY_NANOSECONDS]
     monkeypatch.setattr(forks.time, "time_ns", lambda: times.pop() if times else now_ns)
@@ -231,7 +267,19 @@ def test_a_key_is_free_again_behind_a_day_though_the_clock_is_set_back_meanwhile
     assert store.fork("web@clean", count=2, idempotency_key="k") == ["web-2", "web-3"]
 
 
-@pytest.mark.parametrize("names", ["nothing", "77", '["a", 7]', "{}", pytest.param("[" * 200_000, id="deep")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        "nothing",
+        "77",
+        '["a", 7]',
+        "{}",
+        '{"names": "ab"}',
+        '{"names": ["a"], "ids": []}',
+        '{"names": ["a"], "boot": "b"}',
+        pytest.param("[" * 200_000, id="deep"),
+    ],
+)
 def test_names_under_a_key_that_are_damaged_are_refused(store: onionskin.Store, names: str) -> None:
     store.fork("web@clean", idempotency_key="k")
     with closing(sqlite3.connect(store.path / "catalog.db")) as catalog:

@@ -14,7 +14,7 @@ from support.machines import make_machine, read_head, snapshot_live
 
 import onionskin
 from onionskin.errors import FormatError, MachineExistsError, SnapshotNotFoundError, StateError
-from onionskin.operations import machine_tree, machines
+from onionskin.operations import forks, machine_forks, machine_tree, machines
 
 SECRET = b"a token that only RAM has, and nothing else"
 
@@ -327,6 +327,20 @@ def test_one_key_makes_forks_once(store: onionskin.Store) -> None:
         store.fork_machine("lab@b", count=2, idempotency_key="k")
     with pytest.raises(StateError, match="was used for another"):
         store.fork("web@a", count=2, idempotency_key="k")
+
+
+def test_one_key_finds_the_machines_that_it_made_and_no_other_of_their_names(store: onionskin.Store) -> None:
+    three(store)
+    wanted = forks.check_wanted("lab@a", None, None, 2, None, "k", None, None, None)
+    made = machine_forks.fork_machine(store._opened, wanted)
+    assert list(made) == ["lab-1", "lab-2"] and all(made.values())
+    store.rename_machine("lab-1", "kept")
+    store.delete_machines("lab-2", recursive=True)
+    store.fork_machine("lab@b", names=["lab-1", "lab-2"])
+    again = machine_forks.fork_machine(store._opened, wanted)
+    assert again == {"lab-1": made["lab-1"], "lab-2": b""}
+    with pytest.raises(onionskin.MachineNotFoundError, match="lab-2 of the machines"):
+        store.open_machine("lab").fork("a", count=2, idempotency_key="k")
 
 
 def test_a_name_that_is_taken_makes_no_fork_at_all(store: onionskin.Store) -> None:
