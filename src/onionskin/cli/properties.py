@@ -100,7 +100,7 @@ def _policy(value: str) -> Literal["release", "zero"]:
 
 @click.command()
 @click.argument("name", type=VOLUME_OR_STORE, metavar="STORE[/VOLUME]")
-@click.argument("properties", nargs=-1, type=click.Choice(_PROPERTIES), metavar="[PROPERTY...]")
+@click.argument("properties", nargs=-1, type=click.Choice((*_PROPERTIES, "all")), metavar="[PROPERTY...]")
 @click.option("-H", "without_header", is_flag=True, help="Print no heading, and one tab between columns.")
 @click.option("-p", "exact", is_flag=True, help="Print exact numbers: bytes, and seconds since 1970.")
 @trust_option
@@ -108,10 +108,12 @@ def _policy(value: str) -> Literal["release", "zero"]:
 def get(name: Name | FilePath, properties: tuple[str, ...], without_header: bool, exact: bool, as_json: bool) -> None:
     """Show properties of a volume or of a store.
 
-    All are shown, or those that are named. A volume has wipe, size, block-size, base, created, expires and labels. A
-    store has wipe and block-size, which are those of the volumes that are made without saying them. set changes wipe, the
-    lifetime and labels, and block-size of a store.
+    All are shown, as with the word all, or those that are named. A volume has wipe, size, block-size, base, created, expires
+    and labels. A store has wipe and block-size, which are those of the volumes that are made without saying them. set
+    changes wipe, the lifetime and labels, and block-size of a store.
     """
+    if "all" in properties:
+        properties = ()
     if isinstance(name, FilePath):
         for one in properties:
             if one not in _OF_STORE:
