@@ -8,6 +8,7 @@ import click
 from onionskin.cli import output
 from onionskin.cli.output import json_option
 from onionskin.cli.sections import SECTION_OF
+from onionskin.cli.values import PROPERTIES
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -165,7 +166,8 @@ def hint(verb: str | None, word: str) -> str:
     """Say what may be meant by a word that stands where a volume is wanted; the text is empty if nobody knows."""
     if verb == "snapshot" and (meant := _OF_SNAPSHOTS.get(word)) and meant != verb:
         return f"; here that is onionskin {meant}"
-    if verb in _VOLUME_FIRST:
+    # What is no property is a store that is missing.
+    if verb in _VOLUME_FIRST and (verb not in ("set", "get") or "=" in word or word in (*PROPERTIES, "all")):
         return f"; the volume comes first, as in 'onionskin {verb} {_VOLUME_FIRST[verb]}'"
     return ""
 
