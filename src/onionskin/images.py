@@ -31,17 +31,17 @@ from onionskin.base.paths import FilePath
 from onionskin.base.progress import Progress
 from onionskin.errors import FormatError
 from onionskin.exchange.image_formats import (
+    END_BYTES,
     READ,
     START_BYTES,
     VHD,
-    VHD_COOKIE,
-    VHD_FOOTER_BYTES,
     ImageFormat,
     format_of,
+    format_of_end,
     format_of_start,
     refuse_options,
 )
-from onionskin.exchange.streams import COMPRESSED, Source, is_rewindable, is_seekable, unpacked
+from onionskin.exchange.streams import COMPRESSED, Source, hides_size, is_rewindable, is_seekable, unpacked
 from onionskin.storage.base_looks import BaseLooks, looks_of
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def import_image(
         refuse_endless(descriptor, called)
         ahead = b"" if isinstance(path, str | os.PathLike) else _read_ahead(path)
         made = _Import(stack, store, name, called, format, *chosen, progress)
-        if not ahead and is_seekable(descriptor):
+        if not ahead and is_seekable(descriptor) and not hides_size(descriptor):
             kind = made.kind_of(format_of(descriptor))
             if kind in COMPRESSED:
                 disk = made.from_compressed(Source(descriptor, called), kind, note)
@@ -329,7 +329,7 @@ class _Import:
 
         disk = self._stage(_FIRST_SIZE_BYTES)
         buffer = memoryview(bytearray(_CHUNK_BYTES))
-        end = b""  # the last bytes so far, where a fixed VHD has its footer
+        end = b""  # the last bytes so far, which tell some formats
         done = 0
         while length := source.readinto(buffer):
             self._refuse_larger(done + length)
@@ -338,10 +338,10 @@ class _Import:
             for first, last, is_zero in split_zeros(buffer[:length], disk.block_size):
                 if not is_zero:
                     disk.write(done + first, buffer[first:last])
-            end = (end + buffer[max(0, length - VHD_FOOTER_BYTES) : length].tobytes())[-VHD_FOOTER_BYTES:]
+            end = (end + buffer[max(0, length - END_BYTES) : length].tobytes())[-END_BYTES:]
             done += length
             report(done)
-        if self._format is None and end.startswith(VHD_COOKIE):
+        if self._format is None and self.kind_of(format_of_end(end)) == VHD.name:
             raise FormatError(
                 f"{self._called} is {VHD.title} of fixed size, which only its end tells: save it as a file and import that, "
                 "or import its bytes as they are with format raw"

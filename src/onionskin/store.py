@@ -1640,6 +1640,7 @@ class Store:
         keep_within : datetime.timedelta, optional
             Keep all snapshots that are older than the newest one by at most this time. If the newest one has a time to
             come, because the clock was wrong, keep all that are older than now by at most this time.
+            Where clocks are set back in between, by `zone`, what was taken at that time of day is kept too.
         zone : datetime.tzinfo
             The time zone that defines where an hour and a day end, such as ``zoneinfo.ZoneInfo("Europe/Berlin")``.
         dry_run : bool

@@ -73,6 +73,11 @@ def test_a_script_gets_a_name_as_it_is(run: Run, vms: Path, name: str) -> None:
         (("-s", "used", "--reverse"), ["db", "web"]),
         (("--sort", "created"), ["web", "db"]),
         (("--sort", "base"), ["db", "web"]),  # none has one
+        (("--sort", "-used"), ["db", "web"]),
+        (("--sort=-used", "--reverse"), ["web", "db"]),
+        (("--sort", "size,used"), ["web", "db"]),
+        (("-s", "size", "-s", "-used"), ["db", "web"]),
+        (("--sort", "base,-name"), ["web", "db"]),
     ],
 )
 def test_rows_are_sorted_by_any_column_and_either_way(
@@ -83,7 +88,7 @@ def test_rows_are_sorted_by_any_column_and_either_way(
 
 
 def test_a_column_that_is_none_is_wrong_usage_and_the_message_lists_those_there_are(run: Run, two: Path) -> None:
-    for options in (("-o", "name,colour"), ("--sort", "colour")):
+    for options in (("-o", "name,colour"), ("--sort", "colour"), ("--sort", "used,-colour")):
         refused = run("list", two, *options)
         assert refused.exit_code == 2 and "written" in refused.stderr
 

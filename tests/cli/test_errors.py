@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -342,7 +343,7 @@ PATHS = [
     (["apply", "{s}/web", "{d}/none"], 3, "{d}/none: No such file or directory; check the path"),
     (["apply", "{s}/web", "{d}/secret"], 1, "{d}/secret: Permission denied"),
     (["map", "{s}/web", "-o", "{d}/none/x.svg"], 3, "{d}/none/x.svg: No such file or directory; check the path"),
-    (["tree", "{f}"], 3, "is not a store"),
+    (["tree", "{f}"], 3, "{f} is a file, and no store"),
     (["create", "{f}/web", "--size", "1M"], 4, "File exists"),
     (["serve", "{s}/web", "--socket", "{d}"], 4, "it is not a socket"),
     (["serve", "{s}/web", "--socket", "{d}/none/s"], 3, "{d}/none/s: No such file or directory; check the path"),
@@ -870,3 +871,57 @@ def test_delete_says_too_that_a_store_is_read_only(run: Run, vms: Path, monkeypa
 def test_a_picture_for_which_there_is_no_room_is_named(run: Run, vms: Path, tmp_path: Path) -> None:
     (tmp_path / "map.svg").symlink_to("/dev/full")
     one_line(run("map", f"{vms}/web", "--output", tmp_path / "map.svg"), 7, f"{tmp_path}/map.svg: No space left")
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("nbd://localhost/disk", "nbdcopy 'URL' - | onionskin import -"),
+        ("nbd+unix:///disk?socket=none", "nbdcopy 'URL' - | onionskin import -"),
+        ("https://localhost/disk.img", "curl -fL 'URL' | onionskin import -"),
+        ("file:///etc/passwd", "what reads it | onionskin import -"),
+        ("json:{}", "what reads it | onionskin import -"),
+        ("nbd:unix:/none:exportname=disk", "nbdcopy 'URL' - | onionskin import -"),
+    ],
+)
+def test_a_url_is_told_from_a_path_that_was_typed_wrongly(run: Run, vms: Path, url: str, said: str) -> None:
+    for words in (
+        ("import", url, f"{vms}/new"),
+        ("create", f"{vms}/new", "--base", url),
+        ("compare", f"{vms}/web", url),
+    ):
+        one_line(run(*words), 3, "a URL is not followed", said)
+    one_line(run("export", f"{vms}/web", url), 3, "a URL is not followed", "pipe 'onionskin export NAME -'")
+
+
+@pytest.mark.parametrize("verb", ["info", "snapshots", "holds", "list", "tree", "check"])
+def test_an_image_in_the_place_of_a_store_is_told_from_one_that_is_not_there(
+    run: Run, tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk.qcow2").write_bytes(b"QFI\xfb\0\0\0\3")
+    monkeypatch.chdir(tmp_path)
+    for name in ("disk.qcow2", tmp_path / "disk.qcow2"):
+        one_line(run(verb, name), 3, "disk.qcow2 is a file, and no store; 'onionskin import", "qemu-img info")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("set wipe=zero VMS/web", "the volume comes first, as in 'onionskin set STORE/VOLUME wipe=zero'"),
+        ("get wipe VMS/web", "the volume comes first, as in 'onionskin get STORE/VOLUME wipe'"),
+        ("hold backup VMS/web@clean", "the volume comes first, as in 'onionskin hold STORE/VOLUME@SNAPSHOT HOLDER'"),
+        ("snapshot ls VMS/web", "here that is onionskin snapshots"),
+        ("snapshot rm VMS/web@clean", "here that is onionskin merge, which keeps all data, or onionskin discard"),
+    ],
+)
+def test_words_in_the_order_of_other_programs_are_told_how_they_are_put(
+    run: Run, vms: Path, words: str, said: str
+) -> None:
+    one_line(run(*words.replace("VMS", str(vms)).split()), 2, said)
+
+
+def test_a_socket_is_no_image(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("here")
+        one_line(run("import", "here", f"{tmp_path}/vms/web"), 1, "it is a socket, or a device that is not there")

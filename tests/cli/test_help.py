@@ -12,7 +12,7 @@ from click.testing import Result
 from onionskin.cli.app import onionskin
 from onionskin.cli.man_pages import pages
 from onionskin.cli.sections import SECTION_OF
-from onionskin.cli.verbs import _CALLED, _CALLED_OF_MACHINES
+from onionskin.cli.verbs import _CALLED, _CALLED_OF_MACHINES, _OF_SNAPSHOTS, _THINGS
 
 Run = Callable[..., Result]
 ROOT = Path(__file__).parents[2]
@@ -64,6 +64,9 @@ def test_the_line_of_each_verb_is_whole_on_a_narrow_terminal(run: Run, group: tu
         ("snapshto", "did you mean snapshot?"),
         ("exprot", "did you mean export?"),
         ("console", "here that is onionskin machine console"),
+        ("snapshot-create-as", "here that is onionskin snapshot"),
+        ("lvcreate", "here that is onionskin create"),
+        ("extract", "here that is onionskin export"),
     ],
 )
 @pytest.mark.parametrize("ask", [(), ("help",)])
@@ -93,9 +96,51 @@ def test_a_near_miss_of_a_verb_of_machines_is_told_which_is_meant(
     assert f"No such command '{word}': {said}" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("snapshot -l disk.qcow2", "here that is 'onionskin snapshots STORE/VOLUME'; see"),
+        ("snapshot -a clean disk.qcow2", "here that is 'onionskin revert STORE/VOLUME@NAME'; see"),
+        ("list -t snapshot vms", "here that is 'onionskin snapshots STORE'; see"),
+        ("delete -r vms/web", "did you mean --recursive?; see"),
+        ("prune -n vms/web", "did you mean --dry-run?; see"),
+        ("export -O qcow2 vms/web out", "did you mean --format?; see"),
+        ("info --output=json vms/web", "did you mean --json?; see"),
+        ("create -b base.raw vms/web", "did you mean --base or --block-size?; see"),
+        ("machine delete -y vms/lab", "did you mean --yes?; see"),
+        ("resize vms/web -10G", "no number is below zero here; give the new size, and --force; see"),
+    ],
+)
+def test_an_option_of_another_program_is_told_what_is_meant(run: Run, words: str, said: str) -> None:
+    refused = run(*words.split())
+    assert refused.exit_code == 2
+    assert said in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("snap ls vms/web", "snapshots"),
+        ("snap create vms/web@a", "snapshot"),
+        ("snap rm vms/web@a", "merge, which keeps all data, or onionskin discard"),
+        ("snap rollback vms/web@a", "revert"),
+        ("snap protect vms/web@a", "hold"),
+        ("image ls", "list"),
+        ("volume create vms/web", "create"),
+        ("snap vms/web@a", "snapshot"),
+    ],
+)
+def test_what_has_two_words_elsewhere_is_told_by_both(run: Run, words: str, said: str) -> None:
+    refused = run(*words.split())
+    assert refused.exit_code == 2
+    assert f"No such command '{words.split()[0]}': here that is onionskin {said}; see" in refused.stderr
+
+
 def test_words_of_other_programs_are_no_verbs_and_mean_verbs() -> None:
     of_machines = onionskin.commands["machine"]
     assert isinstance(of_machines, click.Group)
+    assert not set(_THINGS) & set(onionskin.commands)
+    assert {said.split()[0].rstrip(",") for said in _OF_SNAPSHOTS.values()} <= set(onionskin.commands)
     for called, verbs in ((_CALLED, onionskin.commands), (_CALLED_OF_MACHINES, of_machines.commands)):
         assert not set(called) & set(verbs)
         assert {said.split()[0].rstrip(",") for said in called.values()} <= set(verbs)

@@ -20,6 +20,14 @@ from onionskin.store import Store
 Run = Callable[..., Result]
 DISK = bytes(range(256)) * 4096
 
+
+def old_tar() -> bytes:
+    header = bytearray(b"disk.raw".ljust(100, b"\0") + b"0000644\0" * 3 + b"00000004000\0" * 2).ljust(512, b"\0")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + DISK
+
+
 FILES = {
     "qcow2": b"QFI\xfb\0\0\0\3" + DISK,
     "vmdk": b"KDMV\1\0\0\0" + DISK,
@@ -47,6 +55,7 @@ FILES = {
     "zip": b"PK\3\4" + DISK,
     "7z": b"7z\xbc\xaf\x27\x1c" + DISK,
     "tar": bytes(257) + b"ustar" + DISK,
+    "old tar": old_tar(),
     "vma": b"VMA\0" + DISK,
     "bochs": b"Bochs Virtual HD Image" + DISK,
     "cloop": b"#!/bin/sh\n#V2.0 Format\n" + DISK,
@@ -60,7 +69,35 @@ FILES = {
     "segment of a store": b"ONIONSEG" + DISK,
     "map of a store": b"ONIONMAP" + DISK,
     "ewf": b"EVF\x09\x0d\x0a\xff\0" + DISK,
+    "logical ewf": b"LVF\x09\x0d\x0a\xff\0" + DISK,
+    "second ewf": b"EVF2\x0d\x0a\x81\0" + DISK,
+    "described vmdk": b"# Disk DescriptorFile\nversion=1\n",
+    "otherwise described vmdk": b"# mine\r\n\r\nversion=1\r\nCID=fffffffe\r\n",
+    "sesparse": b"\xbe\xba\xfe\xca\0\0\0\0" + DISK,
+    "sparse dmg": b"sprs\0\0\0\3" + DISK,
+    "encrypted dmg": b"encrcdsa\0\0\0\2" + DISK,
+    "old zstd": b"\x27\xb5\x2f\xfd" + DISK,
+    "sized lzma": b"\x5d\0\0\x80\0" + struct.pack("<Q", len(DISK)) + DISK,
+    "split zip": b"PK\7\x08PK\3\4" + DISK,
+    "cpio": b"070701" + DISK,
+    "aff": b"AFF10\r\n\0" + DISK,
+    "chd": b"MComprHD" + DISK,
+    "partclone": b"partclone-image\0" + DISK,
+    "partimage": b"PaRtImAgE-VoLuMe" + DISK,
+    "ntfsclone": b"\0ntfsclone-image" + DISK,
+    "zfs-stream": bytes(8) + struct.pack("<Q", 0x2F5BACBAC) + DISK,
+    "of a big machine: zfs-stream": bytes(8) + struct.pack(">Q", 0x2F5BACBAC) + DISK,
+    "btrfs-stream": b"btrfs-stream\0\1\0\0\0" + DISK,
+    "snappy": b"\xff\x06\0\0sNaPpY" + DISK,
+    "openssl": b"Salted__" + DISK,
+    "age": b"age-encryption.org/v1\n" + DISK,
+    "gpg": b"-----BEGIN PGP MESSAGE-----\n" + DISK,
+    "xml": b'<?xml version="1.0"?>\n<Envelope>',
+    "html": b"\n<!DOCTYPE html>\n<title>404 Not Found</title>",
+    "vmx": b'.encoding = "UTF-8"\n',
+    "lfs": b"version https://git-lfs.github.com/spec/v1\n",
 }
+ADVICE = "(import it|convert it|unpack it|export the volume|apply it to a volume|decrypt it) with|import the|fetch the"
 NOT_READ = [name for name in FILES if name.split()[-1] not in {*FORMATS, *COMPRESSED}]
 
 
@@ -81,9 +118,7 @@ def test_a_format_is_told(image: tuple[str, Path]) -> None:
 
 def test_it_is_no_base_unless_somebody_vouches_for_its_bytes(tmp_path: Path, image: tuple[str, Path]) -> None:
     with Store(tmp_path / "vms") as store:
-        with pytest.raises(
-            FormatError, match=r"and not a raw disk: (import it|convert it|unpack it|export the|apply it)"
-        ):
+        with pytest.raises(FormatError, match=rf"and not a raw disk: ({ADVICE})"):
             store.create("web", base=image[1])
         assert store.volumes() == []
         with store.create("web", base=image[1], base_format="raw") as web:
@@ -107,7 +142,7 @@ def test_what_is_not_read_is_not_imported_as_bytes_unless_that_is_asked_for(tmp_
     with Store(tmp_path / "vms") as store:
         with pytest.raises(
             FormatError,
-            match=r"which is not read here: (import it|convert it|unpack it|export the volume|apply it to a volume) with",
+            match=rf"which is not read here: ({ADVICE})",
         ):
             import_image(store, path, "web")
         assert store.volumes() == []

@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import Result
+
+from onionskin.cli.keeping import DurationType
 
 Run = Callable[..., Result]
 
@@ -88,6 +91,8 @@ def test_prune_says_first_what_would_go_and_then_drops_it(run: Run, three: Path)
         (("--keep-daily", "1", "--time-zone", "Middle/Earth"), "no time zone"),
         (("--keep-daily", "-2"), "-2"),
         (("--keep-within", "soon"), "no time"),
+        (("--keep-within", ""), "no time"),
+        (("--keep-within", "1d2y"), "no time"),
     ],
 )
 def test_rules_that_cannot_be_are_wrong_usage(run: Run, three: Path, options: tuple[str, ...], fault: str) -> None:
@@ -99,3 +104,10 @@ def test_rules_that_cannot_be_are_wrong_usage(run: Run, three: Path, options: tu
 def test_prune_takes_a_time_zone_and_a_time(run: Run, three: Path) -> None:
     found = as_json(run("prune", f"{three}/web", "--keep-within", "2d", "--time-zone", "Europe/Berlin", "--json"))
     assert [one["kept_by"] for one in found] == [["within"]] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "days"), [("36h", 1.5), ("14d", 14), ("8w", 56), ("6m", 186), ("1y6m", 552), ("1y2m3w4d12h", 453.5)]
+)
+def test_a_time_is_written_as_restic_and_borg_write_it_and_none_is_shorter_here(text: str, days: float) -> None:
+    assert DurationType().convert(text, None, None) == timedelta(days=days)

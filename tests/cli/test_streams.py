@@ -451,3 +451,17 @@ def test_nothing_is_added_to_a_file_that_is_needed(run: Run, tmp_path: Path, vms
         refused = shell("os " + verb + " >> {target}", vms=vms, target=target)
     assert refused.returncode in (2, 5) and b"stdout is" in refused.stderr
     assert target.read_bytes() == before
+
+
+def test_a_stream_that_was_packed_with_a_dictionary_is_not_called_damaged(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(bytes.fromhex("28b52ffd 21 07 01 090000 78"))  # one byte, and dictionary 7
+    refused = run("import", tmp_path / "image", f"{tmp_path}/vms/web")
+    assert refused.exit_code == 6
+    assert "was packed with a dictionary" in refused.stderr and "fetch it again" not in refused.stderr
+
+
+def test_a_file_that_hides_its_size_is_read_to_its_end(run: Run, tmp_path: Path) -> None:
+    expected = Path("/proc/version").read_bytes()
+    done = run("import", "/proc/version", f"{tmp_path}/vms/web")
+    assert done.exit_code == 0, done.stderr
+    assert run("read", f"{tmp_path}/vms/web", 0, len(expected)).stdout_bytes == expected

@@ -70,10 +70,34 @@ class Name(NamedTuple):
 _TRUST = "onionskin.trust"
 
 
+_READ_BY = {
+    **dict.fromkeys(("nbd", "nbds", "nbd+unix", "nbds+unix"), "nbdcopy 'URL' -"),
+    **dict.fromkeys(("http", "https", "ftp", "ftps"), "curl -fL 'URL'"),
+    **dict.fromkeys(("ssh", "sftp", "scp"), "ssh HOST cat PATH"),
+}
+
+
+def refuse_url(path: "str | Path | FilePath", *, to_write: bool = False) -> None:
+    """Raise FileNotFoundError if nothing is at a path, and the path looks like a URL, or like what qemu-img takes for one."""
+    import errno
+    import re
+
+    found = re.match(r"([a-z][a-z0-9+.-]+):(?=/)|(json|nbd|rbd|ssh):", str(path))
+    if not found or os.path.lexists(path):
+        return
+    if to_write:
+        advice = "write a file, or pipe 'onionskin export NAME -' to a program, as nbdcopy, that writes there"
+    else:
+        by = _READ_BY.get(found[1] or found[2], "what reads it")
+        advice = f"give a file, or pipe it: {by} | onionskin import - STORE/VOLUME"
+    raise FileNotFoundError(errno.ENOENT, f"no such file, and a URL is not followed; {advice}", str(path))
+
+
 def refuse_volume(path: "Path | FilePath") -> None:
-    """Raise FileNotFoundError if no image is at a path, and the path looks like a volume of a store."""
+    """Raise FileNotFoundError if no image is at a path, and the path looks like a volume of a store, or like a URL."""
     import errno
 
+    refuse_url(path)
     if is_store(FilePath(path.parent)) and not os.path.lexists(path):
         raise FileNotFoundError(
             errno.ENOENT,
@@ -101,6 +125,23 @@ def is_trusted() -> bool:
     return ctx is not None and bool(ctx.meta.get(_TRUST))
 
 
+def _hint(value: str, ctx: click.Context | None) -> str:
+    """Say what may be meant by a word that names no volume, by the verb that it is given to."""
+    from onionskin.cli import verbs
+
+    is_word = "/" not in value and ctx is not None and not os.path.lexists(value)
+    return verbs.hint(ctx.command.name, value) if is_word and ctx is not None else ""
+
+
+def refuse_file(path: "str | FilePath") -> None:
+    """Raise VolumeNotFoundError if what is named as a store is a file: it may be an image, as other programs take it."""
+    if os.path.isfile(path):  # noqa: PTH113 - FilePath.is_file raises where it cannot search
+        raise VolumeNotFoundError(
+            f"{path} is a file, and no store; 'onionskin import IMAGE STORE/VOLUME' makes a volume of an image, 'onionskin "
+            "create --base' stands one on it, and 'qemu-img info' describes it"
+        )
+
+
 def open_store(path: FilePath, *, create: bool = False, group: str | None = None) -> "Store":
     """Open a store as the options of the verb say; it must exist, unless `create`.
 
@@ -113,8 +154,10 @@ def open_store(path: FilePath, *, create: bool = False, group: str | None = None
     """
     if create and not is_store(path):
         _refuse_occupied(path)
-    if not create and not is_store(path) and is_store(path.parent) and not os.path.lexists(path):
-        raise VolumeNotFoundError(f"{path} is no store, but a name in the store {path.parent}: give {path.parent}")
+    if not create and not is_store(path):
+        if is_store(path.parent) and not os.path.lexists(path):
+            raise VolumeNotFoundError(f"{path} is no store, but a name in the store {path.parent}: give {path.parent}")
+        refuse_file(path)
     return onionskin.Store(path, create=create, trust=is_trusted(), group=group)
 
 
@@ -211,7 +254,7 @@ class NameType(click.ParamType):  # type: ignore[type-arg]
         try:
             name = parse_name(value)
         except ValueError as wrong:
-            self.fail(str(wrong), param, ctx)
+            self.fail(f"{wrong}{_hint(value, ctx)}", param, ctx)
         if self.snapshot == "required" and name.snapshot is None:
             self.fail(f"{value!r} names no snapshot: write {value}@SNAPSHOT", param, ctx)
         if self.snapshot == "none" and name.snapshot is not None:
@@ -264,6 +307,9 @@ class VolumeOrStoreType(NameType):
         directory, slash, last = value.rstrip("/").rpartition("/")
         above = FilePath(directory or ("/" if slash else "."))
         if not is_store(above) and os.access(above, os.X_OK):  # of one that cannot be searched nobody knows
+            refuse_file(value)
+            if hint := _hint(value, ctx):
+                self.fail(f"{value!r} does not exist as a store{hint}", param, ctx)
             neither = f"neither {value!r} nor {above!s} is" if slash else f"{value!r} does not exist as"
             named = "STORE" if slash else value
             raise VolumeNotFoundError(

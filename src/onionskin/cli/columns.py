@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import click
 
+from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.records import record
 from onionskin.cli import output
 
@@ -52,6 +53,13 @@ class Column(Generic[Listed]):
         return "-" if value is None else str(value)
 
 
+class _SortedBy(NamedTuple):
+    """A column to sort by."""
+
+    column: str
+    is_descending: bool
+
+
 @record
 class Asked:
     """What the options ask for."""
@@ -59,7 +67,7 @@ class Asked:
     columns: tuple[str, ...] | None
     without_header: bool
     exact: bool
-    sort: str | None
+    sort: tuple["_SortedBy", ...]
     reverse: bool
 
 
@@ -92,6 +100,27 @@ class _ColumnsType(click.ParamType):  # type: ignore[type-arg]
         ]
 
 
+class _SortType(click.ParamType):  # type: ignore[type-arg]
+    """Names of columns to sort by, with commas between them, and a minus before those whose greatest comes first."""
+
+    name = "COLUMN,..."
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.columns = _ColumnsType(names)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[_SortedBy, ...]:
+        """Take the list apart, or fail as a usage error."""
+        if isinstance(value, tuple):
+            return value
+        words = [word.strip() for word in value.split(",")]
+        names = self.columns.convert(",".join(word.removeprefix("-") for word in words), param, ctx)
+        return tuple(_SortedBy(name, word.startswith("-")) for name, word in zip(names, words, strict=True))
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+        """Offer the columns that are not in the list yet."""
+        return self.columns.shell_complete(ctx, param, incomplete)
+
+
 def column_options(columns: "Sequence[Column[Any]]") -> Callable[[Any], Any]:
     """Give a verb the options; it takes them as `asked`."""
     names = [column.name for column in columns]
@@ -99,7 +128,13 @@ def column_options(columns: "Sequence[Column[Any]]") -> Callable[[Any], Any]:
         click.option("-o", "--columns", type=_ColumnsType(names), help=f"Show these columns: {', '.join(names)}."),
         click.option("-H", "without_header", is_flag=True, help="Print no heading, and one tab between columns."),
         click.option("-p", "exact", is_flag=True, help="Print exact numbers: bytes, and seconds since 1970."),
-        click.option("--sort", "-s", type=click.Choice(names), metavar="COLUMN", help="Sort by this column."),
+        click.option(
+            "--sort",
+            "-s",
+            type=_SortType(names),
+            multiple=True,
+            help="Sort by these columns, the first of them first; -COLUMN has the greatest first.",
+        ),
         click.option("--reverse", is_flag=True, help="Reverse the order."),
     )
 
@@ -107,7 +142,8 @@ def column_options(columns: "Sequence[Column[Any]]") -> Callable[[Any], Any]:
         def with_options(
             *, columns: Any, without_header: bool, exact: bool, sort: Any, reverse: bool, **rest: Any
         ) -> Any:
-            return verb(asked=Asked(columns, without_header, exact, sort, reverse), **rest)
+            by = tuple(one for several in sort for one in several)
+            return verb(asked=Asked(columns, without_header, exact, by, reverse), **rest)
 
         with_options.__doc__ = verb.__doc__
         with_options.__name__ = verb.__name__
@@ -120,7 +156,7 @@ def column_options(columns: "Sequence[Column[Any]]") -> Callable[[Any], Any]:
 def is_asked(asked: Asked, columns: "Sequence[Column[Listed]]") -> bool | None:
     """Whether the slow columns are to be found out; None where the verb decides."""
     slow = {column.name for column in columns if column.is_slow}
-    if asked.sort in slow:
+    if any(by.column in slow for by in asked.sort):
         return True
     return None if asked.columns is None else bool(slow.intersection(asked.columns))
 
@@ -128,12 +164,15 @@ def is_asked(asked: Asked, columns: "Sequence[Column[Listed]]") -> bool | None:
 def in_order(asked: Asked, columns: "Sequence[Column[Listed]]", rows: "Sequence[Listed]") -> "list[Listed]":
     """Sort rows as asked; those without a value come last, and rows of one value stay as they were."""
     found = list(rows)
-    by = next((column for column in columns if column.name == asked.sort), None)
-    if by is None:
+    if not asked.sort:
         return found[::-1] if asked.reverse else found
-    known = [row for row in found if by.of(row) is not None]
-    known.sort(key=by.of, reverse=asked.reverse)  # type: ignore[arg-type]  # of one column all are of one type
-    return known + [row for row in found if by.of(row) is None]
+    by_name = {column.name: column for column in columns}
+    for by in reversed(asked.sort):  # sorting keeps the order of what is equal, so the first column comes last
+        of = by_name[by.column].of
+        known = [row for row in found if of(row) is not None]
+        known.sort(key=of, reverse=by.is_descending != asked.reverse)  # type: ignore[arg-type]  # all are of one type
+        found = known + [row for row in found if of(row) is None]
+    return found
 
 
 def draw(asked: Asked, columns: "Sequence[Column[Listed]]", rows: "Sequence[Listed]", default: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ import click
 
 from onionskin.base.paths import FilePath
 from onionskin.cli import exit_status, output
-from onionskin.cli.arguments import VOLUME_OR_SNAPSHOT, Name, open_to_read, trust_option
+from onionskin.cli.arguments import VOLUME_OR_SNAPSHOT, Name, open_to_read, refuse_url, trust_option
 from onionskin.cli.output import json_option
 from onionskin.errors import FormatError, OnionskinError
 from onionskin.exchange.image_formats import READ, format_of
@@ -46,6 +46,7 @@ class SideType(click.ParamType):  # type: ignore[type-arg]
                 )
         except OSError as error:  # its status would be that of a difference
             self.fail(f"{value}: {error.strerror}; check the path", param, ctx)
+        refuse_url(path)
         if "/" not in value:
             self.fail(f"{value} does not exist as a file, and a volume is named STORE/VOLUME", param, ctx)
         return VOLUME_OR_SNAPSHOT.convert(value, param, ctx)

@@ -21,6 +21,7 @@ from onionskin.cli.arguments import (
     block_size_option,
     open_store,
     open_to_read,
+    refuse_url,
     refuse_volume,
     trust_option,
     wipe_option,
@@ -121,7 +122,7 @@ def _image_to_read(image: "FilePath") -> "Iterator[FilePath | IO[bytes]]":
     "options",
     multiple=True,
     metavar="KEY=VALUE",
-    help="An option of the format, as compression_type=zstd or subformat=fixed; for several, give it again.",
+    help="An option of the format, as compression_type=zstd or subformat=fixed; several have commas between them.",
 )
 @click.option("--yes", is_flag=True, help="Write over what a block device holds without asking.")
 @trust_option
@@ -143,7 +144,10 @@ def export(
     If IMAGE is a FIFO, the raw image is written to it. If it is a block device, the raw image is written over what the
     device holds, which wants --yes where no terminal is. What the device has behind the end of the disk stays.
     """
+    options = tuple(option for several in options for option in several.split(","))  # as qemu-img takes them
     goal = _goal(image)
+    if goal == "file":
+        refuse_url(image, to_write=True)
     kind = image_format or ("raw" if goal != "file" else _format_by_suffix(image))
     refuse_options(kind, options, compress=compress)
     if goal != "file":

@@ -102,6 +102,7 @@ _ADVICE = {
     errno.ENAMETOOLONG: "choose a shorter path",
     errno.ELOOP: "a symbolic link leads back to itself; check the path",
     errno.ENOMEM: "close other programs, or raise the limit of memory (ulimit -v)",
+    errno.ENXIO: "it is a socket, or a device that is not there; give a file, a pipe or another device",
     errno.EBADF: "it is closed, or not open that way",
 }
 # A file of a store that is missing, or is something else, is damage and not a path that was typed wrongly.
@@ -250,7 +251,8 @@ class Verbs(click.Group):
         if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
             from onionskin.cli import verbs
 
-            raise click.UsageError(f"No such command {args[0]!r}{verbs.suggestion(args[0], self.commands)}", ctx)
+            meant = verbs.suggestion(args[0], self.commands, behind=args[1] if len(args) > 1 else "")
+            raise click.UsageError(f"No such command {args[0]!r}{meant}", ctx)
         found = super().resolve_command(ctx, args)
         # From here on there may be something to undo. Until here Ctrl-C ended the process as the system does it.
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
@@ -340,6 +342,12 @@ def _interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
 def _usage(wrong: click.ClickException) -> int:
     message = output.cell(" ".join(wrong.format_message().split())).rstrip(".")
     ctx = getattr(wrong, "ctx", None)
+    if isinstance(wrong, click.NoSuchOption) and ctx is not None:
+        from onionskin.cli import verbs
+
+        options = [one for param in ctx.command.params for one in param.opts]
+        if meant := verbs.option_meant(ctx.command.name, wrong.option_name, options):
+            message = f"{output.cell(wrong.message).rstrip('.')}{meant}"
     say(f"{message}; see {ctx.command_path if ctx is not None else 'onionskin'} --help")
     return USAGE
 

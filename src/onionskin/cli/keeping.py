@@ -35,11 +35,13 @@ if TYPE_CHECKING:
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
-_UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
+# A month and a year are as long as they can be, so that nothing goes that restic or borg would keep.
+_DAYS = {"y": 366, "m": 31, "w": 7, "d": 1}
+_PARTS = r"(?:(\d{1,6})y)?(?:(\d{1,6})m)?(?:(\d{1,6})w)?(?:(\d{1,6})d)?(?:(\d{1,6})h)?"
 
 
 class DurationType(click.ParamType):  # type: ignore[type-arg]
-    """A time such as 36h, 14d or 8w."""
+    """A time such as 36h, 14d, 8w or, as restic writes it, 1y6m."""
 
     name = "TIME"
 
@@ -47,12 +49,16 @@ class DurationType(click.ParamType):  # type: ignore[type-arg]
         """Parse the text, or fail as a usage error."""
         if isinstance(value, timedelta):
             return value
-        found = re.fullmatch(r"(\d{1,6})([hdw])", value)
-        if not found:
+        found = re.fullmatch(_PARTS, value, re.ASCII)
+        if not found or not value:
             self.fail(
-                f"{value!r} is no time; write a number of hours, days or weeks, such as 36h, 14d or 8w", param, ctx
+                f"{value!r} is no time; write numbers of years, months, weeks, days and hours, such as 36h, 14d, 8w or 1y6m",
+                param,
+                ctx,
             )
-        return int(found[1]) * _UNITS[found[2]]
+        *counts, hours = (int(count or 0) for count in found.groups())
+        days = sum(count * length for count, length in zip(counts, _DAYS.values(), strict=True))
+        return timedelta(days=days, hours=hours)
 
 
 @click.command()

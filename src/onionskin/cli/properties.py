@@ -9,7 +9,7 @@ from onionskin.base.sizes import parse_size
 from onionskin.cli import output
 from onionskin.cli.arguments import VOLUME_OR_STORE, Name, open_store, trust_option
 from onionskin.cli.output import json_option
-from onionskin.cli.values import labels_text
+from onionskin.cli.values import PROPERTIES, labels_text
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from onionskin.catalog import Defaults
     from onionskin.operations.listing import VolumeInfo
 
-_PROPERTIES = ("wipe", "size", "block-size", "base", "created", "expires", "labels")
 _OF_STORE = ("wipe", "block-size")
 
 
@@ -100,7 +99,7 @@ def _policy(value: str) -> Literal["release", "zero"]:
 
 @click.command()
 @click.argument("name", type=VOLUME_OR_STORE, metavar="STORE[/VOLUME]")
-@click.argument("properties", nargs=-1, type=click.Choice(_PROPERTIES), metavar="[PROPERTY...]")
+@click.argument("properties", nargs=-1, type=click.Choice((*PROPERTIES, "all")), metavar="[PROPERTY...]")
 @click.option("-H", "without_header", is_flag=True, help="Print no heading, and one tab between columns.")
 @click.option("-p", "exact", is_flag=True, help="Print exact numbers: bytes, and seconds since 1970.")
 @trust_option
@@ -108,10 +107,12 @@ def _policy(value: str) -> Literal["release", "zero"]:
 def get(name: Name | FilePath, properties: tuple[str, ...], without_header: bool, exact: bool, as_json: bool) -> None:
     """Show properties of a volume or of a store.
 
-    All are shown, or those that are named. A volume has wipe, size, block-size, base, created, expires and labels. A
-    store has wipe and block-size, which are those of the volumes that are made without saying them. set changes wipe, the
-    lifetime and labels, and block-size of a store.
+    All are shown, as with the word all, or those that are named. A volume has wipe, size, block-size, base, created, expires
+    and labels. A store has wipe and block-size, which are those of the volumes that are made without saying them. set
+    changes wipe, the lifetime and labels, and block-size of a store.
     """
+    if "all" in properties:
+        properties = ()
     if isinstance(name, FilePath):
         for one in properties:
             if one not in _OF_STORE:
@@ -123,7 +124,7 @@ def get(name: Name | FilePath, properties: tuple[str, ...], without_header: bool
     else:
         with name.open_store() as store:
             about = store.info(name.volume)
-        chosen, values = properties or _PROPERTIES, _values(about)
+        chosen, values = properties or PROPERTIES, _values(about)
         shown = {
             "wipe": about.wipe,
             "size": _size(about.size_bytes, exact),

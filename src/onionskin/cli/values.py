@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from onionskin.operations.usage import SnapshotSpace
     from onionskin.store import Store
 
+PROPERTIES = ("wipe", "size", "block-size", "base", "created", "expires", "labels")  # of a volume, as get calls them
+
 
 def volume_value(info: "VolumeInfo") -> dict[str, Any]:
     """Return the JSON value of a volume."""

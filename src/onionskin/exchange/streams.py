@@ -116,6 +116,15 @@ def is_seekable(descriptor: int) -> bool:
     return (stat.S_ISREG(mode) or stat.S_ISBLK(mode)) and os.lseek(descriptor, 0, os.SEEK_CUR) == 0
 
 
+def hides_size(descriptor: int) -> bool:
+    """Return whether a file says that it is empty, and is not, as those of /proc: it has to be read to its end."""
+    return (
+        os.fstat(descriptor).st_size == 0
+        and stat.S_ISREG(os.fstat(descriptor).st_mode)
+        and os.pread(descriptor, 1, 0) != b""
+    )
+
+
 @contextlib.contextmanager
 def unpacked(source: Source, kind: str) -> Iterator[Source]:
     """Yield the unpacked bytes of a compressed stream, which the system's program unpacks.
@@ -181,6 +190,8 @@ def _advice(text: str) -> str:
         return (
             "the stream is whole, but wants memory: unpack it by hand, with that option, and give 'import -' the bytes"
         )
+    if "ictionary" in text:  # of zstd and lz4: what it was packed with is not in the stream
+        return "it was packed with a dictionary: unpack it by hand, with that (zstd -D), and give 'import -' the bytes"
     return "fetch it again"
 
 

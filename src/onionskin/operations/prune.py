@@ -33,7 +33,7 @@ class Rules:
         can grow.
     within : datetime.timedelta or None
         All snapshots are kept that are older than the newest one by at most this time. If the newest one has a time to
-        come, that are older than now.
+        come, that are older than now. A day has 25 hours where clocks are set back, by `zone`.
     zone : datetime.tzinfo
         The time zone that defines where an hour or a day ends.
     """
@@ -108,13 +108,25 @@ def retained(
     for nth, place in enumerate(newest_first):
         if nth < rules.last or rules.last == -1:
             kept[place].append("last")
-        if rules.within is not None and newest is not None and newest - snapshots[place].created <= rules.within:
-            kept[place].append("within")
+        if rules.within is not None and newest is not None:
+            age = _age(snapshots[place].created, newest, rules.zone)
+            if age <= rules.within:
+                kept[place].append("within")
     times = [snapshots[place].created.astimezone(rules.zone) for place in newest_first]
     for name, period in _PERIODS.items():
         for nth in _newest_of_each([period(at) for at in times], getattr(rules, name)):
             kept[newest_first[nth]].append(name)
     return [Retention(one.name, one.created, tuple(why)) for one, why in zip(snapshots, kept, strict=True)]
+
+
+def _age(created: datetime, newest: datetime, zone: tzinfo) -> timedelta:
+    """Return how much older a snapshot is, by the clock on the wall or in truth, whichever is less.
+
+    Where clocks are set back in between, a snapshot of the same time of day three days before is 73 hours older, and is
+    one that restic keeps within three days.
+    """
+    on_the_wall = newest.astimezone(zone).replace(tzinfo=None) - created.astimezone(zone).replace(tzinfo=None)
+    return min(newest - created, on_the_wall)
 
 
 def _newest_of_each(periods: list[Any], count: int) -> list[int]:

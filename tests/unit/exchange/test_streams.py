@@ -195,9 +195,11 @@ def test_raw_means_the_bytes_of_a_compressed_file_as_they_are(store: Store, tmp_
         (b"LUKS\xba\xbe\0\2" + DISK, "a LUKS container"),
         (gzip.compress(b"LUKS\xba\xbe\0\2" + DISK), "a LUKS container"),
         (DISK + b"conectix" + bytes(504), "of fixed size"),
+        (DISK + b"koly\0\0\0\4" + bytes(504), "a DMG image"),
+        (gzip.compress(DISK + b"koly\0\0\0\4" + bytes(504)), "a DMG image"),
     ],
     # By name: what gzip makes holds the time, and each worker of the tests has to find tests of the same names.
-    ids=["nothing", "nothing packed", "packed twice", "luks", "luks packed", "vhd"],
+    ids=["nothing", "nothing packed", "packed twice", "luks", "luks packed", "vhd", "dmg", "dmg packed"],
 )
 def test_what_cannot_be_taken_from_a_pipe_leaves_nothing(store: Store, data: bytes, said: str) -> None:
     with pipe_of(data) as pipe, pytest.raises(FormatError, match=said):

@@ -80,6 +80,15 @@ def test_within_counts_from_the_newest_snapshot_and_not_from_now() -> None:
     assert kept(found, Rules(within=timedelta(days=1))) == ["s1", "s2"]
 
 
+def test_a_day_within_which_all_is_kept_has_25_hours_where_clocks_are_set_back() -> None:
+    within = Rules(within=timedelta(days=3), zone=BERLIN)
+    newest = at("2025-10-27 12:00", BERLIN)
+    assert kept(taken(at("2025-10-24 12:00", BERLIN), newest), within) == ["s0", "s1"]  # 73 hours
+    assert kept(taken(at("2025-10-24 11:59", BERLIN), newest), within) == ["s1"]
+    spring = taken(at("2025-03-29 12:00", BERLIN), at("2025-03-30 13:00", BERLIN))  # 24 hours
+    assert kept(spring, Rules(within=timedelta(days=1), zone=BERLIN)) == ["s0", "s1"]
+
+
 def test_a_newest_snapshot_of_a_time_to_come_makes_none_of_the_others_old() -> None:
     """The clock was wrong as it was taken, and is right again; it was a reason to drop all the others."""
     found = taken(at("2026-03-01"), at("2026-03-07"), at("2026-03-08"), at("2099-01-01"))
