@@ -112,6 +112,8 @@ class QemuHypervisor:
         for path in (configuration.kernel, configuration.initrd):
             if path is not None and not os.access(path, os.R_OK):
                 raise StateError(f"{path} cannot be read; the machine boots from it")
+            if path is not None and not os.path.isfile(path):  # noqa: PTH113 - a text; whoever opens a FIFO waits
+                raise StateError(f"{path} is no file, and the machine boots from it; give a kernel or an initrd")
         return qemu_command.recorded(configuration, disks, version, types[wanted])
 
     def launch(
