@@ -10,6 +10,8 @@ from support.machines import snapshot_live
 
 import onionskin as library
 from onionskin.machine.hypervisor import Recorded
+from onionskin.machine.machine import Machine
+from onionskin.machine.record import Record, make_directory
 
 Run = Callable[..., Result]
 
@@ -293,3 +295,17 @@ def test_a_disk_that_somebody_has_open_is_refused_before_anything_is_asked(run: 
         for more in ([], ["--dry-run"]):
             refused = run("machine", verb, f"{vms}/lab@a", *more)
             assert refused.exit_code == 5 and "volume 'web'" in refused.stderr and "--yes" not in refused.stderr
+
+
+@pytest.mark.parametrize(("is_paused", "said"), [(True, "is paused at a"), (False, "goes on from a")])
+def test_a_revert_of_a_machine_that_its_user_paused_says_that_it_stays_so(
+    run: Run, vms: str, monkeypatch: pytest.MonkeyPatch, is_paused: bool, said: str
+) -> None:
+    assert run("machine", "snapshot", f"{vms}/lab@a").exit_code == 0
+
+    def revert(self: Machine, snapshot: str) -> None:
+        directory = make_directory(vms, self._id)
+        Record(None, None, None, "{}", "{}", "", "", "", False, None, is_paused=is_paused).write(directory)
+
+    monkeypatch.setattr(Machine, "revert", revert)
+    assert run("machine", "revert", f"{vms}/lab@a", "--yes").stdout == f"{vms}/lab {said}\n"

@@ -566,6 +566,18 @@ def test_a_machine_type_that_is_missing_is_refused(qemu: list[str]) -> None:
         QemuHypervisor().check(configuration(qemu, machine_type="pc-i440fx-0.1"), 1)
 
 
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+@pytest.mark.parametrize("what", ["kernel", "initrd"])
+def test_what_is_no_file_is_refused_as_a_kernel_and_nobody_waits_for_it(
+    qemu: list[str], tmp_path: Path, what: str, make: Callable[[Path], None]
+) -> None:
+    (tmp_path / "file").touch()
+    given = {"kernel": str(tmp_path / "file"), what: str(tmp_path / "it")}
+    make(tmp_path / "it")
+    with pytest.raises(StateError, match="it is no file, and the machine boots from it"):
+        QemuHypervisor().check(configuration(qemu, **given), 0)
+
+
 def test_what_is_recorded_has_a_versioned_machine_and_all_devices(qemu: list[str]) -> None:
     network = ("-device", "virtio-rng-pci", "-nic", "user,model=e1000,mac=52:54:00:00:00:01")
     found = QemuHypervisor().check(configuration(qemu, qemu_args=network), 2)

@@ -4,6 +4,7 @@ import array
 import ctypes
 import fcntl
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -209,6 +210,57 @@ def test_a_guest_that_has_shut_down_in_a_hypervisor_that_stays_goes_on_from_a_sn
         assert staying.state == "off"
     finally:
         staying.stop(force=True)
+
+
+@pytest.fixture
+def full(lab: Machine) -> Iterator[Callable[[bool], None]]:
+    """The machine runs, has a snapshot `ready`, and stands still since its store takes nothing more; this makes room."""
+    lab.start()
+    with console(lab) as screen:
+        screen.wait_ticks()
+    lab.snapshot("ready")
+    server = pid_of(lab, "server")
+
+    def limit(size: int) -> None:
+        resource.prlimit(server, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    limit(0)
+    until(lambda: "no room is left" in lab.status()["why"])
+    yield lambda has_room: limit(resource.RLIM_INFINITY if has_room else 0)
+
+
+def test_a_machine_whose_store_was_full_goes_on_from_a_snapshot_by_itself(
+    lab: Machine, full: Callable[[bool], None]
+) -> None:
+    assert lab.state == "paused"
+    full(True)
+    lab.revert("ready")
+    assert (lab.state, lab.status()["why"]) == ("running", "")
+    with console(lab) as screen:
+        screen.wait_ticks()
+
+
+def test_a_machine_that_its_user_paused_when_its_store_was_full_stays_so_behind_a_revert(
+    lab: Machine, full: Callable[[bool], None]
+) -> None:
+    full(True)
+    lab.pause()
+    lab.revert("ready")
+    assert lab.state == "paused"
+    lab.resume()
+    assert lab.state == "running"
+
+
+def test_a_guest_that_cannot_shut_down_since_the_store_is_full_is_said_to_stand_still_and_ends_when_there_is_room(
+    lab: Machine, full: Callable[[bool], None]
+) -> None:
+    with pytest.raises(StateError, match="stands still: a disk had an error, as no room is left"):
+        lab.stop(1_000_000)
+    assert lab.state == "paused"
+    full(True)
+    with suppress(StateError):  # it may have ended before it says that it goes on
+        lab.resume()
+    until(lambda: lab.state == "off")
 
 
 def test_its_disks_are_free_when_it_has_stopped(lab: Machine, store: onionskin.Store) -> None:

@@ -43,7 +43,7 @@ class StandIn:
         self.devices = "as it booted"
         self.reported: list[str] = []  # what is read with the next answer
         self._is_paused = True
-        self.guest_has_ended = False
+        self.guest_has_ended = self.has_stopped_itself = False
         self.sizes: list[int] = []
         self.plugged_now = ["disk0 (virtio-blk-pci)"]
         self.standstill = Standstill(stands=True)

@@ -539,10 +539,11 @@ def revert(name: Name, beginning: bool, yes: bool, dry_run: bool, as_json: bool)
             return
         _agree("revert", (), loss, yes=yes, also="what its guest has not written" if runs else "")
         target.revert(name.required_snapshot)
+        how = "is paused at" if target._is_kept_paused else "goes on from"
     output.tell(
         as_json,
         {"machine": name.volume, "snapshot": name.snapshot},
-        lambda: f"{name.store}/{name.volume} goes on from {name.snapshot}",
+        lambda: f"{name.store}/{name.volume} {how} {name.snapshot}",
     )
 
 

@@ -285,6 +285,10 @@ class Process(Protocol):
     def guest_has_ended(self) -> bool:
         """Whether it is stopped because its guest has shut down, or died, and the process stays all the same."""
 
+    @property
+    def has_stopped_itself(self) -> bool:
+        """Whether it is stopped for that, or for an error of a disk: for what happened in it, and not by anybody."""
+
     def plugged(self) -> list[str]:
         """Return the devices that it has now, apart from those that are part of every machine of its type."""
 

@@ -412,6 +412,12 @@ class Machine:
                 if not machines.is_running(self._store._opened, self._row) or time.monotonic() > deadline:
                     raise
 
+    @property
+    def _is_kept_paused(self) -> bool:
+        """Whether it runs, and its user wants it to stand still."""
+        found = Record.read(self._directory)
+        return found is not None and found.is_paused
+
     def revert_to_beginning(self) -> None:
         """Put a fork that is off back to the snapshot that it was made from, and let it go on from there.
 

@@ -60,6 +60,9 @@ _SAID_MAX = 600  # characters of what it wrote, for an error
 # As QEMU says it of a guest that has shut down (-no-shutdown) or died, and that goes on only as something else; and before a
 # reset of it.
 _GUEST_ENDED, _NEEDS_RESET = ("shutdown", "internal-error", "guest-panicked"), ("shutdown", "internal-error")
+DISK_ERROR = "io-error"
+# And where QEMU stopped it by itself, and nobody wanted it to stand still.
+_STOPPED_ITSELF = (*_GUEST_ENDED, DISK_ERROR, "watchdog")
 _SLEEPS = "suspended"
 STATE_TAG = "s"
 _STATE_NODE, _FILE_NODE = "state-", "file-of-state-"
@@ -109,6 +112,8 @@ class QemuHypervisor:
         for path in (configuration.kernel, configuration.initrd):
             if path is not None and not os.access(path, os.R_OK):
                 raise StateError(f"{path} cannot be read; the machine boots from it")
+            if path is not None and not os.path.isfile(path):  # noqa: PTH113 - a text; whoever opens a FIFO waits
+                raise StateError(f"{path} is no file, and the machine boots from it; give a kernel or an initrd")
         return qemu_command.recorded(configuration, disks, version, types[wanted])
 
     def launch(
@@ -397,6 +402,11 @@ class QemuProcess:
     def guest_has_ended(self) -> bool:
         """Whether it is stopped because its guest has shut down, or died, and the process stays all the same."""
         return self.status in _GUEST_ENDED
+
+    @property
+    def has_stopped_itself(self) -> bool:
+        """Whether it stands still for what happened in it: its guest has ended, or a disk had an error."""
+        return self.status in _STOPPED_ITSELF
 
     def pause(self, *, runs: bool = False) -> bool:
         """Stop the machine. Return whether it ran. It is not asked whether it `runs` where that is known.

@@ -227,7 +227,8 @@ def revert(
 
     Where its file systems were frozen then, they are again (`Running.is_frozen`), and whoever called this has them thawed.
 
-    One whose guest has shut down or died, in a process that stays, goes on too, as it would if the process had ended.
+    One whose guest has shut down or died, in a process that stays, goes on too, as it would if the process had ended. So does
+    one that stands still for an error of a disk: it ran at the snapshot, and what had the error is put back.
 
     Parameters
     ----------
@@ -500,8 +501,8 @@ def _stopped_to_revert(running: Running, stays: bool, look: Callable[[], object]
     """
     was_broken = running.is_broken
     with stopped(running.process, before_waking=look) as stop:
-        had_ended = not stop.ran and not stays and running.process.guest_has_ended
-        running.goes_on = stop.ran or had_ended or (was_broken and running.goes_on)
+        stood_by_itself = not stop.ran and not stays and running.process.has_stopped_itself
+        running.goes_on = stop.ran or stood_by_itself or (was_broken and running.goes_on)
         try:
             yield stop
         except BaseException as error:
@@ -516,5 +517,5 @@ def _stopped_to_revert(running: Running, stays: bool, look: Callable[[], object]
                     f"it again, or stop it and start it from a snapshot: {words_of(error)}"
                 ) from error
             raise
-        if (was_broken or had_ended) and running.goes_on:
+        if (was_broken or stood_by_itself) and running.goes_on:
             running.process.resume()

@@ -655,7 +655,7 @@ class Supervisor:
                 self._log("it was to go on, and did not; it does now")
                 self._process.resume()
                 self._note_what_is(is_standing=False)
-            if status == "io-error" and not (self._event or {}).get("nospace"):
+            if status == qemu.DISK_ERROR and not (self._event or {}).get("nospace"):
                 self._tries.append(now)
                 self._log("a disk had an error, and the machine was stopped; it goes on")
                 if len(self._tries) == GO_ON_TRIES and self._server.uris:
@@ -801,7 +801,7 @@ class Supervisor:
                 if self._goes_back
                 else "a revert of it failed half-way: revert it again, or stop it"
             )
-        if said == "io-error":
+        if said == qemu.DISK_ERROR:
             is_full = (self._event or {}).get("nospace")
             return f"a disk had an error{': no room is left in the store' if is_full else ''}; resume it when that is mended"
         if said == "running":
@@ -878,11 +878,25 @@ class Supervisor:
                     f"the guest of machine {self._name!r} did not shut down within {seconds:g} s, and runs on; shut it down "
                     "from inside, or end it with --force"
                 )
+            if self._is_stopped and self._lacks_room():
+                raise StateError(
+                    f"the guest of machine {self._name!r} did not shut down, and stands still: a disk had an error, as no "
+                    "room is left in the store; make room and resume it, which shuts it down, or end it with --force"
+                )
 
     def _guest_has_ended(self) -> bool:
         try:
             return self._process.guest_has_ended
         except MonitorError:  # the process is ending itself
+            return False
+
+    def _lacks_room(self) -> bool:
+        """Whether it stands still until somebody makes room in the store and resumes it."""
+        if not (self._event or {}).get("nospace"):
+            return False
+        try:
+            return self._process.status == qemu.DISK_ERROR
+        except MonitorError:  # it answers late, or is ending
             return False
 
     def stop_soon(self) -> None:
@@ -1018,13 +1032,13 @@ class Supervisor:
             self._note_what_is(is_frozen=self.running.is_frozen, is_standing=is_standing)
 
     def _would_go_on(self) -> bool:
-        """Whether the machine goes on behind a revert: one whose guest has ended, in a process that stays, does too."""
-        return not self._process.is_paused or (not self.record.is_paused and self._process.guest_has_ended)
+        """Whether the machine goes on behind a revert: one that nobody stopped does, too."""
+        return not self._process.is_paused or (not self.record.is_paused and self._process.has_stopped_itself)
 
     def _may_stand(self, *, for_us_alone: bool = False) -> bool:
         try:
             self._process.hear_all()  # a stop that took too long may still come: whoever does not answer now may stand then
-            return self._process.is_paused and not (for_us_alone and self._process.guest_has_ended)
+            return self._process.is_paused and not (for_us_alone and self._process.has_stopped_itself)
         except MonitorError:  # it answers nothing, and may be found stopped when it does
             return True
 

@@ -425,7 +425,7 @@ def test_a_machine_that_did_not_answer_behind_a_revert_that_failed_is_noted_as_o
 
     class Process:
         is_paused = property(lambda self: next(is_paused))
-        guest_has_ended = property(lambda self: next(has_ended))
+        has_stopped_itself = property(lambda self: next(has_ended))
 
         def hear_all(self) -> None:
             pass
