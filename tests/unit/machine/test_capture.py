@@ -353,8 +353,11 @@ def test_a_supervisor_that_was_killed_loses_no_page(
     running.ram_volume.close()
     process.guest_ram = process._tracked(process._preload) if process._preload else None
     again = attach(store, process, tmp_path / "run")
-    capture.snapshot(again, "b")
-    assert ram_of(again, "b") == process.whole()
+    try:
+        capture.snapshot(again, "b")
+        assert ram_of(again, "b") == process.whole()
+    finally:
+        again.close()
 
 
 def test_without_tracking_a_machine_is_compared_and_only_while_it_stands_still(
