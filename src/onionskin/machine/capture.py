@@ -181,9 +181,10 @@ def _captured(
         with stopped(process) as stop:
             cutting.cut()
             devices = process.save_state(ram.collect)
+            is_cut = cutting.is_cut  # else it may be let go on behind the last answer, and before the cut
             cutting.wait_until_cut()
             running.refuse_other_devices("nothing was taken", devices)
-            stop.refuse_disturbed("a snapshot, of which nothing was taken", is_heard=True)
+            stop.refuse_disturbed("a snapshot, of which nothing was taken", is_heard=is_cut)
     return stop.seconds, frozen
 
 
@@ -245,6 +246,11 @@ class _Cutting:
         """Have the disks cut: the machine stands still."""
         self._goes_on = True
         self._is_told.set()
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether nobody would wait in `wait_until_cut`."""
+        return self._is_cut.is_set()
 
     def wait_until_cut(self) -> None:
         """Wait until what the guest writes is in the snapshot no more."""

@@ -296,6 +296,34 @@ def test_a_machine_that_somebody_else_disturbs_while_it_stands_still_is_not_take
     assert ram_of(running, "a") == process.whole()
 
 
+def test_a_machine_that_somebody_lets_go_on_between_its_devices_and_the_cut_of_its_disks_is_not_taken(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    are_saved, save_state, cut = threading.Event(), process.save_state, seal.cut_heads
+
+    def save_and_be_let_go_on(meanwhile: Callable[[], object]) -> list[str]:
+        devices = save_state(meanwhile)
+        process.reported.append("RESUME")
+        return devices
+
+    def cut_late(*given: Any) -> Any:
+        assert are_saved.wait(300)
+        return cut(*given)
+
+    wait = capture._Cutting.wait_until_cut
+
+    def wait_until_cut(cutting: capture._Cutting) -> None:
+        are_saved.set()
+        wait(cutting)
+
+    monkeypatch.setattr(process, "save_state", save_and_be_let_go_on)
+    monkeypatch.setattr(seal, "cut_heads", cut_late)
+    monkeypatch.setattr(capture._Cutting, "wait_until_cut", wait_until_cut)
+    with pytest.raises(StateError, match="let the machine go on"):
+        capture.snapshot(running, "a")
+    assert snapshots_of(running) == []
+
+
 def test_a_machine_whose_devices_were_changed_while_it_ran_is_not_taken(running: Running, process: StandIn) -> None:
     before = process.plugged_now
     process.plugged_now = ["hot (virtio-rng-pci)"]
