@@ -16,6 +16,7 @@ from typing import IO
 
 import pytest
 from hypothesis import HealthCheck, settings
+from support.background import wait_for_background
 from support.examples import examples
 
 # A machine that is busy fails no test, and neither do examples of which a few in a row were thrown away by chance.
@@ -95,6 +96,15 @@ def pytest_runtest_protocol(item: pytest.Item):
         return (yield)
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Iterator[None]:
+    """Leave no thread to the tests behind this one that works for what this one did not close."""
+    try:
+        return (yield)
+    finally:
+        wait_for_background()
 
 
 def image_of(directory: Path) -> Path:

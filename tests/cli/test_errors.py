@@ -568,7 +568,7 @@ class Gone:
 
 def wait(self, *rest, **more):
     Gone()
-    threading.Event().wait(30)
+    threading.Event().wait(300)
     return []
 
 Store.volumes = wait

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from support.gap import Gap
-from support.guests import QEMUS, Console, build_tick_disk, configuration, end_machines
+from support.guests import QEMUS, SECONDS_MAX, Console, build_tick_disk, configuration, end_machines
 from support.linux_guest import LinuxGuest, build_linux_guest, wait_counts
 from support.servers import Serve
 
@@ -115,7 +115,7 @@ def booted_machine(directory: Path, guest: LinuxGuest, kernel: Path, qemu: list[
         )
         machine.start(paused=True)
         try:
-            with Console(machine._directory / "console", seconds=240) as screen:
+            with Console(machine._directory / "console", seconds=SECONDS_MAX) as screen:
                 machine.resume()
                 wait_counts(screen, 20)
                 machine.snapshot("up")

@@ -93,7 +93,7 @@ def test_the_agent_tells_the_guest_its_name_and_the_time(fork: Machine) -> None:
 def test_a_guest_shuts_down_when_it_is_asked(fork: Machine) -> None:
     with screen_of(fork) as screen:
         wait_counts(screen, 3)
-        fork.stop(240)
+        fork.stop(300)
         screen.wait_end()
         assert "goodbye" in screen.text
     assert fork.state == "off"

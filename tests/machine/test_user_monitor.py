@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.guests import configuration
+from support.guests import configuration, until
 from support.lab import LabMachine
 
 import onionskin
@@ -49,9 +49,13 @@ def test_what_its_user_disturbs_is_not_taken_for_a_snapshot(
     lab: LabMachine, user: Monitor, monkeypatch: pytest.MonkeyPatch, command: str, said: str
 ) -> None:
     with monkeypatch.context() as patched:
-        after(lab.running.guest_ram, patched, "collect", lambda: user.execute(command))
-        if command == "system_reset":  # which is asked for, and done a moment later
-            after(lab.running.guest_ram, patched, "collect", lambda: lab.process.monitor.execute("query-status"))
+
+        def disturb() -> None:
+            user.execute(command)
+            heard = lab.process.monitor._standstill  # a reset is asked for, and done and reported a moment later
+            until(lambda: heard.went_on or heard.was_reset)
+
+        after(lab.running.guest_ram, patched, "collect", disturb)
         with pytest.raises(StateError, match=f"{said}.* while it stood still"):
             capture.snapshot(lab.running, "ready")
     assert not lab.process.is_paused

@@ -57,7 +57,7 @@ def store(at: Path) -> Iterator[onionskin.Store]:
 @pytest.fixture(autouse=True)
 def long_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the servers in this process, which is busy with both ends, time for a cut."""
-    monkeypatch.setattr(groups, "HOLD_SECONDS", 60)
+    monkeypatch.setattr(groups, "HOLD_SECONDS", 300)
 
 
 Here = Callable[..., Server]

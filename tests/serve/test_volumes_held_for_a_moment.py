@@ -23,7 +23,7 @@ def test_a_volume_that_is_open_for_a_moment_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, socket_left: bool
 ) -> None:
     """As a group snapshot opens one that nobody holds. A server that was killed may have left its control socket."""
-    monkeypatch.setattr(opening, "WAIT_SECONDS", 60)
+    monkeypatch.setattr(opening, "WAIT_SECONDS", 300)
     with onionskin.Store(tmp_path / "vms") as store, closing(a_server()) as server:
         store.create("web", size="1M").close()
         if socket_left:

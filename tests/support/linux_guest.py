@@ -62,7 +62,7 @@ class LinuxGuest:
 
 
 def _run(*command: object, cwd: Path | None = None) -> str:
-    ended = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=cwd, timeout=240)
+    ended = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=cwd, timeout=300)
     assert ended.returncode == 0, f"{command}: {ended.stdout}{ended.stderr}"
     return ended.stdout
 

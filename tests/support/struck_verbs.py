@@ -28,7 +28,7 @@ import onionskin
 import onionskin.cli
 from onionskin.cli import app, exit_status
 
-HANG_SECONDS = 60
+HANG_SECONDS = 300
 
 
 def contents(path: Path) -> dict[str, Any]:

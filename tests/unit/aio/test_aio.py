@@ -61,7 +61,7 @@ class Held:
 
 
 async def begun(held: Held) -> None:
-    assert await asyncio.to_thread(held.begun.wait, 60)
+    assert await asyncio.to_thread(held.begun.wait, 300)
 
 
 def test_a_volume_is_made_written_snapshotted_and_read(tmp_path: Path) -> None:
@@ -518,7 +518,7 @@ def test_functions_that_report_progress_are_awaited_and_stopped_with_their_task(
 
         def held(*args: object, progress: Callable[[int, int], object]) -> None:
             loop.call_soon_threadsafe(begun.set)
-            assert go_on.wait(60)
+            assert go_on.wait(300)
             import_image(*args, progress=progress)  # type: ignore[arg-type]
 
         task = asyncio.create_task(store.run_with_progress(held, store.sync, tmp_path / "image", "cut short"))

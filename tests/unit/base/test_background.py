@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
+from support.background import wait_for_background
 
 from onionskin.base import background as background_module
 from onionskin.base.background import Background
@@ -267,3 +268,12 @@ def test_a_thread_that_begins_after_it_was_given_up_does_nothing(monkeypatch: py
     assert done == []
     background.end()
     assert done == [1]
+
+
+def test_what_a_test_leaves_in_the_background_of_a_store_has_ended_before_the_next_one() -> None:
+    threads: list[threading.Thread] = []
+    background = Background(lambda: threads.append(threading.current_thread()), "onionskin pending work")
+    background.wake()
+    background.finish()  # its thread lingers
+    wait_for_background()
+    assert not threads[0].is_alive()

@@ -296,6 +296,37 @@ def test_a_machine_that_somebody_else_disturbs_while_it_stands_still_is_not_take
     assert ram_of(running, "a") == process.whole()
 
 
+def test_the_disks_of_a_machine_are_cut_before_the_last_answer_says_that_it_stood_still(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever let it go on before the cut is heard of with that answer; who does behind it disturbs nothing."""
+    is_waited_for, save_state, cut = threading.Event(), process.save_state, seal.cut_heads
+    wait = capture._Cutting.wait_until_cut
+    cuts: list[int] = []
+    cuts_when_saved: list[int] = []
+
+    def save_and_count(meanwhile: Callable[[], object]) -> list[str]:
+        devices = save_state(meanwhile)
+        cuts_when_saved.append(len(cuts))
+        return devices
+
+    def cut_late(*given: Any) -> Any:
+        assert is_waited_for.wait(300)
+        found = cut(*given)
+        cuts.append(1)
+        return found
+
+    def wait_until_cut(cutting: capture._Cutting) -> None:
+        is_waited_for.set()
+        wait(cutting)
+
+    monkeypatch.setattr(process, "save_state", save_and_count)
+    monkeypatch.setattr(seal, "cut_heads", cut_late)
+    monkeypatch.setattr(capture._Cutting, "wait_until_cut", wait_until_cut)
+    capture.snapshot(running, "a")
+    assert cuts_when_saved == [1]
+
+
 def test_a_machine_whose_devices_were_changed_while_it_ran_is_not_taken(running: Running, process: StandIn) -> None:
     before = process.plugged_now
     process.plugged_now = ["hot (virtio-rng-pci)"]
@@ -353,8 +384,11 @@ def test_a_supervisor_that_was_killed_loses_no_page(
     running.ram_volume.close()
     process.guest_ram = process._tracked(process._preload) if process._preload else None
     again = attach(store, process, tmp_path / "run")
-    capture.snapshot(again, "b")
-    assert ram_of(again, "b") == process.whole()
+    try:
+        capture.snapshot(again, "b")
+        assert ram_of(again, "b") == process.whole()
+    finally:
+        again.close()
 
 
 def test_without_tracking_a_machine_is_compared_and_only_while_it_stands_still(

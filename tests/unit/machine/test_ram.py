@@ -366,12 +366,13 @@ def test_runs_are_cut_into_pieces_that_are_all_of_them() -> None:
 def test_a_tracker_that_two_threads_close_closes_its_file_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = PageTracker(os.getpid(), 0, PAGE_BYTES)
     closed: list[int] = []
-    close = os.close
+    close, here = os.close, threading.current_thread()
 
     def close_and_meet_another(descriptor: int) -> None:
-        closed.append(descriptor)
-        if len(closed) == 1:
-            tracker.close()  # as another thread may at this point
+        if threading.current_thread() is here:  # others of this process close what is theirs
+            closed.append(descriptor)
+            if len(closed) == 1:
+                tracker.close()  # as another thread may at this point
         close(descriptor)
 
     monkeypatch.setattr(os, "close", close_and_meet_another)

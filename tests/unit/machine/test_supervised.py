@@ -574,7 +574,7 @@ def test_what_two_threads_note_of_a_machine_at_once_is_all_noted(
             if not written:
                 written.append(one)
                 other.start()
-                assert guard.comes.wait(60)
+                assert guard.comes.wait(300)
             written.append(one)
 
         monkeypatch.setattr(Record, "write", write)

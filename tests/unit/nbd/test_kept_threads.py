@@ -171,7 +171,7 @@ def test_a_stopped_server_and_the_child_of_a_fork_begin_no_threads(web: Volume) 
     with _server(web) as (server, _):
         child = os.fork()
         if child == 0:
-            signal.alarm(30)
+            signal.alarm(300)
             try:
                 server.begin_threads(3)
                 os._exit(len(_threads()) != 1)
@@ -213,7 +213,7 @@ def test_the_child_of_a_fork_that_stops_a_server_leaves_its_parents_clients_alon
 def _stop_in_a_child(server: NbdServer) -> None:
     child = os.fork()
     if child == 0:
-        signal.alarm(30)
+        signal.alarm(300)
         try:
             server.stop(grace_seconds=0)
             os._exit(0)

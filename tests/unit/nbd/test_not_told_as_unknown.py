@@ -5,7 +5,7 @@ import resource
 import socket
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -51,14 +51,19 @@ class Haggling(NbdClient):
 
 @contextmanager
 def _no_descriptor_left() -> Iterator[None]:
+    """Have no number of a descriptor left: those between others too, of which a thread may have let go just now."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest = os.dup(0)
-    os.close(lowest)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    taken = [os.dup(0)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken[0] + 1, hard))
     try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in taken:
+            os.close(descriptor)
 
 
 def test_a_fork_for_which_there_is_no_descriptor_is_there_when_there_is_one(store: Store, server: Server) -> None:

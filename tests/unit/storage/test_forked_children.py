@@ -36,7 +36,7 @@ def forked(work: Callable[[], object]) -> int:
     """Do something in a child of this process, which leaves with status 0 if that raised nothing."""
     child = os.fork()
     if child == 0:
-        signal.alarm(30)  # SIGALRM ends one that waits for itself
+        signal.alarm(300)  # SIGALRM ends one that waits for itself
         try:
             work()
         except BaseException:
