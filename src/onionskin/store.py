@@ -1078,15 +1078,19 @@ class Store:
         forks.fold_what_stays(self._opened, stood_on)
 
     def _open_by_id(self, id: bytes) -> "Volume":
-        """Open a volume for writing, whatever it is called by then."""
+        """Open a volume for writing, whatever it is called by then. Who holds it for a moment is waited for."""
+        deadline = time.monotonic() + _CUT_WAIT_SECONDS
         while True:
             row = self._opened.catalog.volume_that_is(id)
             try:
                 volume = self.open(row.name)
-            except OnionskinError:
-                if self._opened.catalog.volume_that_is(id).name == row.name:
+            except OnionskinError as error:
+                if self._opened.catalog.volume_that_is(id).name != row.name:
+                    continue  # it was renamed meanwhile, and the name is free, or another volume's
+                if not isinstance(error, StateError) or time.monotonic() > deadline:
                     raise
-                continue  # it was renamed meanwhile, and the name is free, or another volume's
+                time.sleep(0.01)
+                continue
             if volume._opened.row.id == id:
                 return volume
             volume.close()

@@ -19,6 +19,7 @@ import onionskin as library
 from onionskin import errors
 from onionskin.base.limits import NOTE_BYTES_MAX
 from onionskin.base.sockets import connect_unix, may_connect
+from onionskin.catalog import new_id
 from onionskin.control import client, frames
 from onionskin.control.server import Cancelled, _Session
 
@@ -248,3 +249,17 @@ def test_snapshots_that_all_have_the_longest_note_come_in_frames_that_are_short_
         serve(f"{vms}/web")
         with library.connect(store, "web") as live:
             assert live.snapshots == store.snapshots("web")
+
+
+def test_names_for_ten_thousand_forks_are_one_request_in_any_script() -> None:
+    names = [f"{'é' * 120}{number:015}" for number in range(10_000)]
+    frame = frames.packed({"verb": "fork", "arguments": {"names": names, "ids": [new_id().hex() for _ in names]}})
+    assert len(frame) < frames.REQUEST_BYTES_MAX
+
+
+def test_what_is_no_unicode_is_read_as_it_was_sent() -> None:
+    name = os.fsdecode(b"/vms/\xff")
+    here, there = socket.socketpair()
+    with here, there:
+        frames.send(here, {"error": name, "note": "\0é\U0001f600"}, bytes_max=frames.REPLY_BYTES_MAX)
+        assert frames.receive(there, bytes_max=frames.REPLY_BYTES_MAX) == {"error": name, "note": "\0é\U0001f600"}

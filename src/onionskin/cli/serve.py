@@ -163,6 +163,7 @@ def serve(
     if in_flight < Limits().request_bytes_max:
         raise click.UsageError(f"--in-flight is at least {Limits().request_bytes_max >> 20}M, the largest request")
     limits = Limits(connections_max=connections, bytes_in_flight_max=in_flight, idle_seconds=idle)
+    own_process.allow_all_descriptors()
     own_process.make_room_for_descriptors()  # before the server has threads
     server = Server(
         limits=limits,

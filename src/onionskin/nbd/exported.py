@@ -38,6 +38,7 @@ class Exported:
     def __init__(self, volume: Volume) -> None:
         self.volume = volume
         self.opened = volume._opened  # the parts of a volume that are not in its public interface
+        self.last_used = time.monotonic()
         self.operations = 0  # the number of operations that use its label; under the table's guard
         self.contexts: dict[str, tuple[object, ...]] = {}  # the key of each context, by the context's name
         self.contexts_guard = threading.Lock()  # held while a context is offered or forgotten, or the disk is replaced
@@ -64,7 +65,6 @@ class View(Exported):
         self.row = row
         self.served = served
         self.is_kept = served is None  # the server was started with it
-        self.last_used = time.monotonic()
 
     def is_of(self, served: "ServedVolume") -> bool:
         """Return whether it is a view of a snapshot of that volume."""

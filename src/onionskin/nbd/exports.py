@@ -1,6 +1,7 @@
 """The served volumes, and the snapshots that the server opens when a client asks for them.
 
-What must hold: a volume is held for as long as it is served, and it is flushed before it is given up. A view of a
+What must hold: a volume is held for as long as it is served, and it is flushed before it is given up. One that was opened
+for a client, as forks are, is given up when nobody has used it for a while, or when descriptors run out. A view of a
 snapshot is open only while a client may be reading it, because an open view keeps files from being freed and a base
 from being merged into. An operation that changes the tree runs only while no view is open that the change would
 invalidate. A name is looked up again whenever a client asks for it, and a label follows its volume.
@@ -10,15 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from errno import ESHUTDOWN
+from errno import EMFILE, ENFILE, ESHUTDOWN
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from onionskin.base.closing import call_all
 from onionskin.base.paths import FilePath
 from onionskin.catalog import VolumeRow
 from onionskin.control.server import is_listening, listen_together
 from onionskin.errors import OnionskinError, StateError, VolumeNotFoundError
+from onionskin.nbd import own_process
 from onionskin.nbd._nbd import NbdServer
 from onionskin.nbd.changed_blocks import ChangedBlocks
 from onionskin.nbd.export_table import ExportTable
@@ -40,10 +42,15 @@ from onionskin.volume import Volume
 if TYPE_CHECKING:
     from onionskin.base.annotations import AnyPath
 
+Result = TypeVar("Result")
+
 VIEW_IDLE_SECONDS = 30.0
 NAME_WAIT_SECONDS = 0.05  # a volume that is renamed or has just been opened is in the table soon
 TOGETHER_MAX = 128  # of very many, the others have the next turn
 IDLE_VIEWS_MAX = 16  # a client that lists all exports opens one after the other
+LEFT_AT_THE_START = 0.5  # of the descriptors, for clients and for what is written
+LEFT_FOR_WORK = 0.25  # what is open already needs more of them at times, and its flush must not fail for want of one
+IDLE_SECONDS = 30.0  # after which a volume that was opened for a client is closed
 
 
 class Exports:
@@ -74,6 +81,8 @@ class Exports:
     ----------
     table : ExportTable
         The present exports.
+    is_short_of_descriptors : bool
+        Whether a client could not be accepted for want of a descriptor, since volumes were last given up.
     """
 
     def __init__(
@@ -101,6 +110,7 @@ class Exports:
         self._stores: dict[FilePath, Store] = {}
         self._whole_stores: list[Store] = []
         self._said: set[str] = set()
+        self.is_short_of_descriptors = False
         self._latest = ""  # the label of what was opened last for a client: what others want may stand beside it
         self.table = ExportTable(nbd, log)
         self._changed_blocks = ChangedBlocks(self.table, nbd, log, listed_bitmap=listed_bitmap)
@@ -129,7 +139,8 @@ class Exports:
         """Serve all volumes of a store, including those that are created later.
 
         A volume that cannot be opened does not keep the others from being served. The log says why it cannot be opened,
-        and the server tries again when a client asks for it.
+        and the server tries again when a client asks for it. So it does with those for which half of its descriptors, which
+        clients need too, are not enough.
         """
         store = self._store(path)
         failures: list[Exception] = []
@@ -138,6 +149,9 @@ class Exports:
         for row in store._opened.catalog.volumes_by_name():
             if row.id in with_machines:
                 continue
+            if own_process.share_of_descriptors_left() < LEFT_AT_THE_START:
+                self._log(f"{store.path}: volumes that come after {row.name!r} are opened when clients ask for them")
+                break
             try:
                 self._serve(store, row.name, is_new=True)
                 served += 1
@@ -316,8 +330,8 @@ class Exports:
             return True
         with self.table.guard:
             view, served = self.table.views.get(name), self.table.served.get(name)
-            if view:
-                view.last_used = time.monotonic()
+            for used in filter(None, (view, served)):
+                used.last_used = time.monotonic()
         try:
             if served:
                 return served.is_fixed or served.volume.name == name
@@ -335,9 +349,11 @@ class Exports:
         if self._stopping.is_set():
             raise OSError(ESHUTDOWN, "the server is stopping")
         try:
+            if own_process.share_of_descriptors_left() < LEFT_FOR_WORK:
+                self._give_up_idle(is_short=True)
             if self._open_beside(name):
                 return True
-            if not self._open_export(name):
+            if not self._with_descriptors(partial(self._open_export, name)):
                 return False
             self._open_beside()
             return True
@@ -536,6 +552,36 @@ class Exports:
 
     # ---- room on the disk, and tidying ----
 
+    def _give_up_idle(self, *, is_short: bool = False) -> int:
+        """Close volumes of whole stores that were opened for a client, and that nobody has used for a while.
+
+        Where descriptors are short, all go that nobody uses just now. Who asks for one meanwhile waits, and has it opened
+        again. Returns how many were closed.
+        """
+        now = time.monotonic()
+        self.is_short_of_descriptors = False
+        in_use = {connection["export"] for connection in self._nbd.connections()}
+        with self.table.guard:
+            for label in in_use & self.table.served.keys():
+                self.table.served[label].last_used = now
+            found = list(self.table.served.values())
+        for one in found:
+            if one.control.is_connected:
+                one.last_used = now
+        idle = [one for one in found if is_short or (one.is_found and now - one.last_used > IDLE_SECONDS)]
+        with self.table.taken_away([one for one in idle if one.volume.store in self._whole_stores]) as taken:
+            call_all([partial(self._give_up, one) for one in taken])
+        return len(taken)
+
+    def _with_descriptors(self, call: Callable[[], Result]) -> Result:
+        """Make a call that opens files; again, where no descriptor was left, if volumes that nobody uses can be closed."""
+        try:
+            return call()
+        except OSError as error:
+            if error.errno not in (EMFILE, ENFILE) or not self._give_up_idle(is_short=True):
+                raise
+        return call()
+
     def _begin_writing(self, name: str) -> None:
         """Open the head of a fork before the first request that needs it. The request is answered with what is raised.
 
@@ -547,7 +593,7 @@ class Exports:
         if served is None:
             return
         try:
-            served.begin_writing()
+            self._with_descriptors(served.begin_writing)
         except (OnionskinError, OSError) as error:
             self._log(f"{name}: could not be opened to be written: {error}")
             if isinstance(error, OSError | StateError):
@@ -592,6 +638,7 @@ class Exports:
         steps: list[tuple[str, Callable[[], object]]] = [
             ("names", self.table.follow_names),
             ("views", lambda: self._close_idle_views(keep=IDLE_VIEWS_MAX)),
+            ("volumes", lambda: self._give_up_idle(is_short=self.is_short_of_descriptors)),
         ]
         for one in served:
             head = one.opened.to_write()

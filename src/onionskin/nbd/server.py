@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from errno import EMFILE
+from errno import EMFILE, ENFILE
 
 from onionskin.base.sockets import peer_of
 from onionskin.base.threads import Thread
@@ -225,6 +225,8 @@ class Server:
 
     def _wait_a_little(self, error: OSError) -> None:
         """Wait, where no descriptors or no memory are left: poll returns at once meanwhile."""
+        self.exports.is_short_of_descriptors = error.errno in (EMFILE, ENFILE)
+        self._tidying.set()
         self._log(f"a client could not be accepted: {os.strerror(error.errno or 0)}")
         self._stopping.wait(0.2)
 

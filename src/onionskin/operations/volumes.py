@@ -8,7 +8,9 @@ import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 
+from onionskin.base.held import enter, held_together
 from onionskin.base.naming import check_name, plain_name, some_of
 from onionskin.catalog import Catalog, VolumeRow
 from onionskin.catalog.rows import STAGED_PREFIX
@@ -19,6 +21,8 @@ from onionskin.storage.chain import NewHead
 from onionskin.storage.locks import locked_to_remove
 from onionskin.storage.open_store import OpenStore
 
+_MOMENT_SECONDS = 1.0  # for which others may hold a volume that they give up by themselves
+_AGAIN_SECONDS = 0.01
 _UNLINKED_AT_ONCE = 16  # by the caller who waits for the removal
 
 
@@ -103,15 +107,23 @@ def delete(
 def delete_by_id(store: OpenStore, id: bytes) -> list[bytes]:
     """Remove a volume and its snapshots, whatever it is called now; nothing is done if it is gone.
 
-    Returns the layers without a name that may have only one child now.
+    Who holds it for a moment is waited for: another process that cuts it, or looks whether it may be dropped. Returns the
+    layers without a name that may have only one child now.
     """
-    row = store.catalog.volume_with_id(id)
-    if row is None:
-        return []
-    with locked_to_remove(store.layout, {id: row.name}):
-        _, stood_on = store.change(lambda: remove_volumes(store, [id], recursive=True))
-        unlink_files(store, [id])
-    return stood_on
+    deadline = time.monotonic() + _MOMENT_SECONDS
+    while row := store.catalog.volume_with_id(id):
+        with held_together() as stack:
+            try:
+                enter(stack, partial(locked_to_remove, store.layout, {id: row.name}))
+            except StateError:
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                _, stood_on = store.change(lambda: remove_volumes(store, [id], recursive=True))
+                unlink_files(store, [id])
+                return stood_on
+        time.sleep(_AGAIN_SECONDS)
+    return []
 
 
 def ids_of(catalog: Catalog, names: Sequence[str]) -> dict[str, bytes]:

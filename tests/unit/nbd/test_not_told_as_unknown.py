@@ -68,11 +68,23 @@ def _no_descriptor_left() -> Iterator[None]:
 
 def test_a_fork_for_which_there_is_no_descriptor_is_there_when_there_is_one(store: Store, server: Server) -> None:
     store.fork("web@clean", names=["job"])
-    with Haggling(server) as client:
+    with Haggling(server) as client, Haggling(server) as user:
         assert client.answer("none") == UNKNOWN
+        assert user.answer("web") == 1  # what somebody uses is not closed to have descriptors
         with _no_descriptor_left():
             assert client.answer("job") == POLICY
         assert client.answer("job") == 1
+
+
+def test_a_volume_that_nobody_uses_is_closed_where_there_is_no_descriptor_for_a_fork(
+    store: Store, server: Server
+) -> None:
+    store.fork("web@clean", names=["job"])
+    with Haggling(server) as client:
+        assert client.answer("none") == UNKNOWN
+        with _no_descriptor_left():
+            assert client.answer("job") == 1
+        assert set(server.exports.table.served) == {"job"}
 
 
 def test_a_volume_that_another_handle_holds_is_there_when_it_is_closed(

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from support.older_stores import make_older
 
 import onionskin
 from onionskin import images
+from onionskin import store as store_module
 from onionskin.catalog import Catalog, LabelRow, LayerRow
 from onionskin.catalog.tree import unnamed_of
 from onionskin.operations import forks, hidden_blocks, volumes
 from onionskin.operations.fold import SEGMENTS_OPEN
 from onionskin.operations.hidden_blocks import free_hidden
 from onionskin.operations.new_map import compact_map
+from onionskin.storage import locks
 
 BLOCK = 4096
 
@@ -907,6 +909,56 @@ def test_a_temporary_fork_is_opened_though_its_name_went_to_another_volume_befor
     with store.temporary("web@clean", name="t") as disk:
         assert disk.name == "u"
     assert sorted(store) == ["t", "web"]
+
+
+@pytest.mark.parametrize("when", ["opened", "dropped"])
+def test_a_temporary_fork_waits_for_who_holds_it_for_a_moment(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """As `expire` does where its lifetime is over, and a group snapshot that another process takes of it."""
+    open_, lock = store.open, locks.locked_to_remove
+    tried: list[str] = []
+
+    def is_first(call: str) -> bool:
+        tried.append(call)
+        return tried.count(call) == 1
+
+    @contextmanager
+    def locked(layout: Any, ids: Any) -> Iterator[None]:
+        with lock(layout, ids) if when == "dropped" and is_first("drop") else nullcontext(), lock(layout, ids):
+            yield
+
+    def opened(name: str) -> onionskin.Volume:
+        holder = lock(store._opened.layout, {store._opened.catalog.volume(name).id: name})
+        with holder if when == "opened" and is_first("open") else nullcontext():
+            return open_(name)
+
+    monkeypatch.setattr(store, "open", opened)
+    monkeypatch.setattr(volumes, "locked_to_remove", locked)
+    monkeypatch.setattr(volumes, "_MOMENT_SECONDS", 300.0)
+    monkeypatch.setattr(store_module, "_CUT_WAIT_SECONDS", 300.0)
+    with store.temporary("web@clean", name="t") as disk:
+        disk.write(0, b"t")
+    assert list(store) == ["web"] and len(tried) == 2
+
+
+def test_a_temporary_fork_that_another_one_drops_at_its_end_is_gone(
+    store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = locks.locked_to_remove
+
+    @contextmanager
+    def dropped(layout: Any, ids: Any) -> Iterator[None]:
+        monkeypatch.setattr(volumes, "locked_to_remove", lock)
+        with onionskin.Store(store.path) as other:
+            expire_now(store, "t")
+            assert other.expire() == ["t"]
+        raise onionskin.StateError("it is being dropped")
+        yield
+
+    with store.temporary("web@clean", name="t", lifetime="1h"):
+        monkeypatch.setattr(volumes, "locked_to_remove", dropped)
+    assert list(store) == ["web"]
 
 
 def test_a_fork_that_waits_for_a_held_disk_keeps_no_fork_of_another_one_waiting(
