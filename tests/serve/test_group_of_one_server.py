@@ -13,7 +13,7 @@ from support.servers import Serve, stop
 
 import onionskin
 from onionskin.catalog.tree import Snapshot
-from onionskin.control import frames, groups
+from onionskin.control import frames, groups, lost_answers
 from onionskin.control.client import LiveVolume
 from onionskin.nbd.server import Limits, Server
 from onionskin.operations import seal, snapshots
@@ -364,7 +364,7 @@ def test_a_caller_that_can_ask_nobody_says_that_it_does_not_know(
 
     with monkeypatch.context() as patch:
         patch.setattr(groups, "_have_taken", fail)
-        patch.setattr(groups, "_snapshots_with", fail)
+        patch.setattr(lost_answers, "snapshots_with", fail)
         with pytest.raises(onionskin.StateError, match="is not known"):
             store.snapshot_group(dict.fromkeys(NAMES, "s"))
 

@@ -73,8 +73,8 @@ class References(Connection):
             called = f"{key} ({name!r})" if name else key
             raise FormatError(
                 f"{self.path} is damaged: the row {called} of {table} names the {what} {named}, which is not there; so "
-                "nothing is dropped, joined or freed that only seems to be needed by nobody. Restore the catalog from a copy of "
-                "the store; 'onionskin check' lists what is wrong"
+                "nothing is dropped, joined or freed that only seems to be needed by nobody. Restore the catalog from a copy "
+                "of the store; 'onionskin check' lists what is wrong"
             )
 
     def refuse_other_id(self, volume: VolumeRow) -> None:

@@ -497,8 +497,6 @@ class LiveVolume:
             The server went away or does not answer. No snapshot was taken, or the message says that this is not known. One
             that was taken is returned, though the answer did not come.
         """
-        from onionskin.control.groups import taken_though_unheard  # imported late, as it imports this module
-
         self._refuse_unusable()
         guid = new_id()
         try:
@@ -512,10 +510,14 @@ class LiveVolume:
         except (ValueError, TypeError):  # nothing was asked for, or all of it was refused
             raise
         except BaseException as error:
+            from onionskin.control.lost_answers import taken_though_unheard  # imported late: this is seldom
+
+            has_ended = self._connection.fileno() >= 0  # else it was hung up on, as its answer did not come
             with DeferredInterrupt():
-                found = taken_though_unheard(self, guid, error)
+                found = taken_though_unheard(self._store, self._id, guid, error, has_ended=has_ended)
             if found is None:
                 raise
+            _log.warning("%s@%s was taken; what was heard instead: %s", self.name, found.name, error)
             return found
         return frames.unpack_snapshot(taken)
 

@@ -40,8 +40,8 @@ from onionskin.base.records import replaced
 from onionskin.base.signals import DeferredInterrupt
 from onionskin.base.sockets import credentials_of
 from onionskin.catalog import Catalog, VolumeRow, new_id, new_ids
-from onionskin.catalog.tree import Snapshot, describe_snapshots
-from onionskin.control import frames
+from onionskin.catalog.tree import Snapshot
+from onionskin.control import frames, lost_answers
 from onionskin.control.client import LiveVolume, find, reach
 from onionskin.errors import FormatError, OnionskinError, StateError
 from onionskin.kernels._volume import cut_when_told
@@ -712,80 +712,12 @@ def _outcome(
     `has_ended`: it said that its operation has ended. Then it is enough to read the catalog where no transaction can be had,
     such as on a disk that is too full for one: what is not there by now will not be.
     """
-    found = _asked_after(store, partial(_snapshots_with, store.catalog, volumes, guids), error, has_ended)
+    found = lost_answers.asked_after(
+        store, partial(lost_answers.snapshots_with, store.catalog, volumes, guids), error, has_ended
+    )
     if dropped := [row.name for row in volumes if found and row.id not in found]:
         raise StateError(f"{error}; the snapshots were taken, but others dropped that of {some_of(dropped)} since")
     return [found[row.id] for row in volumes] if found else None
-
-
-def _asked_after(store: "OpenStore", look: Callable[[], _Found], error: BaseException, has_ended: bool) -> _Found:
-    """Look in a transaction for what a server has done that was hung up on, so that it does no more. See `_outcome`."""
-    try:
-        with DeferredInterrupt():
-            try:
-                return store.change(look)
-            except (OSError, OnionskinError):
-                if not has_ended:
-                    raise
-                with store.catalog.reading():
-                    return look()
-    except (OSError, OnionskinError) as failure:
-        raise _unknown(error, failure) from error
-
-
-def _unknown(error: BaseException, failure: BaseException) -> StateError:
-    return StateError(
-        f"{error}; whether it was done is not known, because the catalog cannot be asked either ({failure}); look for it "
-        "later"
-    )
-
-
-def _snapshots_with(
-    catalog: Catalog, volumes: Sequence[VolumeRow], guids: Mapping[bytes, bytes]
-) -> dict[bytes, Snapshot]:
-    """Return the snapshots of volumes that have these GUIDs, by the ids of the volumes. In one state of the catalog."""
-    rows = {row.id: one for row in volumes for one in catalog.snapshots_of(row.id) if one.guid == guids[row.id]}
-    there = [row for row in volumes if row.id in rows]
-    described = describe_snapshots(catalog, [(row, rows[row.id], catalog.layer(rows[row.id].layer)) for row in there])
-    return {row.id: one for row, one in zip(there, described, strict=True)}
-
-
-def taken_though_unheard(live: LiveVolume, guid: bytes, error: BaseException) -> Snapshot | None:
-    """Return the snapshot with a GUID that a server was asked to take, where an error was heard or nothing, or None.
-
-    What must hold: as for `snapshot_group_served`. A server that answered has ended its operation. One that did not was hung
-    up on, so it takes none behind this. An interrupt stays one, also where the snapshot was taken.
-    """
-    has_ended = live._connection.fileno() >= 0  # else its answer was waited for in vain
-    with ExitStack() as stack:
-        store = _store_of(live, stack, error)
-
-        def look() -> Snapshot | None:
-            row = store.catalog.volume_with_id(live._id)
-            return None if row is None else _snapshots_with(store.catalog, [row], {row.id: guid}).get(row.id)
-
-        found = None
-        if has_ended:  # so what is not there by now will not be
-            with suppress(OSError, OnionskinError), store.catalog.reading():
-                found = look()
-        else:
-            found = _asked_after(store, look, error, has_ended)
-    if found is None or not isinstance(error, Exception):
-        return None
-    _log.warning("%s@%s was taken; what was heard instead: %s", live.name, found.name, error)
-    return found
-
-
-def _store_of(live: LiveVolume, stack: ExitStack, error: BaseException) -> "OpenStore":
-    """Return the store that a volume was found in, opened again if the caller has closed it, for as long as the stack."""
-    if not live._store.closed:
-        return live._store
-    from onionskin.store import Store
-
-    try:  # the caller has opened it before, so it is trusted
-        return stack.enter_context(Store(live._store.path, create=False, trust=True))._opened
-    except (OSError, OnionskinError) as failure:
-        raise _unknown(error, failure) from error
 
 
 def fork_served(store: "Store", wanted: Wanted) -> list[str] | None:
@@ -806,7 +738,9 @@ def fork_served(store: "Store", wanted: Wanted) -> list[str] | None:
             has_ended = live._connection.fileno() >= 0  # else its answer was waited for in vain
             with DeferredInterrupt():
                 live._hang_up()
-                found = _asked_after(store._opened, partial(_names_with, store._opened.catalog, ids), error, has_ended)
+                found = lost_answers.asked_after(
+                    store._opened, partial(_names_with, store._opened.catalog, ids), error, has_ended
+                )
             if not found or not isinstance(error, Exception):
                 raise
             if len(found) < len(ids):
