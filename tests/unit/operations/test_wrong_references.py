@@ -1,5 +1,7 @@
 """One wrong value in a catalog: what seems to be needed by nobody is kept, so that the value mended gives all back."""
 
+import os
+import signal
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -134,13 +136,14 @@ def test_forks_are_dropped_though_a_row_elsewhere_names_nothing(path: Path) -> N
 
 def test_a_volume_under_another_id_is_not_opened_for_writing_and_loses_nothing(path: Path) -> None:
     """What a process left that was killed is found by the id."""
-    import os
-
-    if os.fork() == 0:
-        web = Store(path).open("web")
-        web.write(5 * BLOCK, b"u" * BLOCK)
-        os.kill(os.getpid(), 9)
-    os.wait()
+    child = os.fork()
+    if child == 0:
+        try:
+            web = Store(path).open("web")
+            web.write(5 * BLOCK, b"u" * BLOCK)
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)  # others of this process may have ended, too
     id = ask(path, "SELECT id FROM volumes WHERE name = 'web'")
     with wrong(path, "volumes", "id", "id", id, new_id()):
         with Store(path) as store:
