@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from support.guests import MIB, SECONDS_MAX, Console, configuration, has_ended, until
+from support.processes import processes_in
 
 from onionskin.errors import StateError
 from onionskin.machine import session
@@ -139,6 +140,40 @@ def test_the_state_of_its_devices_is_saved_and_loaded_in_place(launch: Launch, d
         process.load_state(state)
         process.resume()
         console.wait_ticks()
+
+
+def test_a_machine_that_starts_as_it_was_saved_has_its_state_opened_before_its_writes_are_noted(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, state = launch(), tmp_path / "state"
+    process.prepare_state(state)
+    process.save_state()
+    process.finish_state()
+    process.quit(10)
+    seen: list[bool] = []
+    note_writes = QemuProcess.note_writes
+
+    def look(process: QemuProcess) -> None:
+        assert process._opening is not None
+        process._opening[1]()
+        nodes = [one["node-name"] for one in process.monitor.execute("query-named-block-nodes")]
+        seen.append(any(name.startswith("state-") for name in nodes))
+        note_writes(process)
+
+    monkeypatch.setattr(QemuProcess, "note_writes", look)
+    process = launch(state=state)
+    assert seen == [True]
+    assert process.started_with == process.plugged()
+    nodes = [one["node-name"] for one in process.monitor.execute("query-named-block-nodes")]
+    assert not any(name.startswith("state-") for name in nodes)
+
+
+def test_a_start_from_a_state_that_cannot_be_opened_says_so_and_leaves_no_process(
+    launch: Launch, tmp_path: Path, directory: Path
+) -> None:
+    with pytest.raises(MonitorError, match="may be damaged"):
+        launch(state=tmp_path / "none")
+    assert not processes_in(directory.parent)
 
 
 def test_a_state_without_a_snapshot_is_refused_and_leaves_nothing(launch: Launch, tmp_path: Path) -> None:

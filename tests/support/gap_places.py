@@ -19,7 +19,7 @@ OF_A_START = (
         "QemuProcess.load_state",
     ),
     *("settle", "Record.write", "note_running", "QemuProcess.resume", "ControlServer.__init__"),
-    *("QemuProcess.meet_library", "QemuProcess._add_node", "QemuProcess._run_on_state", "Running.attach"),
+    *("QemuProcess.meet_library", "QemuProcess.open_state", "QemuProcess._run_on_state", "Running.attach"),
     *("note_under_way", "note_reachable", "HeldRam.open", "Prepared.read_state"),
 )
 # From where on the hypervisor has its disks, and waits for a server of them that has died.

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self, cast
@@ -200,6 +200,12 @@ class Monitor:
         MonitorTimeout, MonitorError
             As for `execute`: of the first one that failed.
         """
+        return self.ask_all(commands, seconds=seconds)()
+
+    def ask_all(
+        self, commands: Sequence[tuple[str, dict[str, Any] | None]], *, seconds: float = SECONDS
+    ) -> Callable[[], list[Any]]:
+        """Ask for commands as `execute_all` does, and return what waits for the answers: QEMU is at it meanwhile."""
 
         async def run() -> list[Any]:
             asked = (self._client.execute(*command) for command in commands)
@@ -211,7 +217,8 @@ class Monitor:
                     raise one
             return found
 
-        return list(self._await(run(), commands[0][0], seconds))
+        future = self._begin(run(), commands[0][0], seconds)
+        return lambda: list(self._end_of(future, commands[0][0], seconds))
 
     def request(self, command: str, arguments: dict[str, Any] | None = None) -> None:
         """Ask for a command behind all that were asked for, and wait for nothing."""
@@ -323,11 +330,25 @@ class Monitor:
         meanwhile: Callable[[], object] = lambda: None,
         at_end: bool = False,
     ) -> Any:
+        future = self._begin(work, what, max(seconds, seconds_max), at_end=at_end)
+        return self._end_of(future, what, seconds, seconds_max, is_at_it, meanwhile)
+
+    def _begin(self, work: Coroutine[Any, Any, Any], what: str, limit: float, *, at_end: bool = False) -> "Future[Any]":
         if self._is_closed and not at_end:
             work.close()
             raise MonitorError(f"QEMU of machine {self._name!r}: {what!r}: the connection was closed")
+        return asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, limit), self._loop)
+
+    def _end_of(
+        self,
+        future: "Future[Any]",
+        what: str,
+        seconds: float,
+        seconds_max: float = 0.0,
+        is_at_it: Callable[[], bool] = lambda: False,
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> Any:
         begun, limit = time.monotonic(), max(seconds, seconds_max)
-        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, limit), self._loop)
         try:
             meanwhile()
             # The loop may end before it sees this.

@@ -75,6 +75,8 @@ Command = tuple[str, dict[str, Any] | None]
 _LIST_DEVICES: tuple[Command, ...] = tuple(
     ("qom-list", {"path": path}) for path in ("/machine/peripheral", "/machine/peripheral-anon")
 )
+# What has to be known of a machine before a state is loaded.
+_ASKED_BEFORE_A_LOAD: tuple[Command, ...] = (("query-status", None), ("query-chardev", None))
 # RAM is not part of a saved state, as it is mapped shared.
 _WITHOUT_RAM: Command = (
     "migrate-set-capabilities",
@@ -145,16 +147,23 @@ class QemuHypervisor:
                 disks=disks,
                 identity=identity,
             )
-            return _start(
+            process = _start(
                 command, name, directory, ram, self._on_event, beside_its_start, is_tracked=is_tracked, kept=kept
             )
+            try:
+                if state is not None:  # while QEMU is at that, its writes come to be noted
+                    process.open_state(state, _WITHOUT_RAM)
+            except BaseException:
+                process.quit(0)
+                raise
+            return process
 
         process = _start_tracked(start, ram_file, directory) or _start_compared(start, ram_file, directory)
         try:
             if state is None:
                 process.monitor.execute(*_WITHOUT_RAM)
             else:
-                process.load_state(state, _WITHOUT_RAM)
+                process.load_state(state)
         except BaseException:
             process.quit(0)
             raise
@@ -219,6 +228,11 @@ class QemuProcess:
         The process, where it is a child of this one.
     is_tracked : bool
         Whether the preload library is in it.
+
+    Attributes
+    ----------
+    started_with : list of str or None
+        The devices that it was started with, as `plugged`, where it was asked for them.
     """
 
     def __init__(
@@ -246,6 +260,8 @@ class QemuProcess:
         self._tracker: PageTracker | None = None
         self._copy = -1  # the descriptor of the copy of its RAM
         self._nodes = 0
+        self._opening: tuple[str, Callable[[], list[Any]]] | None = None
+        self.started_with: list[str] | None = None
         self._prepared: tuple[str, Path] | None = None
         self._status: int | None = None
         self._is_closed = False
@@ -505,8 +521,20 @@ class QemuProcess:
         if prepared is not None:
             self._remove_node(prepared[0])
 
+    def open_state(self, path: Path, *before: Command) -> None:
+        """Have QEMU open the file of a state, and wait for nothing: `load_state` does. The machine has not run yet.
+
+        Commands that are to be carried out before that are asked for with it.
+        """
+        node, commands = self._next_node(path)
+        asked = (*before, *commands, *_LIST_DEVICES, *_ASKED_BEFORE_A_LOAD)
+        self._opening = (node, self.monitor.ask_all(asked))
+
     def load_state(self, path: Path, *before: Command) -> None:
-        """Load the state of the devices, while it is stopped and its RAM is as it was then. QEMU writes to that file."""
+        """Load the state of the devices, while it is stopped and its RAM is as it was then. QEMU writes to that file.
+
+        What `open_state` has asked for is not asked for again.
+        """
         with self.loading(path, *before) as load:
             load()
 
@@ -517,10 +545,10 @@ class QemuProcess:
         Commands that are to be carried out before that are asked for with it.
         """
         with self._explained():
-            node = self._add_node(path, *before, is_new=False)
+            node, known = self._opened_node(path, before)
 
         def load() -> None:
-            status, chardevs = self.monitor.execute_all([("query-status", None), ("query-chardev", None)])
+            status, chardevs = known or self.monitor.execute_all(_ASKED_BEFORE_A_LOAD)
             if status["status"] in _NEEDS_RESET:
                 self._reset()
                 chardevs = self.monitor.execute("query-chardev")
@@ -531,6 +559,22 @@ class QemuProcess:
             yield load
         finally:
             self._remove_node(node)
+
+    def _opened_node(self, path: Path, before: Sequence[Command]) -> tuple[str, list[Any]]:
+        """Return the node of the file of a state, and what QEMU said of itself since then, if it can be relied on."""
+        opening, self._opening = self._opening, None
+        if opening is None:
+            return self._add_node(path, *before, is_new=False), []
+        node, wait = opening
+        try:
+            answers = wait()
+        except BaseException:
+            self._remove_node(node)
+            raise
+        count = len(_ASKED_BEFORE_A_LOAD)
+        self.started_with = _plugged_of(answers[-count - len(_LIST_DEVICES) : -count])
+        # Who was at the console then may have gone since; who has come since is in nobody's way.
+        return node, answers[-count:] if _is_console_free(answers[-1]) else []
 
     def _reset(self) -> None:
         """Reset a machine that QEMU would not let go on: not behind the load of a state either."""
@@ -551,8 +595,7 @@ class QemuProcess:
         A serial port whose last byte nobody has taken yet waits for whoever is connected. Where nobody is when its state is
         loaded, QEMU lets it wait for ever, and the guest with it.
         """
-        consoles = [one for one in chardevs if one["label"] == qemu_command.CONSOLE]
-        if not any(one["filename"].startswith("disconnected:") for one in consoles):
+        if not _is_console_free(chardevs):
             yield  # another one would wait behind that
             return
         with connect_unix(self.directory / qemu_command.CONSOLE, seconds=CONSOLE_SECONDS):
@@ -599,19 +642,22 @@ class QemuProcess:
         arguments = {"tag": STATE_TAG, "vmstate": node, "devices": [node]}
         return self.monitor.run_job(command, arguments, then=then, meanwhile=meanwhile, seconds=STATE_SECONDS)
 
-    def _add_node(self, path: Path, *before: Command, is_new: bool) -> str:
+    def _next_node(self, path: Path) -> tuple[str, list[Command]]:
+        """Return what the next node of the file of a state is called, and the commands that make it."""
         self._nodes += 1
         node, file = f"{_STATE_NODE}{self._nodes}", f"{_FILE_NODE}{self._nodes}"
-        if is_new:  # QEMU looks at the length when it opens it
-            path.write_bytes(empty_file())
         cache = {"direct": False, "no-flush": True}  # whoever keeps the state syncs it
-        commands: list[Command] = [
-            *before,
+        return node, [
             ("blockdev-add", {"driver": "file", "node-name": file, "filename": str(path.absolute())}),
             ("blockdev-add", {"driver": "qcow2", "node-name": node, "file": file, "cache": cache}),
         ]
+
+    def _add_node(self, path: Path, *before: Command, is_new: bool) -> str:
+        node, commands = self._next_node(path)
+        if is_new:  # QEMU looks at the length when it opens it
+            path.write_bytes(empty_file())
         try:
-            self.monitor.execute_all(commands)
+            self.monitor.execute_all([*before, *commands])
         except BaseException:
             self._remove_node(node)  # QEMU adds it also where it refused what was asked before it
             raise
@@ -868,6 +914,12 @@ def _plugged_of(lists: list[list[dict[str, str]]]) -> list[str]:
     """Return the devices among the objects of `_LIST_DEVICES`."""
     found = [(one["name"], _kind_of_child(one["type"])) for children in lists for one in children]
     return sorted(f"{name} ({kind})" for name, kind in found if kind)
+
+
+def _is_console_free(chardevs: list[dict[str, str]]) -> bool:
+    """Whether nobody is connected to the console, among the answers to "query-chardev"."""
+    consoles = [one for one in chardevs if one["label"] == qemu_command.CONSOLE]
+    return any(one["filename"].startswith("disconnected:") for one in consoles)
 
 
 def _kind_of_child(kind: str) -> str:

@@ -237,6 +237,7 @@ class Supervisor:
             self.running = Running.attach(
                 *(store, self._name, self._process, held.open(), configuration, now, identity, self._directory),
                 mapped=mapped,
+                plugged=self._process.started_with,
                 differ=differ[-1] if differ and mapped is not None else None,
             )
             if prepared is not None:

@@ -29,7 +29,13 @@ STEPS = {
         *("QemuHypervisor.check", "QemuHypervisor.launch", "QemuProcess.note_writes", "QemuProcess.load_state"),
         *("QemuProcess.prepare_state", "QemuProcess.pause", "QemuProcess.save_state", "QemuProcess.resume"),
         *("QemuProcess.finish_state", "QemuProcess._connect", "QemuProcess.meet_library", "QemuProcess.drop_leftovers"),
-        *("QemuProcess._add_node", "QemuProcess._run_on_state", "QemuProcess._remove_node", "QemuProcess.quit"),
+        *(
+            "QemuProcess._add_node",
+            "QemuProcess.open_state",
+            "QemuProcess._run_on_state",
+            "QemuProcess._remove_node",
+            "QemuProcess.quit",
+        ),
         *("QemuProcess.plugged", "QemuProcess.close"),
     ),
     "onionskin.machine.ram": (

@@ -205,6 +205,19 @@ def test_commands_that_are_asked_for_together_wait_for_no_answer_in_between(qemu
     assert qemu.heard == ["qmp_capabilities", "silent", "second", "third", "fourth"]
 
 
+def test_others_are_asked_while_an_answer_is_waited_for_later(qemu: Qemu, path: Path) -> None:
+    with Monitor(path, "lab") as monitor:
+        wait = monitor.ask_all([("silent", None), ("second", None)])
+        assert monitor.execute("third") == {}
+        qemu.answer_late()
+        assert wait() == [{}, {}]
+        wait = monitor.ask_all([("refused", None)])
+        monitor.execute("fourth")
+    with pytest.raises(MonitorError, match="refused 'refused'"):
+        wait()
+    assert qemu.heard[1:4] == ["silent", "second", "third"]
+
+
 def test_the_first_refusal_of_several_commands_is_raised_when_all_were_answered(qemu: Qemu, path: Path) -> None:
     with Monitor(path, "lab") as monitor, pytest.raises(MonitorError, match="refused 'refused': not now"):
         monitor.execute_all([("first", None), ("refused", None), ("last", None)])

@@ -48,6 +48,16 @@ def test_no_qemu_is_waited_for_without_end(starting: Any, monkeypatch: pytest.Mo
         QemuProcess._connect(starting, None)
 
 
+@pytest.mark.parametrize("is_free", [True, False])
+def test_a_console_that_was_in_use_before_a_state_is_loaded_is_looked_at_again(is_free: bool) -> None:
+    """Who was connected may have gone since, and a guest hangs whose console nobody has then."""
+    chardevs = [{"label": "console", "filename": "disconnected:unix:console" if is_free else "unix:console"}]
+    answers = [{}, {}, [], [], {"status": "prelaunch"}, chardevs]
+    process = SimpleNamespace(_opening=("state-1", lambda: answers))
+    node, known = QemuProcess._opened_node(process, Path("state"), ())  # type: ignore[arg-type]
+    assert (node, known) == ("state-1", answers[-2:] if is_free else [])
+
+
 @pytest.mark.parametrize("ends_well", [True, False])
 def test_a_machine_whose_disks_are_served_has_longer_to_stop_and_one_that_does_not_goes_on(ends_well: bool) -> None:
     asked: list[tuple[str, bool]] = []
