@@ -12,6 +12,10 @@
  * While the process lives it has a shared lock (flock) on the RAM file that it maps: so nobody wipes the file under it. It
  * cannot give room of that file back either (fallocate): a balloon would, and forks that map it would lose what they read.
  *
+ * A process may be started before it is known what it is to run: it loads its libraries, which takes a third of its start, and
+ * waits. ONIONSKIN_WAIT is the descriptor of a socket then, by which it gets the rest. It ends with whoever has the other end,
+ * until it was told to go on, and from then on its errors go to the log by which it is found.
+ *
  * What must hold: the RAM file is mapped privately and under that lock, or not at all: forks read it, and a hypervisor that
  * maps it shared writes to it before anybody can ask. Whatever else fails is said when it is asked for. Only the user who
  * runs the hypervisor, and root, are answered. The library links nothing of onionskin or Python. */
@@ -46,9 +50,11 @@
 #define FEATURE_UNPOPULATED (1ull << 13) /* UFFD_FEATURE_WP_UNPOPULATED */
 #define FEATURE_ASYNC (1ull << 15)       /* UFFD_FEATURE_WP_ASYNC, Linux 6.7 */
 
-enum { RUNS_AT_ONCE = 512 };
+enum { RUNS_AT_ONCE = 512, WORDS_BYTES_MAX = 256 << 10 };
 
 typedef void *(*map_function)(void *, size_t, int, int, int, off_t);
+typedef int (*main_function)(int, char **, char **);
+typedef int (*start_function)(main_function, int, char **, void (*)(void), void (*)(void), void (*)(void), void *);
 
 static struct {
     char ram[4096], stand_in[4096]; /* the same where nothing stands in */
@@ -62,7 +68,8 @@ static struct {
     int is_private;
     int faults; /* the userfaultfd, -1 before it is armed */
     int self;   /* a descriptor of this process, -1 where there is none */
-} preload = {.guard = PTHREAD_MUTEX_INITIALIZER, .faults = -1, .self = -1};
+    int waits;  /* the socket by which it is said what to run, -1 where that is known */
+} preload = {.guard = PTHREAD_MUTEX_INITIALIZER, .faults = -1, .self = -1, .waits = -1};
 
 /* ---- what is mapped ---- */
 
@@ -362,21 +369,113 @@ static void forget_variable(const char *name) {
     *kept = NULL;
 }
 
-__attribute__((constructor)) static void start(void) {
-    const char *ram = getenv("ONIONSKIN_RAM"), *path = getenv("ONIONSKIN_PRELOAD");
-    const char *stand_in = getenv("ONIONSKIN_STAND_IN");
-    stand_in = stand_in ? stand_in : ram;
-    if (!ram || !path || strlen(ram) >= sizeof preload.ram || strlen(stand_in) >= sizeof preload.stand_in ||
+/* Returns whether these can be names of the RAM file, of what stands in for it, and of the socket. */
+static int begin(const char *ram, const char *stand_in, const char *path) {
+    if (strlen(ram) >= sizeof preload.ram || strlen(stand_in) >= sizeof preload.stand_in ||
         strlen(path) >= sizeof preload.address.sun_path)
-        return;
+        return 0;
     preload.address.sun_family = AF_UNIX;
     strcpy(preload.address.sun_path, path);
     preload.failed = begin_to_serve();
     preload.self = (int)syscall(SYS_pidfd_open, getpid(), 0);
     strcpy(preload.stand_in, stand_in);
     strcpy(preload.ram, ram); /* from here on RAM is mapped privately: somebody listens who can say so, or not at all */
+    return 1;
+}
+
+__attribute__((constructor)) static void start(void) {
+    const char *ram = getenv("ONIONSKIN_RAM"), *path = getenv("ONIONSKIN_PRELOAD");
+    const char *stand_in = getenv("ONIONSKIN_STAND_IN"), *waits = getenv("ONIONSKIN_WAIT");
+    if (waits)
+        preload.waits = atoi(waits);
+    else if (!ram || !path || !begin(ram, stand_in ? stand_in : ram, path))
+        return;
+    forget_variable("ONIONSKIN_WAIT");
     forget_variable("ONIONSKIN_RAM");
     forget_variable("ONIONSKIN_STAND_IN");
     forget_variable("ONIONSKIN_PRELOAD");
     forget_variable("LD_PRELOAD");
+}
+
+/* ---- a process that waits for what it is to run ---- */
+
+/* Receives a message with a descriptor: its length, or 0 where none came, or another one. */
+static size_t receive_with_descriptor(char *text, size_t room, int *descriptor) {
+    union {
+        struct cmsghdr header;
+        char room[CMSG_SPACE(sizeof(int))];
+    } with;
+    struct iovec part = {text, room};
+    struct msghdr message = {
+        .msg_iov = &part, .msg_iovlen = 1, .msg_control = with.room, .msg_controllen = sizeof with.room};
+    ssize_t got;
+    do
+        got = recvmsg(preload.waits, &message, MSG_CMSG_CLOEXEC);
+    while (got < 0 && errno == EINTR);
+    struct cmsghdr *found = CMSG_FIRSTHDR(&message);
+    if (got <= 0 || (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) || !found || found->cmsg_type != SCM_RIGHTS)
+        return 0;
+    memcpy(descriptor, CMSG_DATA(found), sizeof *descriptor);
+    return (size_t)got;
+}
+
+/* Says that this process can be found by its log, and waits for the word to go on. Nothing comes where who started it is gone:
+ * another one may have the machine by then. */
+static int may_go_on(void) {
+    char word = 0;
+    return send(preload.waits, "", 1, MSG_NOSIGNAL) == 1 && receive_all(preload.waits, &word, 1);
+}
+
+/* Shows the words in the place of those that the process was started with, as far as there is room. */
+static void show_words(char **shown, int count, char **words) {
+    char *at = shown[0], *end = shown[count - 1] + strlen(shown[count - 1]);
+    memset(at, 0, (size_t)(end - at));
+    for (; *words && strlen(*words) < (size_t)(end - at); words++) {
+        strcpy(at, *words);
+        at += strlen(at) + 1;
+    }
+}
+
+/* Waits for the words of the command line, before which come the directory, the log, and what the environment has otherwise.
+ * Returns them, or ends the process. They stay as long as it lives. */
+static char **wait_for_words(int *count) {
+    enum { DIRECTORY, RAM, STAND_IN, PATH, FIRST };
+    char *text = malloc(WORDS_BYTES_MAX);
+    int log = -1, found = 0;
+    size_t length = text ? receive_with_descriptor(text, WORDS_BYTES_MAX, &log) : 0;
+    if (!length || text[length - 1] || dup2(log, 1) < 0 || dup2(log, 2) < 0)
+        _exit(1);
+    close(log);
+    for (size_t i = 0; i < length; i++)
+        found += !text[i];
+    char **words = calloc((size_t)found + 1, sizeof *words);
+    if (!words || found <= FIRST)
+        _exit(1);
+    for (int i = 0; i < found; i++, text += strlen(text) + 1)
+        words[i] = text;
+    if (chdir(words[DIRECTORY]) || !may_go_on() || !begin(words[RAM], words[STAND_IN], words[PATH]))
+        _exit(1);
+    close(preload.waits);
+    *count = found - FIRST;
+    return words + FIRST;
+}
+
+static main_function real_main;
+
+static int wait_and_run(int count, char **words, char **environment) {
+    if (preload.waits < 0)
+        return real_main(count, words, environment);
+    int given = 0;
+    char **told = wait_for_words(&given);
+    show_words(words, count, told);
+    return real_main(given, told, environ);
+}
+
+/* What runs the program's main, once its libraries are loaded. */
+__attribute__((visibility("default"))) int __libc_start_main(main_function run, int count, char **words,
+                                                             void (*first)(void), void (*last)(void), void (*end)(void),
+                                                             void *stack) {
+    start_function real = (start_function)dlsym(RTLD_NEXT, "__libc_start_main");
+    real_main = run;
+    return real(wait_and_run, count, words, first, last, end, stack);
 }

@@ -20,9 +20,11 @@ from typing import Any, NoReturn
 
 from support import gap as gaps
 from support.guests import SECONDS_MAX, Console, configuration, until
+from support.processes import spare_of
 
 import onionskin
 from onionskin.errors import OnionskinError
+from onionskin.machine import fork as fork_process
 from onionskin.machine.machine import Machine
 
 DONE, FAILED, KILLED = "done", "failed", "killed"
@@ -209,6 +211,16 @@ class Work:
             return [str(problem) for problem in store.check() if problem.severity == "error"]
 
     # ---- forks ----
+
+    def have_spare(self) -> None:
+        """Have a supervisor wait for the machine that the next fork starts."""
+        (name,) = self.fork(1)
+        self.drop_fork(name)
+        until(lambda: spare_of(os.getpid()) is not None)
+
+    def have_no_spare(self) -> None:
+        """Have the next fork load all that it needs."""
+        fork_process._end_process()
 
     def forks(self) -> dict[str, str]:
         """Return the names of the directories of the forks that there are, by their names."""

@@ -11,6 +11,7 @@ from support.gap_places import (
     OF_A_SERVER_THAT_CUTS,
     OF_A_SERVER_THAT_REVERTS,
     OF_A_SNAPSHOT,
+    OF_A_SPARE,
     OF_A_START,
     OF_WHO_ASKS,
     OF_WHO_FORKS,
@@ -56,6 +57,7 @@ def plan() -> list[Gap]:
         ("revert", OF_WHO_ASKS, OF_ONE_THAT_ASKS),
         ("revert", OF_A_SERVER_THAT_REVERTS, OF_A_SERVER),
         ("fork", OF_A_START, OF_A_SUPERVISOR),
+        ("fork", OF_A_SPARE, OF_A_SUPERVISOR),
         ("fork", OF_WHO_FORKS, OF_ONE_THAT_ASKS),
     ]
     return [Gap(verb, where, victims) for verb, of, victims in steps for where in places_of(of)]

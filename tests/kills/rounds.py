@@ -21,7 +21,7 @@ from typing import Any
 from kills.hands import DONE, FAILED, KILLED, Broken, Hands
 from kills.plan import Gap
 from support.gap import Armed
-from support.gap_places import WITH_DISKS
+from support.gap_places import OF_A_SPARE, WITH_DISKS
 from support.guests import SECONDS_MAX
 from support.processes import processes_in
 
@@ -167,7 +167,13 @@ class World:
         return is_met
 
     def _fork(self, gap: Gap, victim: str) -> bool:
+        assert self._hands is not None
         count = 1 + self._number % FORKS_MAX
+        if gap.where.rpartition(" ")[0] in OF_A_SPARE:
+            self._hands.well("have_spare")
+            count = 1
+        elif gap.where.startswith("fork "):
+            self._hands.well("have_no_spare")
         how, made, is_met = self._struck(gap, victim, count)
         if not is_met and victim in ("verb", "supervisor"):
             raise Broken(f"a fork does not come to {gap.where}: {how}, {made}")

@@ -3,17 +3,20 @@
 import hashlib
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 from support.guests import SECONDS_MAX, Console, configuration, until
+from support.processes import children_of, spare_of
 
 import onionskin
 from onionskin.errors import StateError
@@ -154,6 +157,66 @@ def test_the_next_call_is_served_by_the_process_that_is_loaded_and_by_another_on
     with Console(fork._directory / "console") as console:
         console.wait_ticks()
     assert one.is_alive and other.is_alive
+
+
+def processes_that_wait(lab: Machine) -> dict[str, int]:
+    """Make a fork, and return the processes that wait for the next one of this test: it has another environment each time."""
+    lab.fork("ready")
+    until(lambda: spare_of(os.getpid()) is not None)
+    supervisor = spare_of(os.getpid())
+    assert supervisor is not None
+
+    def found() -> dict[str, int]:
+        servers = [pid for pid in in_session(supervisor) if parent_of(pid) not in (supervisor, parent_of(supervisor))]
+        those = {"supervisor": [supervisor], "server": servers}
+        those["hypervisor"] = [pid for pid in children_of(supervisor) if os.getsid(pid) == pid]
+        return {who: pids[0] for who, pids in those.items() if pids}
+
+    until(lambda: len(found()) == 3)
+    return found()
+
+
+def in_session(leader: int) -> list[int]:
+    found = []
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        with suppress(OSError):
+            if os.getsid(pid) == leader and pid != leader:
+                found.append(pid)
+    return found
+
+
+def test_a_fork_has_the_processes_that_waited_for_it(lab: Machine) -> None:
+    spare = processes_that_wait(lab)
+    (fork,) = lab.fork("ready")
+    record = record_of(fork)
+    assert {who: getattr(record, who).pid for who in spare} == spare
+    with Console(fork._directory / "console") as console:
+        console.wait_ticks()
+    words = Path(f"/proc/{spare['hypervisor']}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+    assert f"guest={fork.name}".encode() in words
+    fork.snapshot("here")
+    fork.stop(force=True)
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in spare.values()))
+
+
+@pytest.mark.parametrize("who", ["supervisor", "server", "hypervisor"])
+def test_a_fork_begins_though_a_process_was_killed_that_waited_for_it(lab: Machine, who: str) -> None:
+    spare = processes_that_wait(lab)
+    ended = os.pidfd_open(spare[who])
+    os.kill(spare[who], signal.SIGKILL)
+    select.select([ended], [], [])
+    os.close(ended)
+    (fork,) = lab.fork("ready")
+    with Console(fork._directory / "console") as console:
+        console.wait_ticks()
+    assert getattr(record_of(fork), who).pid != spare[who]
+
+
+def test_several_forks_at_once_leave_what_waits_to_the_next_one(lab: Machine) -> None:
+    spare = processes_that_wait(lab)
+    lab.fork("ready", count=2)
+    (fork,) = lab.fork("ready")
+    assert getattr(record_of(fork).supervisor, "pid", 0) == spare["supervisor"]
 
 
 def test_the_process_that_starts_forks_ends_with_the_one_that_asked_for_them(lab: Machine, vms: Path) -> None:

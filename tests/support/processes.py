@@ -16,3 +16,25 @@ def processes_in(directory: Path) -> dict[int, str]:
                     if at.startswith(root):
                         found[int(process.name)] = at.removeprefix(root).partition("/")[0].removesuffix(" (deleted)")
     return found
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the processes whose parent is a process."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            with suppress(OSError):  # it has ended
+                if int((process / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                    found.append(int(process.name))
+    return found
+
+
+def spare_of(pid: int) -> int | None:
+    """Return the supervisor that waits for a machine which a process of another one forks, if there is one."""
+    for forking in children_of(pid):
+        with suppress(OSError):
+            if b"onionskin.machine.fork" in Path(f"/proc/{forking}/cmdline").read_bytes():
+                for child in children_of(forking):
+                    if str(Path(f"/proc/{child}/fd/2").readlink()) == "/dev/null":
+                        return child
+    return None

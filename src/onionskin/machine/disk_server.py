@@ -29,7 +29,9 @@ TELL_LISTENING = "--tell-listening"
 
 
 # Starts a server from a process that has loaded it already (`fork.py`), and returns its id and its output.
-spawn: Callable[[list[str], int], tuple[int, IO[bytes]]] | None = None
+# None: that was killed.
+Spawn = Callable[[list[str], int], tuple[int, IO[bytes]] | None]
+spawn: Spawn | None = None
 
 
 class DiskServer:
@@ -125,7 +127,8 @@ class DiskServer:
         arguments += [TELL_LISTENING]
         arguments += [f"--as={label}" for label in self.labels]
         try:
-            pid, output = spawn(arguments, log) if spawn is not None else self._start_program(arguments, log)
+            spawned = spawn(arguments, log) if spawn is not None else None
+            pid, output = spawned or self._start_program(arguments, log)
         finally:
             os.close(log)
         self.process = ProcessId.of(pid)

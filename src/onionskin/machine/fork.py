@@ -5,6 +5,10 @@ loads it, makes the RAM file if it is missing, asks the hypervisor what it is, a
 supervisor, which first forks what will be the server of its disks. What they share stays in memory once. That process waits
 for IDLE_SECONDS for the next call of the same process, and ends with it.
 
+SPARE_SECONDS behind a call it forks a supervisor that has no machine yet, for the next call that starts one: it has what will
+be its server of disks, and a QEMU that has loaded its libraries, which both wait. That takes processors and memory, but no
+store, no disk and no RAM of a machine. Whoever of them waits ends with the one that it waits for.
+
 What must hold: the process that forks has no other thread then, and no store open: each supervisor opens its own. The caller
 returns when the guests of all run, or raises the first of what kept one from running; the others run then. A call is carried
 out once: it is made again only where the process that forks ended before it said that it had it.
@@ -21,7 +25,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -37,6 +41,7 @@ from onionskin.operations import load_all, machines
 
 STARTS_AT_ONCE = 16
 IDLE_SECONDS = 60.0
+SPARE_SECONDS = 0.5  # it takes the processors that the forks of the last call need for their first steps
 _HEARD, _DONE = b"heard", b"done"
 _OF_SERVERS = (
     "onionskin.cli.app",
@@ -184,17 +189,27 @@ def main(descriptor: int) -> int:
     with suppress(ImportError):  # those that are forked say what is missing
         load_servers()
     signal.signal(signal.SIGCHLD, _reap)
-    poll = select.poll()
-    poll.register(asked, select.POLLIN)
+    program = ""
     with suppress(ConnectionError):  # who asked was killed, or gave up: there is nobody to tell
-        while poll.poll(IDLE_SECONDS * 1000):
+        while _is_asked(asked, program):
             text, writers, _, _ = socket.recv_fds(asked, 1 << 20, STARTS_AT_ONCE)
             if not text:
                 os._exit(0)  # who started it waits for its end
             asked.send(_HEARD)
-            _start_machines(json.loads(text), writers, asked)
+            what = json.loads(text)
+            _start_machines(what, writers, asked)
             asked.send(_DONE)
+            program = what["programs"][0] if what["programs"] else ""
     return 0
+
+
+def _is_asked(asked: socket.socket, program: str) -> bool:
+    """Wait until something is asked for; meanwhile have a spare supervisor. Return False if nothing is for a long time."""
+    poll = select.poll()
+    poll.register(asked, select.POLLIN)
+    if program and _is_loaded and _spare is None and not poll.poll(SPARE_SECONDS * 1000):
+        _make_spare(program, asked)
+    return bool(poll.poll(IDLE_SECONDS * 1000))
 
 
 def load_servers() -> None:
@@ -212,9 +227,13 @@ def _reap(*_: object) -> None:
 
 
 def _start_machines(what: dict[str, Any], writers: list[int], asked: socket.socket) -> None:
-    """Fork the supervisors of machines."""
+    """Fork the supervisors of machines, or have the spare one be that of a single machine."""
     held = None
-    if len(what["machines"]) > 1 or not _knows(what["programs"]):
+    if len(what["machines"]) == 1 and _knows(what["programs"]):
+        if _give_spare(what, writers[0]):
+            os.close(writers[0])
+            return
+    else:
         held = _prepare(what["store"], bytes.fromhex(what["machines"][0][2]), what["trust"])
     if threading.active_count() == 1:  # else each is said to have died, which is better than one that hangs
         for (name, log, id), writer in zip(what["machines"], writers, strict=True):
@@ -227,6 +246,7 @@ def _start_machines(what: dict[str, Any], writers: list[int], asked: socket.sock
                 with suppress(OSError):
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     asked.close()
+                    _forget_spare()
                     if held is not None:
                         held.close()
                 others = [other for other in writers if other != writer]
@@ -236,6 +256,81 @@ def _start_machines(what: dict[str, Any], writers: list[int], asked: socket.sock
     if held is not None:
         held.close()
 
+
+# ---- the spare supervisor ----
+
+_spare: socket.socket | None = None  # by which a supervisor that waits is told which machine is its
+
+
+def _make_spare(program: str, asked: socket.socket) -> None:
+    """Fork a supervisor that has no machine yet. Where that fails, the next call does without."""
+    global _spare
+    if threading.active_count() > 1:
+        return
+    try:
+        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError:
+        return
+    try:
+        pid = os.fork()
+    except OSError:
+        here.close()
+        there.close()
+        return
+    if pid == 0:
+        status = 1
+        try:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            asked.close()
+            here.close()
+            status = _be_spare(there, program)
+        finally:
+            os._exit(status)
+    there.close()
+    _spare = here
+
+
+def _give_spare(what: dict[str, Any], writer: int) -> bool:
+    """Have the spare supervisor be that of a machine. Return False where there is none, or it was killed."""
+    global _spare
+    spare, _spare = _spare, None
+    if spare is None:
+        return False
+    with spare, suppress(OSError):
+        socket.send_fds(spare, [json.dumps(what).encode()], [writer])
+        return True
+    return False
+
+
+def _forget_spare() -> None:
+    """Close, in a process that was forked, what leads to the spare supervisor."""
+    global _spare
+    if _spare is not None:
+        _spare.close()
+        _spare = None
+
+
+def _be_spare(asked: socket.socket, program: str) -> int:
+    """Wait for a machine, with all that need not know which one it is, and supervise it. Return an exit status."""
+    from onionskin.machine.qemu import load_ahead
+
+    os.setsid()
+    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for standard in (1, 2):  # who reads what the caller says need not wait for the end of this process
+        os.dup2(nothing, standard)
+    os.close(nothing)
+    spawn = _spawner(asked.fileno())
+    load_ahead(program)
+    text, given, _, _ = socket.recv_fds(asked, 1 << 20, 1)
+    asked.close()
+    if not text:
+        return 0  # who forked it has ended
+    what = json.loads(text)
+    ((name, log, id),) = what["machines"]
+    return _supervise(what, name, bytes.fromhex(id), given[0], log, [], spawn=spawn)
+
+
+# ---- the others ----
 
 _is_loaded = False  # whether this process has all that supervisors need
 
@@ -286,16 +381,21 @@ def _supervise(
     others: list[int],
     *,
     pool: socket.socket | None = None,
+    spawn: disk_server.Spawn | None = None,
 ) -> int:
-    """Be the supervisor of a machine, until its end. Return the exit status of the process."""
+    """Be the supervisor of a machine, until its end. Return the exit status of the process.
+
+    With `spawn`, it leads a session already, and what is to be its server of disks waits.
+    """
     try:
-        os.setsid()
+        if spawn is None:
+            os.setsid()
         for other in others:
             os.close(other)
         os.set_inheritable(writer, False)
         try:
             _write_to(log)
-            disk_server.spawn = _spawner(writer)
+            disk_server.spawn = spawn or _spawner(writer)
         except OSError as error:
             daemon._answer(writer, {"error": frames.pack_error(error)})
             return 1
@@ -312,10 +412,11 @@ def _supervise(
         return 1
 
 
-def _spawner(writer: int) -> Callable[[list[str], int], tuple[int, IO[bytes]]]:
+def _spawner(waited_for: int) -> disk_server.Spawn:
     """Fork a process that becomes a server of disks when it is told to, and return what tells it. It can be called once.
 
-    It is nobody's child, so that nobody has to wait for its end: who forked it ends at once.
+    It is nobody's child, so that nobody has to wait for its end: who forked it ends at once. It closes a descriptor by which
+    somebody waits for the end of this process alone.
     """
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     between = os.fork()
@@ -323,13 +424,13 @@ def _spawner(writer: int) -> Callable[[list[str], int], tuple[int, IO[bytes]]]:
         status = 1
         try:
             here.close()
-            os.close(writer)  # whoever waits for its end waits for the supervisor alone
+            os.close(waited_for)
             status = 0 if os.fork() else _become_server(there)
         finally:
             os._exit(status)
     there.close()
 
-    def spawn(arguments: list[str], log: int) -> tuple[int, IO[bytes]]:
+    def spawn(arguments: list[str], log: int) -> tuple[int, IO[bytes]] | None:
         disk_server.spawn = None  # another one is a program of its own
         output, into = os.pipe2(os.O_CLOEXEC)
         answer = b""
@@ -340,11 +441,9 @@ def _spawner(writer: int) -> Callable[[list[str], int], tuple[int, IO[bytes]]]:
         finally:
             os.close(into)
             os.waitpid(between, 0)
-        if not answer:
+        if not answer:  # it was killed before it opened anything
             os.close(output)
-            raise StateError(
-                "the process that was to serve the disks of the machine was killed; start the machine again"
-            )
+            return None
         return int(answer), os.fdopen(output, "rb", buffering=0)
 
     return spawn

@@ -34,6 +34,7 @@ from onionskin.machine import qemu_command
 from onionskin.machine.agent import GuestAgent
 from onionskin.machine.device_state import empty_file
 from onionskin.machine.hypervisor import Configuration, Identity, Recorded
+from onionskin.machine.loaded_qemu import LoadedQemu
 from onionskin.machine.monitor import JOB_PREFIX, Monitor, MonitorError, MonitorTimeout, Standstill
 from onionskin.machine.orphans import copy_of_ram, drop_forgotten_copies, make_copy
 from onionskin.machine.preload import Preload, library
@@ -71,6 +72,8 @@ NO_TRACKING = "ONIONSKIN_NO_TRACKING"
 
 OnEvent = Callable[[str, dict[str, Any]], None]
 Command = tuple[str, dict[str, Any] | None]
+# One that was started ahead, for the first machine of this process (`fork.py`).
+loaded: LoadedQemu | None = None
 # Those with an id, and those without.
 _LIST_DEVICES: tuple[Command, ...] = tuple(
     ("qom-list", {"path": path}) for path in ("/machine/peripheral", "/machine/peripheral-anon")
@@ -787,7 +790,8 @@ def _start(
     log = open_log(directory / qemu_command.LOG, os.O_TRUNC)
     try:
         child = Session(
-            subprocess.Popen(
+            _run_loaded(command, directory, log, ram, is_tracked=is_tracked)
+            or subprocess.Popen(
                 command,
                 cwd=directory,
                 env=environment,
@@ -819,6 +823,36 @@ def _start(
         raise
 
 
+def _run_loaded(
+    command: list[str], directory: Path, log: int, ram: Path, *, is_tracked: bool
+) -> "subprocess.Popen[bytes] | None":
+    """Have the QEMU that was started ahead run a command line, and return it. Return None where there is none that can."""
+    global loaded
+    taken, loaded = loaded, None
+    if taken is None:
+        return None
+    if not is_tracked:  # the library is in it
+        taken.end()
+        return None
+    return taken.run(command, directory, log, ram, directory / qemu_command.STAND_IN, qemu_command.PRELOAD)
+
+
+def load_ahead(program: str) -> None:
+    """Start a QEMU that loads its libraries, for the first machine of this process. Where that fails, there is none."""
+    global loaded
+    if os.environ.get(NO_TRACKING, "") in ("", "0"):
+        with suppress(OSError, StateError):
+            loaded = LoadedQemu(_find(program))
+
+
+def drop_loaded() -> None:
+    """End the QEMU that was started ahead, if there is one: this process has another use for none."""
+    global loaded
+    taken, loaded = loaded, None
+    if taken is not None:
+        taken.end()
+
+
 def _is_of_session(pid: int, leader: int) -> bool:
     try:
         return os.getsid(pid) == leader
@@ -830,6 +864,7 @@ def adopt(
     pid: int, ticks: int, name: str, directory: Path, ram_file: Path, *, is_tracked: bool, on_event: OnEvent | None
 ) -> QemuProcess:
     """Take over a machine whose supervisor is gone. Raise StateError where it does not answer."""
+    drop_loaded()
     process = QemuProcess(pid, ticks, name, directory, ram_file, on_event=on_event, is_tracked=is_tracked)
     try:
         process.drop_leftovers()

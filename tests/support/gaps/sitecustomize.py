@@ -71,7 +71,8 @@ STEPS = {
     "onionskin.operations.machines": ("note_running", "note_reverting", "note_reverted"),
     "onionskin.operations.machine_forks": ("fork_machine", "make_waiting"),
     "onionskin.operations.machine_removal": ("delete",),
-    "onionskin.machine.fork": ("start_all", "_ask"),
+    "onionskin.machine.fork": ("start_all", "_ask", "_give_spare"),
+    "onionskin.machine.loaded_qemu": ("LoadedQemu._hand_over", "LoadedQemu._let_go_on"),
     # In the server of the disks:
     "onionskin.control.groups": ("seal_for_caller", "_enter", "_seal", "_sync"),
     "onionskin.operations.group_member": ("MemberSealing.give", "MemberSealing.resolve", "MemberSealing.settle"),
@@ -123,7 +124,7 @@ def _with_gaps(step: str, inner: Callable[..., Any]) -> Callable[..., Any]:
 def _remember(one: Any = None) -> None:
     """Take note of who can be killed from here on."""
     kind = type(one).__name__
-    if kind == "QemuProcess":
+    if kind in ("QemuProcess", "LoadedQemu"):
         _found["hypervisor"] = lambda: one.pid
     elif kind == "DiskServer":
         _found["server"] = lambda: one.process.pid if one.process else -1

@@ -31,6 +31,20 @@ def test_a_server_is_waited_for_where_it_is_needed_and_not_where_it_is_begun(tmp
     os.close(said)
 
 
+def test_a_server_is_a_program_of_its_own_where_the_process_that_waited_to_be_it_was_killed(
+    tmp_path: Path, said: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stands_in = disk_server.spawn
+    assert stands_in is not None
+    monkeypatch.setattr(DiskServer, "_start_program", lambda server, *given: stands_in(*given))
+    monkeypatch.setattr(disk_server, "spawn", lambda *given: None)
+    server = DiskServer(tmp_path, ["web"], tmp_path)
+    server.begin()
+    os.write(said, b'{"listening": true}\n{"ready": true}\n')
+    server.wait_ready()
+    os.close(said)
+
+
 def test_a_server_that_is_slow_and_was_not_stopped_is_waited_for(
     tmp_path: Path, said: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,10 +51,9 @@ def test_a_socket_that_was_made_beforehand_serves_no_other_path(tmp_path: Path) 
         listener.close()
 
 
-def test_a_start_whose_process_for_the_disks_was_killed_says_so() -> None:
+def test_a_start_whose_process_for_the_disks_was_killed_is_told_so() -> None:
     text = """
 import os, select, signal
-from onionskin.errors import StateError
 from onionskin.machine import fork
 seen, told = os.pipe()
 become = fork._become_server
@@ -64,13 +63,60 @@ waiting = int(os.read(seen, 20))
 ended = os.pidfd_open(waiting)
 os.kill(waiting, signal.SIGKILL)
 select.select([ended], [], [])
-try:
-    spawn(["serve"], 2)
-except StateError as error:
-    print(error)
+print(spawn(["serve"], 2))
 """
     said = subprocess.run([sys.executable, "-c", text], check=True, capture_output=True, text=True).stdout
-    assert said == "the process that was to serve the disks of the machine was killed; start the machine again\n"
+    assert said == "None\n"
+
+
+# It is told of the end of each process of a spare supervisor, whoever started that.
+SPARE = """
+import ctypes, os, signal, socket, sys
+from contextlib import suppress
+from onionskin.machine import fork
+
+ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+asked, _ = socket.socketpair()
+seen, told = os.pipe()
+be = fork._be_spare
+fork._be_spare = lambda *given: os.write(told, str(os.getpid()).encode()) and be(*given)
+fork._make_spare(sys.executable, asked)
+spare = int(os.read(seen, 20))
+"""
+
+
+def test_all_that_waits_for_a_machine_ends_with_the_process_that_would_name_it() -> None:
+    text = (
+        SPARE
+        + """
+fork._forget_spare()
+with suppress(ChildProcessError):
+    while True:
+        print(os.waitstatus_to_exitcode(os.waitpid(-1, 0)[1]))
+"""
+    )
+    said = subprocess.run([sys.executable, "-c", text], check=True, capture_output=True, text=True, timeout=300).stdout
+    assert sorted(said.split()) == ["0", "0", "0", "1"]  # of the supervisor, of two for the disks, and of QEMU
+
+
+def test_a_spare_supervisor_that_was_killed_is_given_no_machine() -> None:
+    text = (
+        SPARE
+        + """
+os.kill(spare, signal.SIGKILL)
+os.waitpid(spare, 0)
+print(fork._give_spare({}, seen), fork._give_spare({}, seen), fork._spare)
+"""
+    )
+    said = subprocess.run([sys.executable, "-c", text], check=True, capture_output=True, text=True, timeout=300).stdout
+    assert said == "False False None\n"
+
+
+def test_what_would_wait_is_not_forked_beside_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "active_count", lambda: 2)
+    with socket.socket() as asked:
+        fork._make_spare("qemu", asked)
+    assert fork._spare is None
 
 
 @pytest.mark.parametrize(("is_loaded", "count", "is_opened"), [(False, 1, True), (True, 1, False), (True, 2, True)])
