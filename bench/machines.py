@@ -35,6 +35,7 @@ from onionskin.machine.record import Record
 from onionskin.machine.supervisor import Supervisor
 
 SECONDS_MAX = 120.0
+REST_SECONDS = 1.0  # before what is timed of forks, for what a fork leaves to be done, or has wait for the next one
 DISKS = {"d1": "64M", "d2": "8M"}
 TICK_WORD = "{tick}"  # of the guest's command line: the milliseconds of its tick
 PARTS = ("first", "snapshots", "reverts", "forks", "ram")
@@ -391,7 +392,9 @@ def measure_forks(times: Times, lab: "onionskin.Machine", root: Path, given: arg
     names = [f"r{number}" for number in range(given.rounds)]
     for name, count in (*((name, 1) for name in names), ("first", given.forks), ("first", given.forks)):
         fork(Times(), lab, name, 1, "not timed")
+        time.sleep(REST_SECONDS)
         load_peers(times, count, root, given, name)
+        time.sleep(REST_SECONDS)
         found |= fork(times, lab, name, count, f"fork of {count} to last first output")
         with lab.pool(name, warm=count):
             found |= fork(times, lab, name, count, f"fork of {count} from a pool to the same")
