@@ -23,7 +23,7 @@ OF_A_START = (
     *("note_under_way", "note_reachable", "HeldRam.open", "Prepared.read_state"),
 )
 # Of a fork whose supervisor waited for a machine.
-OF_A_SPARE = ("_give_spare", "LoadedQemu._hand_over", "LoadedQemu._let_go_on")
+OF_A_SPARE = ("LoadedQemu._hand_over", "LoadedQemu._let_go_on")
 # From where on the hypervisor has its disks, and waits for a server of them that has died.
 WITH_DISKS = [
     f"QemuProcess.{one}" for one in ("_connect after", "note_writes before", "note_writes after", "load_state before")

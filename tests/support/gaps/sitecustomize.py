@@ -71,7 +71,7 @@ STEPS = {
     "onionskin.operations.machines": ("note_running", "note_reverting", "note_reverted"),
     "onionskin.operations.machine_forks": ("fork_machine", "make_waiting"),
     "onionskin.operations.machine_removal": ("delete",),
-    "onionskin.machine.fork": ("start_all", "_ask", "_give_spare"),
+    "onionskin.machine.fork": ("start_all", "_ask"),
     "onionskin.machine.loaded_qemu": ("LoadedQemu._hand_over", "LoadedQemu._let_go_on"),
     # In the server of the disks:
     "onionskin.control.groups": ("seal_for_caller", "_enter", "_seal", "_sync"),

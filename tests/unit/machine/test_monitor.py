@@ -208,14 +208,15 @@ def test_commands_that_are_asked_for_together_wait_for_no_answer_in_between(qemu
 def test_others_are_asked_while_an_answer_is_waited_for_later(qemu: Qemu, path: Path) -> None:
     with Monitor(path, "lab") as monitor:
         wait = monitor.ask_all([("silent", None), ("second", None)])
+        qemu.wait_for("second")
         assert monitor.execute("third") == {}
         qemu.answer_late()
         assert wait() == [{}, {}]
         wait = monitor.ask_all([("refused", None)])
-        monitor.execute("fourth")
+        qemu.wait_for("refused")
+        monitor.execute("fourth")  # its answer comes behind that
     with pytest.raises(MonitorError, match="refused 'refused'"):
         wait()
-    assert qemu.heard[1:4] == ["silent", "second", "third"]
 
 
 def test_the_first_refusal_of_several_commands_is_raised_when_all_were_answered(qemu: Qemu, path: Path) -> None:
