@@ -7,6 +7,7 @@ import shlex
 import signal
 import stat
 import subprocess
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,8 +18,9 @@ import pytest
 from support.guests import MIB, SECONDS_MAX, Console, configuration, has_ended, until
 from support.processes import processes_in
 
+from onionskin.base.threads import Thread
 from onionskin.errors import StateError
-from onionskin.machine import session
+from onionskin.machine import noting, qemu, session
 from onionskin.machine.hypervisor import Configuration, Identity, compare
 from onionskin.machine.monitor import MonitorError
 from onionskin.machine.qemu import QemuHypervisor, QemuProcess, adopt
@@ -145,11 +147,8 @@ def test_the_state_of_its_devices_is_saved_and_loaded_in_place(launch: Launch, d
 def test_a_machine_that_starts_as_it_was_saved_has_its_state_opened_before_its_writes_are_noted(
     launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process, state = launch(), tmp_path / "state"
-    process.prepare_state(state)
-    process.save_state()
-    process.finish_state()
-    process.quit(10)
+    state = tmp_path / "state"
+    saved_state(launch, state)
     seen: list[bool] = []
     note_writes = QemuProcess.note_writes
 
@@ -166,6 +165,78 @@ def test_a_machine_that_starts_as_it_was_saved_has_its_state_opened_before_its_w
     assert process.started_with == process.plugged()
     nodes = [one["node-name"] for one in process.monitor.execute("query-named-block-nodes")]
     assert not any(name.startswith("state-") for name in nodes)
+
+
+def saved_state(launch: Launch, state: Path) -> None:
+    """Save the state of the devices of a machine that has not run, and end it."""
+    process = launch()
+    process.prepare_state(state)
+    process.save_state()
+    process.finish_state()
+    process.quit(10)
+
+
+def test_a_machine_that_starts_as_it_was_saved_has_its_writes_noted_before_it_answers(
+    launch: Launch, tmp_path: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved_state(launch, tmp_path / "state")
+    monkeypatch.setattr(qemu, "note_writes", lambda *_, **__: pytest.fail("it was done behind the answer"))
+    process = launch(state=tmp_path / "state")
+    assert isinstance(process.guest_ram, GuestRam)
+    process.guest_ram.note_written()
+    before = {tuple(run) for run in process.guest_ram.unsaved_runs.tolist()}
+    with Console(directory / "console") as console:
+        process.resume()
+        console.wait_ticks()
+        process.pause()
+    process.guest_ram.note_written()
+    assert {tuple(run) for run in process.guest_ram.unsaved_runs.tolist()} != before
+
+
+@pytest.mark.parametrize("why", ["elsewhere", "failed", "no thread"])
+def test_writes_that_could_not_be_noted_beside_the_start_are_noted_behind_it(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """What was armed by then looks like pages that were swapped out: none of those counts as written."""
+    saved_state(launch, tmp_path / "state")
+
+    class NoThread(Thread):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    add_private, calls = GuestRam.add_private, []
+
+    def fail_once(ram: GuestRam, *, swapped: bool) -> None:
+        calls.append(swapped)
+        if calls == [True, False]:  # it is armed by then
+            raise OSError("no memory is left")
+        add_private(ram, swapped=swapped)
+
+    if why == "elsewhere":
+        monkeypatch.setattr(noting.Noted, "is_at", lambda *_: False)
+    elif why == "failed":
+        monkeypatch.setattr(GuestRam, "add_private", fail_once)
+    else:
+        monkeypatch.setattr(noting, "Thread", NoThread)
+    process = launch(state=tmp_path / "state")
+    assert isinstance(process.guest_ram, GuestRam)
+    runs = process.guest_ram.unsaved_runs
+    assert int((runs["end"] - runs["start"]).sum()) < process.guest_ram.length // 2
+
+
+def test_a_machine_that_ends_as_it_starts_from_a_state_says_so_and_leaves_no_thread(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved_state(launch, tmp_path / "state")
+
+    def kill(process: QemuProcess, *_: object) -> None:
+        os.kill(process.pid, signal.SIGKILL)
+        raise StateError("it was killed as it started")
+
+    monkeypatch.setattr(QemuProcess, "_connect", kill)
+    with pytest.raises(StateError, match="it was killed as it started"):
+        launch(state=tmp_path / "state")
+    assert not [one for one in threading.enumerate() if one.name == "onionskin noting"]
 
 
 def test_a_start_from_a_state_that_cannot_be_opened_says_so_and_leaves_no_process(

@@ -29,13 +29,13 @@ from onionskin.base.sizes import format_size
 from onionskin.base.sockets import connect_unix
 from onionskin.control.client import is_stopped
 from onionskin.errors import StateError
-from onionskin.kernels._ram import PageTracker
 from onionskin.machine import qemu_command
 from onionskin.machine.agent import GuestAgent
 from onionskin.machine.device_state import empty_file
 from onionskin.machine.hypervisor import Configuration, Identity, Recorded
 from onionskin.machine.loaded_qemu import LoadedQemu
 from onionskin.machine.monitor import JOB_PREFIX, Monitor, MonitorError, MonitorTimeout, Standstill
+from onionskin.machine.noting import NotingBeside, note_writes
 from onionskin.machine.orphans import copy_of_ram, drop_forgotten_copies, make_copy
 from onionskin.machine.preload import Preload, library
 from onionskin.machine.record import open_log
@@ -43,6 +43,7 @@ from onionskin.machine.session import Session, say
 from onionskin.storage.locks import start_ticks
 
 if TYPE_CHECKING:
+    from onionskin.kernels._ram import PageTracker
     from onionskin.machine.ram import GuestRam
 
 START_SECONDS, START_SECONDS_MAX = 60.0, 240.0  # the longer one as long as it was not stopped by a signal
@@ -151,7 +152,10 @@ class QemuHypervisor:
                 identity=identity,
             )
             process = _start(
-                command, name, directory, ram, self._on_event, beside_its_start, is_tracked=is_tracked, kept=kept
+                *(command, name, directory, ram, self._on_event, beside_its_start),
+                is_tracked=is_tracked,
+                notes_beside=is_tracked and state is not None,
+                kept=kept,
             )
             try:
                 if state is not None:  # while QEMU is at that, its writes come to be noted
@@ -261,6 +265,7 @@ class QemuProcess:
         self._is_tracked = is_tracked
         self._preload: Preload | None = None
         self._tracker: PageTracker | None = None
+        self._noting: NotingBeside | None = None
         self._copy = -1  # the descriptor of the copy of its RAM
         self._nodes = 0
         self._opening: tuple[str, Callable[[], list[Any]]] | None = None
@@ -319,6 +324,13 @@ class QemuProcess:
                 found.close()
         self._prepared = None
         self.drop_leftovers()
+
+    def use_noting(self, noting: NotingBeside) -> None:
+        """Take what notes its writes since it was started, which `note_writes` waits for."""
+        if noting.pid == self.pid:
+            self._noting = noting
+        else:  # another process is QEMU
+            noting.close()
 
     def meet_library(self) -> None:
         """Connect to the library in the process. Raise OSError where it is not there."""
@@ -381,25 +393,14 @@ class QemuProcess:
             They cannot be noted here.
         """
         assert self._preload is not None
-        where = self._preload.where()
-        if not where.length:
-            raise StateError(f"QEMU of machine {self.name!r} has not mapped its RAM as it was told to")
-        self._tracker = PageTracker(self.pid, where.start, where.length)
-        from onionskin.machine.ram import FIRST_PAGE, GuestRam  # it brings NumPy, which whoever only looks needs not
-
-        ram = GuestRam(self._tracker, where.length)
-        # The marks of noting look like pages that were swapped out.
-        if not again or _swapped_bytes(self.pid):
-            ram.add_private(swapped=True)
-        # QEMU may have put something into it (-device loader), which is nowhere else.
-        is_as_in_file = not (ram.unsaved_runs["start"] == FIRST_PAGE["start"]).any()
-        ram.try_out(writes=not again)
-        if not again and is_as_in_file:
-            with suppress(OSError):  # a revert writes over what cannot be dropped
-                self._preload.forget(FIRST_PAGE)
-        self._preload.arm()
-        ram.add_private(swapped=False)
-        self.guest_ram = ram
+        early, self._noting = self._noting, None
+        noted = early.take() if early is not None and not again else None
+        if noted is not None and not noted.is_at(self._preload.where()):
+            noted.close()  # it was mapped elsewhere at first
+            noted = None
+        if noted is None:
+            noted = note_writes(self.pid, self.name, self._preload, again=again)
+        self._tracker, self.guest_ram = noted.tracker, noted.ram
 
     # ---- running ----
 
@@ -547,6 +548,7 @@ class QemuProcess:
 
         Commands that are to be carried out before that are asked for with it.
         """
+        is_start = self._opening is not None
         with self._explained():
             node, known = self._opened_node(path, before)
 
@@ -561,7 +563,8 @@ class QemuProcess:
         try:
             yield load
         finally:
-            self._remove_node(node)
+            # A machine that starts has RAM put right next: QEMU is at that meanwhile.
+            self._remove_node(node, waits=not is_start)
 
     def _opened_node(self, path: Path, before: Sequence[Command]) -> tuple[str, list[Any]]:
         """Return the node of the file of a state, and what QEMU said of itself since then, if it can be relied on."""
@@ -666,10 +669,15 @@ class QemuProcess:
             raise
         return node
 
-    def _remove_node(self, node: str) -> None:
+    def _remove_node(self, node: str, *, waits: bool = True) -> None:
         names = (node, node.replace(_STATE_NODE, _FILE_NODE))
+        commands = [("blockdev-del", {"node-name": name}) for name in names]
+        if not waits:
+            for command in commands:
+                self.monitor.request(*command)
+            return
         with suppress(MonitorError):  # one that answers late does so when it answers again
-            self.monitor.execute_all([("blockdev-del", {"node-name": name}) for name in names])
+            self.monitor.execute_all(commands)
 
     # ---- the guest agent ----
 
@@ -708,6 +716,9 @@ class QemuProcess:
         """Close the connections. The process goes on, if it still runs."""
         self._is_closed = True
         self.monitor.close()
+        noting, self._noting = self._noting, None
+        if noting is not None:
+            noting.close()
         if self._preload is not None:
             self._preload.close()
         if self._tracker is not None:
@@ -774,6 +785,7 @@ def _start(
     beside_its_start: Callable[[], None],
     *,
     is_tracked: bool,
+    notes_beside: bool,
     kept: Sequence[int],
 ) -> QemuProcess:
     for socket in qemu_command.SOCKETS:
@@ -805,9 +817,12 @@ def _start(
         )
     finally:
         os.close(log)
+    noting = None
     try:
         beside_its_start()  # QEMU loads its libraries meanwhile, and answers nothing before it has its disks
-        return QemuProcess(
+        if notes_beside:
+            noting = NotingBeside(child.pid, name, directory / qemu_command.PRELOAD)
+        process = QemuProcess(
             child.pid,
             start_ticks(child.pid),
             name,
@@ -820,7 +835,12 @@ def _start(
     except BaseException:
         child.kill()
         child.reap()
+        if noting is not None:
+            noting.close()
         raise
+    if noting is not None:
+        process.use_noting(noting)
+    return process
 
 
 def _run_loaded(
@@ -960,14 +980,6 @@ def _is_console_free(chardevs: list[dict[str, str]]) -> bool:
 def _kind_of_child(kind: str) -> str:
     """Return which kind of object a property of another one has, such as "virtio-rng-pci", or nothing: it has none."""
     return kind.removeprefix("child<").removesuffix(">") if kind.startswith("child<") else ""
-
-
-def _swapped_bytes(pid: int) -> int:
-    """Return how much of a process is swapped out."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmSwap:"):
-            return int(line.split()[1]) << 10
-    return 0
 
 
 def know(program: str) -> None:
