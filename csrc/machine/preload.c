@@ -14,7 +14,8 @@
  *
  * A process may be started before it is known what it is to run: it loads its libraries, which takes a third of its start, and
  * waits. ONIONSKIN_WAIT is the descriptor of a socket then, by which it gets the rest. It ends with whoever has the other end,
- * until it was told to go on, and from then on its errors go to the log by which it is found.
+ * until it was told to go on, and from then on its errors go to the log by which it is found. Meanwhile it has the memory that
+ * it will need first (ONIONSKIN_ROOM bytes): the kernel takes longer to give 14 MiB than to read a file of that length.
  *
  * What must hold: the RAM file is mapped privately and under that lock, or not at all: forks read it, and a hypervisor that
  * maps it shared writes to it before anybody can ask. Whatever else fails is said when it is asked for. Only the user who
@@ -26,6 +27,9 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -66,9 +70,10 @@ static struct {
     dev_t device; /* of the file that the hypervisor means to map there */
     ino_t file;
     int is_private;
-    int faults; /* the userfaultfd, -1 before it is armed */
-    int self;   /* a descriptor of this process, -1 where there is none */
-    int waits;  /* the socket by which it is said what to run, -1 where that is known */
+    int faults;  /* the userfaultfd, -1 before it is armed */
+    int self;    /* a descriptor of this process, -1 where there is none */
+    int waits;   /* the socket by which it is said what to run, -1 where that is known */
+    size_t room; /* of memory to have by then */
 } preload = {.guard = PTHREAD_MUTEX_INITIALIZER, .faults = -1, .self = -1, .waits = -1};
 
 /* ---- what is mapped ---- */
@@ -386,11 +391,15 @@ static int begin(const char *ram, const char *stand_in, const char *path) {
 __attribute__((constructor)) static void start(void) {
     const char *ram = getenv("ONIONSKIN_RAM"), *path = getenv("ONIONSKIN_PRELOAD");
     const char *stand_in = getenv("ONIONSKIN_STAND_IN"), *waits = getenv("ONIONSKIN_WAIT");
-    if (waits)
+    const char *room = getenv("ONIONSKIN_ROOM");
+    if (waits) {
         preload.waits = atoi(waits);
-    else if (!ram || !path || !begin(ram, stand_in ? stand_in : ram, path))
+        preload.room = room ? strtoull(room, NULL, 10) : 0;
+    } else if (!ram || !path || !begin(ram, stand_in ? stand_in : ram, path)) {
         return;
+    }
     forget_variable("ONIONSKIN_WAIT");
+    forget_variable("ONIONSKIN_ROOM");
     forget_variable("ONIONSKIN_RAM");
     forget_variable("ONIONSKIN_STAND_IN");
     forget_variable("ONIONSKIN_PRELOAD");
@@ -460,13 +469,33 @@ static char **wait_for_words(int *count) {
     return words + FIRST;
 }
 
+/* Returns memory that was touched, which becomes the end of the heap when it is freed. QEMU has a thread already that gives back
+ * what is free there (malloc_trim), so that is done at the last moment. NULL where there is none, or another allocator. */
+static void *make_room(size_t room) {
+    char *piece = NULL;
+#ifdef __GLIBC__
+    enum { ROOM_BYTES_MAX = 30 << 20, PAGE = 4096 }; /* glibc maps what is larger than 32 MiB on its own in any case */
+    /* As glibc itself sets both once such a piece was given back. */
+    if (room && room <= ROOM_BYTES_MAX && mallopt(M_MMAP_THRESHOLD, (int)(room + PAGE)) &&
+        mallopt(M_TRIM_THRESHOLD, (int)(2 * room)))
+        piece = malloc(room);
+    for (size_t at = 0; piece && at < room; at += PAGE)
+        ((volatile char *)piece)[at] = 0;
+#else
+    (void)room;
+#endif
+    return piece;
+}
+
 static main_function real_main;
 
 static int wait_and_run(int count, char **words, char **environment) {
     if (preload.waits < 0)
         return real_main(count, words, environment);
     int given = 0;
+    void *room = make_room(preload.room);
     char **told = wait_for_words(&given);
+    free(room);
     show_words(words, count, told);
     return real_main(given, told, environ);
 }

@@ -25,7 +25,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -76,16 +76,18 @@ def start_all(store: "Store", those: Sequence[machines.Which], *, paused: bool =
 def _start_some(store: "Store", those: Sequence[machines.Which], paused: bool) -> list[Exception]:
     """Start machines at once. Return what kept those from running that do not run."""
     with ExitStack() as stack:
-        readers, writers, wanted, programs = [], [], [], set[str]()
+        readers, writers, wanted = [], [], []
+        programs: dict[str, str | None] = {}  # and the kernel of one of their machines
         for row in [machines.find(store._opened.catalog, which) for which in those]:
             reader, writer = os.pipe2(os.O_CLOEXEC)
             readers.append(stack.enter_context(os.fdopen(reader, "rb", buffering=0)))
             writers.append(writer)
-            programs.add(Configuration.from_json(row.configuration).program)
+            configuration = Configuration.from_json(row.configuration)
+            programs[configuration.program] = configuration.kernel
             directory = make_directory(store._opened.layout.root, row.id)
             wanted.append([row.name, str(directory / SUPERVISOR_LOG), row.id.hex()])
         try:
-            _start_process(store, wanted, sorted(programs), writers, paused)
+            _start_process(store, wanted, programs, writers, paused)
         finally:
             for writer in writers:
                 os.close(writer)
@@ -96,7 +98,7 @@ def _start_some(store: "Store", those: Sequence[machines.Which], paused: bool) -
 
 
 def _start_process(
-    store: "Store", wanted: list[list[str]], programs: list[str], writers: list[int], paused: bool
+    store: "Store", wanted: list[list[str]], programs: dict[str, str | None], writers: list[int], paused: bool
 ) -> None:
     what = {
         "store": str(store.path.absolute()),
@@ -189,9 +191,9 @@ def main(descriptor: int) -> int:
     with suppress(ImportError):  # those that are forked say what is missing
         load_servers()
     signal.signal(signal.SIGCHLD, _reap)
-    program = ""
+    last: dict[str, str | None] = {}
     with suppress(ConnectionError):  # who asked was killed, or gave up: there is nobody to tell
-        while _is_asked(asked, program):
+        while _is_asked(asked, last):
             text, writers, _, _ = socket.recv_fds(asked, 1 << 20, STARTS_AT_ONCE)
             if not text:
                 os._exit(0)  # who started it waits for its end
@@ -199,16 +201,16 @@ def main(descriptor: int) -> int:
             what = json.loads(text)
             _start_machines(what, writers, asked)
             asked.send(_DONE)
-            program = what["programs"][0] if what["programs"] else ""
+            last = what["programs"]
     return 0
 
 
-def _is_asked(asked: socket.socket, program: str) -> bool:
+def _is_asked(asked: socket.socket, programs: dict[str, str | None]) -> bool:
     """Wait until something is asked for; meanwhile have a spare supervisor. Return False if nothing is for a long time."""
     poll = select.poll()
     poll.register(asked, select.POLLIN)
-    if program and _is_loaded and _spare is None and not poll.poll(SPARE_SECONDS * 1000):
-        _make_spare(program, asked)
+    if programs and _is_loaded and _spare is None and not poll.poll(SPARE_SECONDS * 1000):
+        _make_spare(*next(iter(programs.items())), asked)
     return bool(poll.poll(IDLE_SECONDS * 1000))
 
 
@@ -262,7 +264,7 @@ def _start_machines(what: dict[str, Any], writers: list[int], asked: socket.sock
 _spare: socket.socket | None = None  # by which a supervisor that waits is told which machine is its
 
 
-def _make_spare(program: str, asked: socket.socket) -> None:
+def _make_spare(program: str, kernel: str | None, asked: socket.socket) -> None:
     """Fork a supervisor that has no machine yet. Where that fails, the next call does without."""
     global _spare
     if threading.active_count() > 1:
@@ -283,7 +285,7 @@ def _make_spare(program: str, asked: socket.socket) -> None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             asked.close()
             here.close()
-            status = _be_spare(there, program)
+            status = _be_spare(there, program, kernel)
         finally:
             os._exit(status)
     there.close()
@@ -310,7 +312,7 @@ def _forget_spare() -> None:
         _spare = None
 
 
-def _be_spare(asked: socket.socket, program: str) -> int:
+def _be_spare(asked: socket.socket, program: str, kernel: str | None) -> int:
     """Wait for a machine, with all that need not know which one it is, and supervise it. Return an exit status."""
     from onionskin.machine.qemu import load_ahead
 
@@ -320,7 +322,7 @@ def _be_spare(asked: socket.socket, program: str) -> int:
         os.dup2(nothing, standard)
     os.close(nothing)
     spawn = _spawner(asked.fileno())
-    load_ahead(program)
+    load_ahead(program, kernel)
     text, given, _, _ = socket.recv_fds(asked, 1 << 20, 1)
     asked.close()
     if not text:

@@ -30,6 +30,8 @@ class LoadedQemu:
     ----------
     program : str
         The path of a program, which is no script: those start another one.
+    room : int
+        Bytes of memory that it is to have by the time at which it is told what to run.
 
     Raises
     ------
@@ -37,7 +39,7 @@ class LoadedQemu:
         It cannot be started in this way.
     """
 
-    def __init__(self, program: str) -> None:
+    def __init__(self, program: str, room: int = 0) -> None:
         with open(program, "rb") as file:
             if file.read(len(_PROGRAM_BYTES)) != _PROGRAM_BYTES:
                 raise StateError(f"{program} is no program of the processor, so another one runs for it")
@@ -50,7 +52,12 @@ class LoadedQemu:
                     # One that the library is not in, by capabilities, ends at once.
                     [program, "-version", " " * _SHOWN_BYTES],
                     cwd="/",
-                    env=os.environ | {"LD_PRELOAD": str(library()), "ONIONSKIN_WAIT": str(there.fileno())},
+                    env=os.environ
+                    | {
+                        "LD_PRELOAD": str(library()),
+                        "ONIONSKIN_WAIT": str(there.fileno()),
+                        "ONIONSKIN_ROOM": str(room),
+                    },
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,

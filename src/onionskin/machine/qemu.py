@@ -73,6 +73,7 @@ NO_TRACKING = "ONIONSKIN_NO_TRACKING"
 
 OnEvent = Callable[[str, dict[str, Any]], None]
 Command = tuple[str, dict[str, Any] | None]
+_HEAP_BYTES = 10 << 20  # that QEMU has beside the kernel when it answers first
 # One that was started ahead, for the first machine of this process (`fork.py`).
 loaded: LoadedQemu | None = None
 # Those with an id, and those without.
@@ -857,12 +858,16 @@ def _run_loaded(
     return taken.run(command, directory, log, ram, directory / qemu_command.STAND_IN, qemu_command.PRELOAD)
 
 
-def load_ahead(program: str) -> None:
-    """Start a QEMU that loads its libraries, for the first machine of this process. Where that fails, there is none."""
+def load_ahead(program: str, kernel: str | None) -> None:
+    """Start a QEMU that loads its libraries, for the first machine of this process. Where that fails, there is none.
+
+    It has the memory for that kernel, which QEMU reads into its heap.
+    """
     global loaded
     if os.environ.get(NO_TRACKING, "") in ("", "0"):
         with suppress(OSError, StateError):
-            loaded = LoadedQemu(_find(program))
+            room = _HEAP_BYTES + (os.stat(kernel).st_size if kernel is not None else 0)  # noqa: PTH116 - a text
+            loaded = LoadedQemu(_find(program), room)
 
 
 def drop_loaded() -> None:

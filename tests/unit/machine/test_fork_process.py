@@ -80,7 +80,7 @@ asked, _ = socket.socketpair()
 seen, told = os.pipe()
 be = fork._be_spare
 fork._be_spare = lambda *given: os.write(told, str(os.getpid()).encode()) and be(*given)
-fork._make_spare(sys.executable, asked)
+fork._make_spare(sys.executable, None, asked)
 spare = int(os.read(seen, 20))
 """
 
@@ -115,7 +115,7 @@ print(fork._give_spare({}, seen), fork._give_spare({}, seen), fork._spare)
 def test_what_would_wait_is_not_forked_beside_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "active_count", lambda: 2)
     with socket.socket() as asked:
-        fork._make_spare("qemu", asked)
+        fork._make_spare("qemu", None, asked)
     assert fork._spare is None
 
 
@@ -136,7 +136,7 @@ def test_a_process_that_has_loaded_all_leaves_the_store_to_the_supervisor_of_a_s
     what = {
         "store": "store",
         "machines": [["lab", "log", "00"]] * count,
-        "programs": [],
+        "programs": {},
         "trust": False,
         "paused": False,
     }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -20,7 +21,7 @@ import json, mmap, os, sys
 
 with open("stand-in", "r+b") as file, mmap.mmap(file.fileno(), 4096) as ram:
     ram[8:13] = b"guest"
-    names = ("LD_PRELOAD", "ONIONSKIN_WAIT", "ONIONSKIN_RAM")
+    names = ("LD_PRELOAD", "ONIONSKIN_WAIT", "ONIONSKIN_ROOM", "ONIONSKIN_RAM")
     said = {"ram": ram[:13].hex(), "words": sys.argv[1:], "environment": [one for one in names if one in os.environ]}
     said["shown"] = open("/proc/self/cmdline").read().rstrip(chr(0)).split(chr(0))
     said["open"] = sorted(int(one) for one in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{one}"))
@@ -52,6 +53,33 @@ def test_it_runs_a_command_line_as_if_it_had_been_started_with_it(tmp_path: Path
     assert (said["words"], said["environment"]) == (words[2:], [])
     assert said["shown"] == [sys.executable, *words]
     assert (tmp_path / "preload").is_socket()
+
+
+ROOM = """
+import ctypes, resource
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+system = ctypes.CDLL(None)
+system.malloc.restype = ctypes.c_void_p
+piece = system.malloc(ctypes.c_size_t(16 << 20))
+ctypes.memset(piece, 1, 16 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator keeps no room")
+@pytest.mark.parametrize("has_room", [True, False])
+def test_one_that_waited_has_the_memory_that_it_needs_first(tmp_path: Path, log: int, has_room: bool) -> None:
+    (tmp_path / "ram").write_bytes(bytes(4096))
+    loaded = LoadedQemu(sys.executable, (24 << 20) if has_room else 0)
+    assert run(loaded, tmp_path, log, "-c", ROOM) == 0
+    faults, pages = int((tmp_path / "log").read_text()), (16 << 20) // 4096
+    assert (faults < pages // 2) == has_room
+
+
+@pytest.mark.parametrize("room", [31 << 20, 1 << 40, -1])
+def test_one_that_cannot_have_so_much_memory_runs_without(tmp_path: Path, log: int, room: int) -> None:
+    assert run(LoadedQemu(sys.executable, room), tmp_path, log, "-c", "print('it ran')") == 0
+    assert (tmp_path / "log").read_text() == "it ran\n"
 
 
 def test_one_that_waits_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
