@@ -18,6 +18,7 @@ import atexit
 import importlib
 import json
 import os
+import resource
 import runpy
 import select
 import signal
@@ -149,7 +150,7 @@ def _forking_process() -> socket.socket:
     # Threads of NumPy's library would be in the way of a fork, and nothing here uses them.
     environment = {key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"}
     environment |= {"OPENBLAS_NUM_THREADS": "1"}
-    key = (os.getpid(), sys.executable, sorted(environment.items()))
+    key = (os.getpid(), sys.executable, sorted(environment.items()), *_inherited())
     if _there is not None and _there[2] == key and _there[0].poll() is None:
         return _there[1]
     _end_process()
@@ -166,6 +167,18 @@ def _forking_process() -> socket.socket:
         )
     _there = (child, here, key)
     return here
+
+
+def _inherited() -> tuple[object, ...]:
+    """Return what a program hands down and may change beside its environment: who it is, its limits, and its share."""
+    limits = [resource.getrlimit(getattr(resource, one)) for one in dir(resource) if one.startswith("RLIMIT_")]
+    scheduled = os.sched_getscheduler(0), os.sched_getparam(0).sched_priority, os.getpriority(os.PRIO_PROCESS, 0)
+    share = *scheduled, os.sched_getaffinity(0)
+    try:
+        group = Path("/proc/self/cgroup").read_bytes()
+    except OSError:
+        group = b""
+    return os.getresuid(), os.getresgid(), os.getgroups(), limits, share, group
 
 
 def _failure(name: str, log: Path, reader: int) -> Exception | None:
@@ -337,7 +350,7 @@ def _be_spare(asked: socket.socket, program: str, kernel: str | None) -> int:
 _is_loaded = False  # whether this process has all that supervisors need
 
 
-def _knows(programs: Sequence[str]) -> bool:
+def _knows(programs: Iterable[str]) -> bool:
     """Whether all is loaded here, and what the hypervisors are is known: a single supervisor sees to the rest by itself."""
     if not _is_loaded:
         return False

@@ -146,3 +146,35 @@ def test_a_process_that_has_loaded_all_leaves_the_store_to_the_supervisor_of_a_s
         with os.fdopen(reader) as answer:
             assert "no process is left" in answer.read()
     assert bool(opened) == is_opened
+
+
+CHANGES = {
+    "nothing": "pass",
+    "environment": "os.environ['WORD'] = 'other'",
+    "limit": "resource.setrlimit(resource.RLIMIT_NOFILE, (512, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))",
+    "share": "os.nice(1)",
+    "processors": "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])",
+    "user": "os.setresuid(65534, 65534, 0)",
+    "group": "os.setresgid(65534, 65534, 65534)",
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_program_that_is_another_one_now_has_another_process_that_forks(what: str) -> None:
+    """What it hands down came with its start: machines of a user who gave up a right would have it still."""
+    if what in ("user", "group") and os.geteuid():
+        pytest.skip("only root becomes another user")
+    if what == "processors" and len(os.sched_getaffinity(0)) == 1:
+        pytest.skip("there is one processor")
+    text = f"""
+import os, resource
+from onionskin.machine import fork
+one = fork._forking_process()
+{CHANGES[what]}
+try:
+    print(fork._forking_process() is one)
+except PermissionError:  # this user may not start Python
+    print(False)
+"""
+    said = subprocess.run([sys.executable, "-c", text], check=True, capture_output=True, text=True, timeout=300).stdout
+    assert said == f"{what == 'nothing'}\n"
