@@ -19,7 +19,6 @@ import importlib
 import json
 import os
 import resource
-import runpy
 import select
 import signal
 import socket
@@ -31,6 +30,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from onionskin.__main__ import main as run_program
 from onionskin.base.forking import ForkableLock
 from onionskin.base.sockets import UnixListener
 from onionskin.control import frames
@@ -479,7 +479,7 @@ def _become_server(asked: socket.socket) -> int:
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     try:
         sys.argv = ["onionskin", *_listening(json.loads(what))]
-        runpy.run_module("onionskin", run_name="__main__")
+        run_program()
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 1
     except BaseException as error:
