@@ -469,8 +469,8 @@ static char **wait_for_words(int *count) {
     return words + FIRST;
 }
 
-/* Returns memory that was touched, which becomes the end of the heap when it is freed. QEMU has a thread already that gives back
- * what is free there (malloc_trim), so that is done at the last moment. NULL where there is none, or another allocator. */
+/* Returns memory that was touched, which is a free piece of the heap behind its `free`. QEMU has a thread already that gives
+ * back what is free there (malloc_trim), so that is done at the last moment. NULL where there is none, or another allocator. */
 static void *make_room(size_t room) {
     char *piece = NULL;
 #ifdef __GLIBC__
