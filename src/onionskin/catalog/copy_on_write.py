@@ -11,6 +11,7 @@ overwritten in place. So where there are quotas, nothing is changed unless there
 import fcntl
 import os
 import stat
+import time
 from contextlib import suppress
 from errno import EDQUOT, ENOSPC
 
@@ -53,21 +54,33 @@ def refuse_without_room(catalog: FilePath, size_bytes: int = QUOTA_ROOM_BYTES) -
 
 
 def make_index_in_place(catalog: FilePath) -> None:
-    """Make the index of a catalog's log, if there is none, as a file that btrfs overwrites in place."""
+    """Make the index of a catalog's log, if there is none, as a file that btrfs overwrites in place.
+
+    It gets its name when it is closed here: SQLite has POSIX locks on it, and another thread may open it as soon as it is
+    there; the close of any descriptor would give up the locks of that thread.
+    """
     index = catalog.with_name(f"{catalog.name}-shm")
     with suppress(OSError):  # if this fails, SQLite makes the index
         if os.statvfs(catalog.parent).f_files or index.exists():  # btrfs counts no inodes
             return
-        found = catalog.stat()
-        descriptor = os.open(
-            index, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, stat.S_IMODE(found.st_mode)
-        )
-        import struct  # this is seldom
-
+        staged = catalog.with_name(f"{index.name}.{os.getpid()}.{time.monotonic_ns()}.new")
         try:
-            if os.geteuid() == 0:  # the owner of the catalog has to be able to use it; SQLite does the same
-                os.fchown(descriptor, found.st_uid, found.st_gid)
-            (flags,) = struct.unpack("l", fcntl.ioctl(descriptor, _GET_FLAGS, bytes(struct.calcsize("l"))))
-            fcntl.ioctl(descriptor, _SET_FLAGS, struct.pack("l", flags | _NOCOW))
+            _make_in_place(staged, catalog.stat())
+            os.link(staged, index)
         finally:
-            os.close(descriptor)
+            staged.unlink(missing_ok=True)
+
+
+def _make_in_place(path: FilePath, like: os.stat_result) -> None:
+    descriptor = os.open(
+        path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, stat.S_IMODE(like.st_mode)
+    )
+    import struct  # this is seldom
+
+    try:
+        if os.geteuid() == 0:  # the owner of the catalog has to be able to use it; SQLite does the same
+            os.fchown(descriptor, like.st_uid, like.st_gid)
+        (flags,) = struct.unpack("l", fcntl.ioctl(descriptor, _GET_FLAGS, bytes(struct.calcsize("l"))))
+        fcntl.ioctl(descriptor, _SET_FLAGS, struct.pack("l", flags | _NOCOW))
+    finally:
+        os.close(descriptor)

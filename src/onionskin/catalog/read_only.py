@@ -60,15 +60,18 @@ def copied(path: FilePath) -> "tuple[sqlite3.Connection, tempfile.TemporaryDirec
     import shutil
     import tempfile
 
+    from onionskin.catalog.beside_sqlite import pieces
+
     directory = tempfile.TemporaryDirectory(prefix="onionskin-")
     try:
         copy = FilePath(directory.name) / path.name
         for _ in range(_TRIES):
             before = _looks(path)
-            for one, target in ((path, copy), (_log_of(path), _log_of(copy))):
-                target.unlink(missing_ok=True)
-                if one.exists():
-                    shutil.copyfile(one, target, follow_symlinks=False)
+            with open(copy, "wb") as target:
+                target.writelines(pieces(path))
+            _log_of(copy).unlink(missing_ok=True)
+            if _log_of(path).exists():
+                shutil.copyfile(_log_of(path), _log_of(copy), follow_symlinks=False)
             if _looks(path) == before:
                 break
         else:

@@ -5,9 +5,13 @@ import sqlite3
 import threading
 from contextlib import closing, suppress
 from errno import EACCES, EDQUOT, EFBIG, EIO, EISDIR, EMFILE, ENFILE, ENOSPC, EROFS, ESHUTDOWN
+from typing import TYPE_CHECKING
 
 from onionskin.base.paths import FilePath
 from onionskin.errors import FormatError, StateError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 _LOG_BYTES = 128 << 10  # less room than this is too little for SQLite's log and its index
 RESTORE = "restore it from a copy of the store"
@@ -64,8 +68,10 @@ def _cannot_be_read(path: FilePath, primary: int | None) -> str | None:
     """
     if primary not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return None
-    for file in (path, path.with_name(f"{path.name}-wal")):
-        offset = _unreadable_at(file)
+    from onionskin.catalog.beside_sqlite import pieces  # this is seldom
+
+    for file, read_pieces in ((path, pieces), (path.with_name(f"{path.name}-wal"), _pieces_of_log)):
+        offset = _unreadable_at(file, read_pieces)
         if offset is not None:
             return f"the disk cannot read {file.name} (I/O error at byte {offset}); {_LOOK_AT_DISK}"
     if primary == sqlite3.SQLITE_CORRUPT and _is_sound(path):
@@ -73,44 +79,29 @@ def _cannot_be_read(path: FilePath, primary: int | None) -> str | None:
     return None
 
 
-def _unreadable_at(path: FilePath) -> int | None:
-    """Return from where on a file of SQLite cannot be read; None: all of it can, or nobody can tell.
-
-    No descriptor of such a file may be closed while SQLite has it open here, as that gives up the locks of this process on
-    it. So it is read through SQLite's own; where it has none, one is opened.
-    """
-    descriptors = _descriptors_of(path)
-    opened = None
+def _unreadable_at(path: FilePath, read_pieces: "Callable[[FilePath], Iterator[bytes]]") -> int | None:
+    """Return from where on a file of SQLite cannot be read; None: all of it can, or nobody can tell."""
+    offset = 0
     try:
-        if not descriptors:
-            opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        descriptor, offset = opened if opened is not None else descriptors[0], 0
-        while True:
-            try:
-                read = len(os.pread(descriptor, _READ_BYTES, offset))
-            except OSError as error:
-                return offset if error.errno == EIO else None
-            if not read:
-                return None
-            offset += read
+        for piece in read_pieces(path):
+            offset += len(piece)
     except OSError as error:
-        return 0 if error.errno == EIO else None
+        return offset if error.errno == EIO else None
+    except sqlite3.Error as error:  # SQLite reads the beginning as it opens a file
+        return 0 if primary_code(error) == sqlite3.SQLITE_IOERR else None
+    return None
+
+
+def _pieces_of_log(path: FilePath) -> "Iterator[bytes]":
+    """Yield the bytes of SQLite's log, on which nobody has a lock that would be given up by a close."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    offset = 0
+    try:
+        while piece := os.pread(descriptor, _READ_BYTES, offset):
+            yield piece
+            offset += len(piece)
     finally:
-        if opened is not None:
-            os.close(opened)
-
-
-def _descriptors_of(path: FilePath) -> list[int]:
-    """Return the descriptors that this process has of a file."""
-    found = []
-    with suppress(OSError):
-        wanted = path.stat()
-        for entry in os.listdir("/proc/self/fd"):
-            with suppress(OSError):
-                status = os.fstat(int(entry))
-                if (status.st_dev, status.st_ino) == (wanted.st_dev, wanted.st_ino):
-                    found.append(int(entry))
-    return found
+        os.close(descriptor)
 
 
 def _is_sound(path: FilePath) -> bool:
