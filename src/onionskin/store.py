@@ -61,6 +61,7 @@ from onionskin.storage.locks import (
     SharedFile,
     VolumeLock,
     is_being_merged_into,
+    is_for_a_moment,
     locked_to_remove,
     volume_holder,
 )
@@ -96,7 +97,7 @@ if TYPE_CHECKING:
 _log = logger(__name__)
 
 _CUT_WAIT_SECONDS = 1.0
-_MOMENT_SECONDS = 1.0  # that somebody who only looks at a machine keeps others from starting it
+_MOMENT_SECONDS = 1.0  # that somebody who only looks at a volume or a machine keeps others from it
 
 Lock = TypeVar("Lock", VolumeLock, ReadersLock)
 
@@ -362,12 +363,16 @@ class Store:
         from onionskin.operations import volumes
 
         store = self._opened
-        row = store.catalog.volume_that_is(id)
-        with locked_to_remove(store.layout, {id: row.name}):
-            row = store.catalog.volume_that_is(id)
-            if is_unwritten(store, id, store.catalog.layer(row.head)):
-                store.change(lambda: volumes.remove_volumes(store, [id], recursive=False))
-                volumes.unlink_files(store, [id])
+        deadline = time.monotonic() + _MOMENT_SECONDS
+        while row := store.catalog.volume_with_id(id):
+            with held_together() as stack:
+                if not volumes.lock_unless_for_a_moment(stack, store, {id: row.name}, deadline):
+                    continue
+                row = store.catalog.volume_that_is(id)
+                if is_unwritten(store, id, store.catalog.layer(row.head)):
+                    store.change(lambda: volumes.remove_volumes(store, [id], recursive=False))
+                    volumes.unlink_files(store, [id])
+                return
 
     def open(self, name: str, *, snapshot: str | None = None, verify: bool = False, mode: "OpenMode" = "w") -> "Volume":
         """Open a volume for writing, or a read-only view of one of its snapshots, or of its head.
@@ -457,14 +462,22 @@ class Store:
         """Look a volume up by its name, lock it, and return the lock and the volume's row as it is under the lock.
 
         Until the lock is held, the name may come to mean another volume: somebody may rename the volume, or delete it
-        and make another one.
+        and make another one. Who holds it for a moment is waited for, as `expire` does that looks whether it may be dropped.
         """
         row = self._opened.catalog.volume(name)
         if kind is VolumeLock:
             self._opened.catalog.refuse_read_only()
+        deadline = time.monotonic() + _MOMENT_SECONDS
         while True:
             id = row.id
-            lock = self._opened.reserve.retry(lambda: kind(self._opened.layout, id, name))  # noqa: B023
+            try:
+                lock = self._opened.reserve.retry(lambda: kind(self._opened.layout, id, name))  # noqa: B023
+            except StateError:
+                if time.monotonic() > deadline or not is_for_a_moment(self._opened.layout, [id]):
+                    raise
+                time.sleep(0.01)
+                row = self._opened.catalog.volume(name)
+                continue
             try:
                 row = self._opened.catalog.volume(name)
                 if row.id == id:

@@ -7,7 +7,7 @@ transaction, all or none; whoever removes one holds the byte of its writer.
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 
 from onionskin.base.held import enter, held_together
@@ -18,7 +18,7 @@ from onionskin.catalog.tree import descendants, remove_unreachable_layers, users
 from onionskin.errors import StateError, VolumeExistsError
 from onionskin.operations import holds, lineage, ownership, reclaim
 from onionskin.storage.chain import NewHead
-from onionskin.storage.locks import locked_to_remove
+from onionskin.storage.locks import is_for_a_moment, locked_to_remove
 from onionskin.storage.open_store import OpenStore
 
 _MOMENT_SECONDS = 1.0  # for which others may hold a volume that they give up by themselves
@@ -89,6 +89,7 @@ def delete(
             return None  # somebody renamed one since it was locked
         return remove_volumes(store, list(ids.values()), recursive=recursive)
 
+    deadline = time.monotonic() + _MOMENT_SECONDS
     while True:
         ids = ids_of(catalog, wanted)
         if agreed is not None and ids != agreed:
@@ -97,11 +98,27 @@ def delete(
                 "look at them, and try again"
             )
         ownership.refuse_removed(catalog, ids.values())  # before its machine, which may run, is found in the way
-        with locked_to_remove(store.layout, {id: name for name, id in ids.items()}):
-            removed = store.change(remove)
-            if removed is not None:
-                unlink_files(store, ids.values())
-                return removed
+        with held_together() as stack:
+            if lock_unless_for_a_moment(stack, store, {id: name for name, id in ids.items()}, deadline):
+                removed = store.change(remove)
+                if removed is not None:
+                    unlink_files(store, ids.values())
+                    return removed
+
+
+def lock_unless_for_a_moment(stack: ExitStack, store: OpenStore, volumes: Mapping[bytes, str], deadline: float) -> bool:
+    """Hold volumes to remove them. False: somebody has one for a moment, so what the names mean has to be asked again.
+
+    As `expire` has one that it may drop: to say that it is open would not be so. Behind the deadline, that is raised.
+    """
+    try:
+        enter(stack, partial(locked_to_remove, store.layout, volumes))
+    except StateError:
+        if time.monotonic() > deadline or not is_for_a_moment(store.layout, volumes):
+            raise
+        time.sleep(_AGAIN_SECONDS)
+        return False
+    return True
 
 
 def delete_by_id(store: OpenStore, id: bytes) -> list[bytes]:

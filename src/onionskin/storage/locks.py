@@ -658,6 +658,22 @@ def locked_to_remove(layout: Layout, volumes: Mapping[bytes, str]) -> Iterator[N
         locks.close()
 
 
+def is_for_a_moment(layout: Layout, volume_ids: Iterable[bytes]) -> bool:
+    """Whether those who hold volumes give them up by themselves: who drops one, or looks whether it may, has no file for it.
+
+    True also of a volume that nobody holds by now. Who opens one has no file at first, and is told from those the next time.
+    """
+    descriptor = _open_to_share(layout.lock)
+    try:
+        return not any(
+            _is_file_held(layout.volume_lock_path(id))
+            or _kind_in_the_way(descriptor, fcntl.F_WRLCK, _writer_byte(id), 1) == fcntl.F_RDLCK  # it is read
+            for id in volume_ids
+        )
+    finally:
+        os.close(descriptor)
+
+
 def refuse_file_held(layout: Layout, volume_id: bytes, name: str) -> None:
     """Raise StateError if somebody holds the own lock file of a volume, or what `volume_holder` raises where it is no file.
 
