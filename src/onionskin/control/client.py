@@ -38,6 +38,7 @@ from onionskin.store import Store
 
 if TYPE_CHECKING:
     from onionskin.base.annotations import ExtentArray
+    from onionskin.control.lost_answers import Outcome
     from onionskin.operations.forks import Wanted
 
 
@@ -272,6 +273,26 @@ class LiveVolume:
                     raise frames.unpack_error(reply["error"])
                 elif "result" in reply:
                     return parts + reply["result"] if isinstance(reply["result"], list) else reply["result"]
+
+    def _change(self, verb: str, outcome: "Outcome", names: "str | Sequence[str]", **arguments: Any) -> None:
+        """Have the volume changed. Where the answer does not come, the outcome is looked for.
+
+        To ask again for what was done may do harm: a second revert would drop what was written behind the first one.
+        """
+        from onionskin.control import lost_answers  # imported late, with what it stands on
+
+        self._refuse_unusable()
+        before = lost_answers.before(self._store, self._id, [names] if isinstance(names, str) else names)
+        try:
+            self._call(verb, **arguments)
+        except Exception as error:
+            if self._connection.fileno() >= 0:  # it was answered
+                raise
+            with DeferredInterrupt():
+                is_done = lost_answers.is_done(self._store, before, outcome, arguments.get("new_name"), error)
+            if not is_done:
+                raise
+            _log.warning("%s of %s was done; what was heard instead: %s", verb, self.name, error)
 
     def _refuse_unusable(self) -> None:
         """Raise StateError if the connection was closed, or is that of the parent, which would get the answers."""
@@ -555,11 +576,11 @@ class LiveVolume:
         StateError
             The snapshot has another GUID. The server was not started to allow it, or clients are connected.
         """
-        self._call("revert", name=name, guid=guid)
+        self._change("revert", "reverted", [name], name=name, guid=guid)
 
     def _revert_for_machine(self, name: str, guid: str, machine: str) -> None:
         """Make the disk of a machine read as a snapshot again, as a part of putting the machine back."""
-        self._call("revert", name=name, guid=guid, machine=machine)
+        self._change("revert", "reverted", [name], name=name, guid=guid, machine=machine)
 
     def _revert_machine(self, machine: bytes, snapshot: bytes, disks: Mapping[bytes, tuple[str, str]]) -> bool:
         """Put all disks of a machine back in one transaction; False if its server does not hold all of them."""
@@ -596,7 +617,8 @@ class LiveVolume:
         StateError
             As for `Volume.discard`; or the disk would change under clients, and the server does not allow that.
         """
-        self._call("discard", name=_one_or_several(name), recursive=recursive, guid=_one_or_several_guids(guid))
+        names, guids = _one_or_several(name), _one_or_several_guids(guid)
+        self._change("discard", "dropped", names, name=names, recursive=recursive, guid=guids)
 
     def merge(self, name: "str | Sequence[str]", *, guid: "str | Sequence[str] | None" = None) -> None:
         """Drop a snapshot's name and keep all data. Durable on return. Clients go on meanwhile.
@@ -615,7 +637,8 @@ class LiveVolume:
         StateError
             Somebody holds one of them, or a client reads one.
         """
-        self._call("merge", name=_one_or_several(name), guid=_one_or_several_guids(guid))
+        names, guids = _one_or_several(name), _one_or_several_guids(guid)
+        self._change("merge", "dropped", names, name=names, guid=guids)
 
     def rename(self, new_name: str) -> None:
         """Give the volume another name: connected clients go on, later clients ask for the new name.
@@ -630,7 +653,7 @@ class LiveVolume:
         VolumeExistsError
             The new name is taken.
         """
-        self._call("rename", new_name=new_name)
+        self._change("rename", "renamed", [], new_name=new_name)
         self.name = new_name
 
     def merge_into_base(

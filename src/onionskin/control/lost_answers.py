@@ -6,10 +6,12 @@ the catalog is looked at comes before any that it may still begin, which it give
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Literal, TypeVar
 
+from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.signals import DeferredInterrupt
-from onionskin.catalog import Catalog, VolumeRow
+from onionskin.catalog import Catalog, SnapshotRow, VolumeRow
 from onionskin.catalog.tree import Snapshot, describe_snapshots
 from onionskin.errors import OnionskinError, StateError
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from onionskin.storage.open_store import OpenStore
 
 _Found = TypeVar("_Found")
+Outcome = Literal["reverted", "dropped", "renamed"]
 
 
 def asked_after(store: "OpenStore", look: Callable[[], _Found], error: BaseException, has_ended: bool) -> _Found:
@@ -76,6 +79,64 @@ def taken_though_unheard(
         else:
             found = asked_after(store, look, error, has_ended)
     return found if isinstance(error, Exception) else None
+
+
+class Before(NamedTuple):
+    """A volume as it was before a server was asked to change it, with those of its snapshots that are named there."""
+
+    volume: VolumeRow
+    snapshots: Sequence[SnapshotRow]
+
+
+def before(opened: "OpenStore", volume: bytes, names: Sequence[str]) -> Before | None:
+    """Return what a volume is, or None where that cannot be known, or a snapshot is not there, which the server says."""
+    with suppress(OSError, OnionskinError, ValueError), ExitStack() as stack:
+        catalog = _open_again_if_closed(opened, stack, StateError("")).catalog
+        with catalog.reading():
+            row = catalog.volume_with_id(volume)
+            found = [catalog.snapshot_named(volume, name) for name in names]
+            if row is not None and None not in found:
+                return Before(row, [one for one in found if one is not None])
+    return None
+
+
+def is_done(
+    opened: "OpenStore", known: Before | None, outcome: Outcome, new_name: str | None, error: Exception
+) -> bool:
+    """Whether a server that was hung up on, or is gone, has done what it was asked for. What is not done by now, is not.
+
+    Raises
+    ------
+    StateError
+        It cannot be told, since it is not known what was there before, or others have changed that.
+    """
+    found = None
+    if known is not None:
+        with ExitStack() as stack:
+            store = _open_again_if_closed(opened, stack, error)
+            found = asked_after(store, partial(_is_done, store.catalog, known, outcome, new_name), error, False)
+    if found is None:
+        raise StateError(
+            f"{error}; whether it was done cannot be told; look at the volume before you ask again"
+        ) from error
+    return found
+
+
+def _is_done(catalog: Catalog, known: Before, outcome: Outcome, new_name: str | None) -> bool | None:
+    """Whether a volume has become what was asked for. None: it is neither that nor as it was."""
+    row = catalog.volume_with_id(known.volume.id)
+    if row is None:
+        return None
+    if outcome == "renamed":
+        is_as_it_was, is_so = row.name == known.volume.name, row.name == new_name
+    elif outcome == "reverted":
+        is_as_it_was = row.head == known.volume.head
+        is_so = catalog.layer(row.head).parent == known.snapshots[0].layer
+    else:
+        there = {one.guid for one in catalog.snapshots_of(row.id)}
+        is_there = [one.guid in there for one in known.snapshots]
+        is_as_it_was, is_so = all(is_there), not any(is_there)
+    return False if is_as_it_was else True if is_so else None
 
 
 def _open_again_if_closed(opened: "OpenStore", stack: ExitStack, error: BaseException) -> "OpenStore":

@@ -66,8 +66,8 @@ class Served(Protocol):
     def stats(self) -> dict[str, Any]:
         """Return counters and connections."""
 
-    def rename(self, new_name: str) -> None:
-        """Give the volume another name, in the catalog and for clients."""
+    def rename(self, new_name: str, check: Callable[[], None]) -> None:
+        """Give the volume another name, in the catalog and for clients. `check` is for the transaction."""
 
     def without_views(self, names: set[str] | None) -> AbstractContextManager[None]:
         """Keep views of these snapshots (None: of all) closed while the context is active."""
@@ -706,7 +706,7 @@ class _Session:
         head = self._volume._opened.to_write()
         for_machine = None if machine is None else machines.find(head.store.catalog, machine).id
         with self._served.paused():
-            snapshots.revert(head, name, guid=guid, for_machine=for_machine)
+            snapshots.revert(head, name, guid=guid, for_machine=for_machine, check=self._refuse_left)
 
     def revert_machine(self, machine: str, snapshot: str, names: dict[str, str], guids: dict[str, str]) -> bool:
         """Put the disks of a machine back in one transaction, each to a snapshot that has this name and this GUID.
@@ -721,6 +721,11 @@ class _Session:
         if len(served) < len(names):
             return False
         catalog = self._volume._opened.store.catalog
+
+        def note() -> None:
+            self._refuse_left()
+            machines.write_reverting(catalog, for_machine, to)
+
         with ExitStack() as stack:
             heads = {id: stack.enter_context(one.borrowed()) for id, one in served.items()}
             for one in served.values():
@@ -728,7 +733,7 @@ class _Session:
             snapshots.revert_together(
                 [snapshots.Target(head, names[id], guids[id]) for id, head in heads.items()],
                 for_machine=for_machine,
-                then=lambda: machines.write_reverting(catalog, for_machine, to),
+                then=note,
             )
         return True
 
@@ -747,15 +752,16 @@ class _Session:
             if reverts:
                 self._refuse_unagreed("discard of a snapshot that the disk stands on")
             with self._served.without_views(going), self._served.paused() if reverts else nullcontext():
-                self._volume.discard(names, recursive=recursive, guid=guid)
+                head = self._volume._opened.to_write()
+                snapshots.discard(head, names, recursive=recursive, guids=guid, check=self._refuse_left)
 
     def merge(self, name: str | list[str], guid: str | list[str] | None) -> None:
         names = several("snapshot", name)
         with self._served.without_views(set(names)):
-            self._volume.merge(names, guid=guid)
+            snapshots.merge(self._volume._opened.to_write(), names, guids=guid, check=self._refuse_left)
 
     def rename(self, new_name: str) -> None:
-        self._served.rename(new_name)
+        self._served.rename(new_name, self._refuse_left)
 
     def merge_into_base(self, upto: str | None, threads: int, bytes_per_second: int) -> None:
         with self._served.without_views(None):

@@ -262,8 +262,8 @@ class Exports:
             if (only := self.table.only()) is not None:
                 self._nbd.set_default(only)
 
-    def rename(self, served: ServedVolume, new_name: str) -> None:
-        """Give a volume another name, in the catalog and to clients that come from now on.
+    def rename(self, served: ServedVolume, new_name: str, check: Callable[[], None]) -> None:
+        """Give a volume another name, in the catalog and to clients that come from now on. `check` is for the transaction.
 
         Raises
         ------
@@ -277,7 +277,7 @@ class Exports:
                 raise StateError(f"this server serves another volume {new_name!r}; choose another name")
             served.operations += 1
         try:
-            rename_volume(served.opened.store, served.opened.row.id, new_name)
+            rename_volume(served.opened.store, served.opened.row.id, new_name, check)
         finally:
             with self.table.guard:
                 served.operations -= 1

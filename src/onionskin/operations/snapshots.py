@@ -211,12 +211,20 @@ def is_changed_over(volume: OpenDisk, names: Callable[[], set[bytes]]) -> bool:
         return any(map_is_used(volume.store, layer) for layer in above)
 
 
-def revert(volume: OpenHead, name: str, *, guid: str | None = None, for_machine: bytes | None = None) -> None:
+def revert(
+    volume: OpenHead,
+    name: str,
+    *,
+    guid: str | None = None,
+    for_machine: bytes | None = None,
+    check: Check = lambda: None,
+) -> None:
     """Make the disk read as a snapshot again. See `Volume.revert`.
 
-    `for_machine`: the machine that is put back as a whole; the disk of another one is refused.
+    `for_machine`: the machine that is put back as a whole; the disk of another one is refused. `check` is called in the
+    transaction, and raises where nothing is to be done any more.
     """
-    revert_together([Target(volume, name, guid)], for_machine=for_machine)
+    revert_together([Target(volume, name, guid)], for_machine=for_machine, then=check)
 
 
 class Target(NamedTuple):
@@ -287,9 +295,17 @@ def _in_all(volumes: Sequence[OpenHead]) -> Iterator[None]:
 
 
 def discard(
-    volume: OpenHead, names: Sequence[str], *, recursive: bool, guids: str | Sequence[str] | None = None
+    volume: OpenHead,
+    names: Sequence[str],
+    *,
+    recursive: bool,
+    guids: str | Sequence[str] | None = None,
+    check: Check = lambda: None,
 ) -> None:
-    """Drop names of snapshots, and all that was written after them on their branches. See `Volume.discard`."""
+    """Drop names of snapshots, and all that was written after them on their branches. See `Volume.discard`.
+
+    `check` is as for `revert`.
+    """
     from onionskin.operations.fold import fold_where_unnamed
     from onionskin.operations.hidden_blocks import free_hidden
     from onionskin.operations.restart import restart_on
@@ -302,6 +318,7 @@ def discard(
 
         def drop() -> None:
             # This is checked inside the transaction, because others may clone a snapshot at any time.
+            check()
             for row in rows:
                 _refuse_renamed(volume, row.name, row.layer)
             branches = refuse_discard(catalog, volume.row, rows, recursive)
@@ -382,8 +399,14 @@ def _refuse_renamed(volume: OpenHead, name: str, layer: bytes) -> None:
         )
 
 
-def merge(volume: OpenHead, names: Sequence[str], *, guids: str | Sequence[str] | None = None) -> None:
-    """Drop snapshots' names and keep all data. See `Volume.merge`."""
+def merge(
+    volume: OpenHead,
+    names: Sequence[str],
+    *,
+    guids: str | Sequence[str] | None = None,
+    check: Check = lambda: None,
+) -> None:
+    """Drop snapshots' names and keep all data. See `Volume.merge`. `check` is as for `revert`."""
     from onionskin.operations.fold import fold_where_unnamed
     from onionskin.operations.hidden_blocks import free_hidden
 
@@ -393,6 +416,7 @@ def merge(volume: OpenHead, names: Sequence[str], *, guids: str | Sequence[str] 
         around = dict.fromkeys(id for row in rows for id in unnamed_around(catalog, row.layer))
 
         def drop() -> None:
+            check()
             holds.refuse_held(catalog, [row.layer for row in rows])
             for row in rows:
                 _refuse_renamed(volume, row.name, row.layer)

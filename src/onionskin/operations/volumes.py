@@ -6,7 +6,7 @@ transaction, all or none; whoever removes one holds the byte of its writer.
 
 import os
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 
@@ -41,11 +41,15 @@ def rename(store: OpenStore, name: str, new_name: str) -> None:
     store.change(lambda: _rename(store, store.catalog.volume(name), new_name))
 
 
-def rename_volume(store: OpenStore, id: bytes, new_name: str) -> None:
-    """Give the volume with this id another name, whatever it is called now. A staged volume becomes a volume by it."""
+def rename_volume(store: OpenStore, id: bytes, new_name: str, check: Callable[[], None] = lambda: None) -> None:
+    """Give the volume with this id another name, whatever it is called now. A staged volume becomes a volume by it.
+
+    `check` is called in the transaction, and raises where nothing is to be done any more.
+    """
     new_name = check_name("volume", new_name)
 
     def change() -> None:
+        check()
         _rename(store, store.catalog.volume_that_is(id), new_name)
 
     store.change(change)
