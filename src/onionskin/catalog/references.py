@@ -22,9 +22,10 @@ _PARENTS = (
 )
 _PARENTS_FEW = 256  # if there are more, a step for each layer that stands on one takes less
 # Each gives what names a row that is not there: the key of the row, its name, and the id that it has.
+# The layers of snapshots alone lie in an index; to read the row of each with it took four times as long.
 _SNAPSHOTS = (
-    "SELECT volume, name, layer FROM snapshots"
-    " WHERE NOT EXISTS (SELECT 1 FROM layers WHERE id = snapshots.layer) ORDER BY layer LIMIT 1"
+    "SELECT volume, name, layer FROM snapshots WHERE layer = (SELECT layer FROM snapshots AS one"
+    " WHERE NOT EXISTS (SELECT 1 FROM layers WHERE id = one.layer) ORDER BY layer LIMIT 1)"
 )
 _VOLUMES = (
     "SELECT layer, name, volume FROM snapshots"
