@@ -102,7 +102,7 @@ class Serving(Protocol):
     def uris(self) -> list[str]:
         """Where clients connect."""
 
-    def rename(self, served: "ServedVolume", new_name: str, check: Callable[[], None]) -> None:
+    def rename(self, served: "ServedVolume", new_name: str, check: Callable[[], None] = lambda: None) -> None:
         """Give a volume another name, in the catalog and to clients."""
 
     def counters_of(self, served: "ServedVolume") -> list[dict[str, Any]]:
@@ -320,7 +320,7 @@ class ServedVolume(Exported):
         """Keep views of these snapshots (None: of all) closed while the context is active."""
         return self._serving.without_views(self, names)
 
-    def rename(self, new_name: str, check: Callable[[], None]) -> None:
+    def rename(self, new_name: str, check: Callable[[], None] = lambda: None) -> None:
         """Give the volume another name. `check` is called in the transaction, and raises where that is not to be."""
         self._serving.rename(self, new_name, check)
 

@@ -262,7 +262,7 @@ class Exports:
             if (only := self.table.only()) is not None:
                 self._nbd.set_default(only)
 
-    def rename(self, served: ServedVolume, new_name: str, check: Callable[[], None]) -> None:
+    def rename(self, served: ServedVolume, new_name: str, check: Callable[[], None] = lambda: None) -> None:
         """Give a volume another name, in the catalog and to clients that come from now on. `check` is for the transaction.
 
         Raises

@@ -274,7 +274,7 @@ def test_references_are_looked_at_once_for_each_opening(path: Path) -> None:
         web.snapshot("d")
         web.discard("d")
         catalog._connection.set_trace_callback(None)
-    assert len([text for text in seen if "snapshots.layer)" in text]) == 1
+    assert len([text for text in seen if "one.layer)" in text]) == 1
 
 
 def test_check_says_which_row_names_nothing(path: Path) -> None:
