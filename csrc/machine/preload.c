@@ -2,7 +2,8 @@
  *
  * The hypervisor maps guest RAM shared over a file; this library maps it privately instead, so the file stays what the
  * snapshot was, forks share its page cache, and going back means to forget the private pages. Only the process itself can
- * arm a userfaultfd over its memory and drop pages of it, so a thread waits for these two requests on a socket.
+ * arm a userfaultfd over its memory and drop pages of it, and nobody reads a file into it as fast; so a thread waits for
+ * these requests on a socket.
  *
  * ONIONSKIN_RAM is the path of the RAM file, ONIONSKIN_PRELOAD the path of the socket. ONIONSKIN_STAND_IN is an empty file
  * that the hypervisor was told to map; the library maps the RAM file in its place. So a process that the library is not in (it
@@ -43,6 +44,8 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include "base/workers.h"
+
 #ifndef SYS_pidfd_open /* two calls that headers which a wheel is built with may not know; all processors have them here */
 #define SYS_pidfd_open 434
 #endif
@@ -54,7 +57,14 @@
 #define FEATURE_UNPOPULATED (1ull << 13) /* UFFD_FEATURE_WP_UNPOPULATED */
 #define FEATURE_ASYNC (1ull << 15)       /* UFFD_FEATURE_WP_ASYNC, Linux 6.7 */
 
-enum { RUNS_AT_ONCE = 512, WORDS_BYTES_MAX = 256 << 10 };
+enum {
+    RUNS_AT_ONCE = 512,
+    RUNS_TO_FILL = 1024,
+    RUNS_OF_PART = 32,
+    PART_BYTES = 1 << 18,
+    TWO_THREADS_BYTES = 1 << 20,
+    WORDS_BYTES_MAX = 256 << 10
+};
 
 typedef void *(*map_function)(void *, size_t, int, int, int, off_t);
 typedef int (*main_function)(int, char **, char **);
@@ -262,6 +272,80 @@ static int forget(const struct onion_preload_run *runs, size_t count) {
     return 0;
 }
 
+/* ---- filling ---- */
+
+/* Runs to be filled from a file, of which each thread takes parts. */
+struct filling {
+    const struct onion_preload_run *runs;
+    size_t count;
+    size_t at;     /* the run in which the next part begins */
+    uint64_t done; /* bytes of it that were taken */
+    int file;
+    int error;
+    pthread_mutex_t guard; /* over `at`, `done` and `error` */
+};
+
+/* Takes the next part of the runs: up to RUNS_OF_PART of them, or a piece of a long one. Returns how many they are. */
+static size_t take_part(struct filling *filling, struct onion_preload_run *part) {
+    size_t count = 0;
+    uint64_t length = 0;
+    pthread_mutex_lock(&filling->guard);
+    while (!filling->error && filling->at < filling->count && count < RUNS_OF_PART && length < PART_BYTES) {
+        const struct onion_preload_run *run = &filling->runs[filling->at];
+        uint64_t left = run->length - filling->done, room = PART_BYTES - length, bytes = left < room ? left : room;
+        part[count++] = (struct onion_preload_run){run->offset + filling->done, bytes};
+        length += bytes;
+        filling->done = bytes < left ? filling->done + bytes : 0;
+        filling->at += bytes == left;
+    }
+    pthread_mutex_unlock(&filling->guard);
+    return count;
+}
+
+static int fill_run(int file, struct onion_preload_run run) {
+    while (run.length) {
+        ssize_t got = pread(file, preload.start + run.offset, run.length, (off_t)run.offset);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got <= 0)
+            return got < 0 ? -errno : -EIO;
+        run.offset += (uint64_t)got;
+        run.length -= (uint64_t)got;
+    }
+    return 0;
+}
+
+static void *fill_parts(void *argument) {
+    struct filling *filling = argument;
+    struct onion_preload_run part[RUNS_OF_PART];
+    for (size_t count; (count = take_part(filling, part));)
+        for (size_t i = 0; i < count; i++) {
+            int error = fill_run(filling->file, part[i]);
+            if (!error)
+                continue;
+            pthread_mutex_lock(&filling->guard);
+            filling->error = error;
+            pthread_mutex_unlock(&filling->guard);
+            return NULL;
+        }
+    return NULL;
+}
+
+/* Writes to runs what a file has there. The guest stands still, so a processor is there for a second thread. */
+static int fill(const struct onion_preload_run *runs, size_t count, int file) {
+    uint64_t length = 0;
+    int status = file < 0 ? -EBADF : 0;
+    for (size_t i = 0; i < count && !status; i++) {
+        status = check(&runs[i]);
+        length += runs[i].length;
+    }
+    if (status)
+        return status;
+    struct filling filling = {.runs = runs, .count = count, .file = file, .guard = PTHREAD_MUTEX_INITIALIZER};
+    onion_run_workers(fill_parts, &filling, length < TWO_THREADS_BYTES ? 1 : 2);
+    return filling.error;
+}
+
 /* ---- the socket ---- */
 
 static int receive_all(int connection, void *to, size_t length) {
@@ -274,6 +358,27 @@ static int receive_all(int connection, void *to, size_t length) {
         done += (size_t)got;
     }
     return 1;
+}
+
+/* Receives a request, and the descriptor that comes with it, or -1. Returns 0 where the connection ended. */
+static int receive_request(int connection, struct onion_preload_request *request, int *file) {
+    union {
+        struct cmsghdr header;
+        char room[CMSG_SPACE(sizeof(int))];
+    } control;
+    struct iovec part = {request, sizeof *request};
+    struct msghdr message = {
+        .msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
+    ssize_t got;
+    *file = -1;
+    do
+        got = recvmsg(connection, &message, MSG_CMSG_CLOEXEC);
+    while (got < 0 && errno == EINTR);
+    const struct cmsghdr *first = got > 0 ? CMSG_FIRSTHDR(&message) : NULL;
+    if (first && first->cmsg_level == SOL_SOCKET && first->cmsg_type == SCM_RIGHTS &&
+        first->cmsg_len == CMSG_LEN(sizeof(int)))
+        memcpy(file, CMSG_DATA(first), sizeof *file);
+    return got > 0 && receive_all(connection, (char *)request + got, sizeof *request - (size_t)got);
 }
 
 /* Takes the runs of a request to forget. Returns 0 where the connection ended. */
@@ -290,17 +395,30 @@ static int forget_all(int connection, uint64_t count, int *status) {
     return 1;
 }
 
-static int answer(int connection) {
-    struct onion_preload_request request;
-    if (!receive_all(connection, &request, sizeof request) || request.magic != ONION_PRELOAD_MAGIC)
-        return 0;
+/* As forget_all, of a request to fill. There are many at once, as each call may start a thread. */
+static int fill_all(int connection, uint64_t count, int file, int *status) {
+    static struct onion_preload_run runs[RUNS_TO_FILL]; /* of the one thread that answers */
+    while (count) {
+        size_t part = count < RUNS_TO_FILL ? count : RUNS_TO_FILL;
+        if (!receive_all(connection, runs, part * sizeof runs[0]))
+            return 0;
+        if (!*status)
+            *status = fill(runs, part, file);
+        count -= part;
+    }
+    return 1;
+}
+
+static int answer_request(int connection, const struct onion_preload_request *request, int file) {
     int status = 0, goes_on = 1;
     pthread_mutex_lock(&preload.guard);
-    if (request.verb == ONION_PRELOAD_ARM)
+    if (request->verb == ONION_PRELOAD_ARM)
         status = arm();
-    else if (request.verb == ONION_PRELOAD_FORGET)
-        goes_on = forget_all(connection, request.count, &status);
-    else if (request.verb != ONION_PRELOAD_WHERE)
+    else if (request->verb == ONION_PRELOAD_FORGET)
+        goes_on = forget_all(connection, request->count, &status);
+    else if (request->verb == ONION_PRELOAD_FILL)
+        goes_on = fill_all(connection, request->count, file, &status);
+    else if (request->verb != ONION_PRELOAD_WHERE)
         status = -ENOSYS;
     struct onion_preload_reply reply = {.magic = ONION_PRELOAD_MAGIC,
                                         .status = status,
@@ -310,6 +428,15 @@ static int answer(int connection) {
                                         .is_armed = preload.faults >= 0};
     pthread_mutex_unlock(&preload.guard);
     return goes_on && send(connection, &reply, sizeof reply, MSG_NOSIGNAL) == sizeof reply;
+}
+
+static int answer(int connection) {
+    struct onion_preload_request request;
+    int file, goes_on = receive_request(connection, &request, &file) && request.magic == ONION_PRELOAD_MAGIC &&
+                        answer_request(connection, &request, file);
+    if (file >= 0)
+        close(file);
+    return goes_on;
 }
 
 static int may_connect(int connection) {

@@ -12,7 +12,9 @@ enum onion_preload_verb {
     ONION_PRELOAD_WHERE = 1, /* say where RAM is */
     ONION_PRELOAD_ARM = 2,   /* note all writes to RAM from now on */
     ONION_PRELOAD_FORGET =
-        3 /* drop what was written to `count` runs, which follow the request; they may count as written then */
+        3, /* drop what was written to `count` runs, which follow the request; they may count as written then */
+    ONION_PRELOAD_FILL = 4 /* write to `count` runs, which follow the request, what a file has at their offsets. Its
+                              descriptor comes with the request (SCM_RIGHTS); it may be missing where there are none. */
 };
 
 struct onion_preload_request {

@@ -1,4 +1,4 @@
-"""The preload library in the hypervisor's process: where guest RAM is mapped there, and two things that only it can do.
+"""The preload library in the hypervisor's process: where guest RAM is mapped there, and what it does to that.
 
 See csrc/machine/preload.h for what is said. A `Preload` is used by one thread at a time.
 """
@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from socket import socket
+from socket import send_fds, socket
 from typing import TYPE_CHECKING, Any, Self
 
 from onionskin.base.sockets import connect_unix
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MAGIC = 0x316D6172
-_WHERE, _ARM, _FORGET = 1, 2, 3
+_WHERE, _ARM, _FORGET, _FILL = 1, 2, 3, 4
 _REQUEST = struct.Struct("=IIQ")
 _REPLY = struct.Struct("=IiQQII")
 SECONDS = 60.0  # that an answer may take on a busy host; arming 512 MiB took 0.08 s
@@ -70,6 +70,7 @@ class Preload:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._socket = self._connect()
+        self._can_fill = False  # that it was found out
 
     def _connect(self) -> socket:
         connection = connect_unix(self._path, seconds=SECONDS)
@@ -120,9 +121,34 @@ class Preload:
         packed["end"] -= packed["start"]
         self._ask(_FORGET, "cannot put its memory back", len(runs), packed.tobytes())
 
-    def _ask(self, verb: int, refused: str, count: int = 0, runs: bytes = b"") -> MappedRam:
+    def fill(self, runs: "NDArray[Any]", file: int) -> None:
+        """Write to these runs what a file has at their offsets: in the process itself, where each page is copied once.
+
+        Parameters
+        ----------
+        runs : ndarray of dtypes.PAGE_RUN
+            Byte offsets in RAM, and in the file.
+        file : int
+            An open file.
+
+        Raises
+        ------
+        RefusedError
+            It cannot: the file is shorter, or cannot be read, or the library in the process is an older one.
+        OSError, StateError
+            No answer came: they may still be written later.
+        """
+        refused = "cannot write a file to its memory"
+        if not self._can_fill:  # an older library would take runs for requests
+            self._ask(_FILL, refused)
+            self._can_fill = True
+        packed = runs.copy()
+        packed["end"] -= packed["start"]
+        self._ask(_FILL, refused, len(runs), packed.tobytes(), file)
+
+    def _ask(self, verb: int, refused: str, count: int = 0, runs: bytes = b"", file: int | None = None) -> MappedRam:
         try:
-            _, status, start, length, is_private, is_armed = self._exchange(verb, count, runs)
+            _, status, start, length, is_private, is_armed = self._exchange(verb, count, runs, file)
         except BaseException:
             # What was asked for may still be answered, which must not be taken for the answer to what is asked next. That is
             # heard behind it, on another connection: the library has one at a time.
@@ -134,10 +160,13 @@ class Preload:
             raise RefusedError(-status, f"the hypervisor {refused}: {os.strerror(-status)}")
         return MappedRam(start, length, bool(is_private), bool(is_armed))
 
-    def _exchange(self, verb: int, count: int, runs: bytes) -> tuple[int, ...]:
+    def _exchange(self, verb: int, count: int, runs: bytes, file: int | None) -> tuple[int, ...]:
         if self._socket.fileno() < 0:
             self._socket = self._connect()
-        self._socket.sendall(_REQUEST.pack(_MAGIC, verb, count) + runs)
+        request = _REQUEST.pack(_MAGIC, verb, count)
+        if file is not None:
+            request = request[send_fds(self._socket, [request], [file]) :]
+        self._socket.sendall(request + runs)
         reply = b""
         while len(reply) < _REPLY.size:
             part = self._socket.recv(_REPLY.size - len(reply))

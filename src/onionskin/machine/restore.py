@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,6 @@ from onionskin.volume import Volume
 
 if TYPE_CHECKING:
     from onionskin.catalog import MachineRow, MachineSnapshotRow, VolumeRow
-    from onionskin.machine.preload import Preload
     from onionskin.store import Store
 
 _log = logger(__name__)
@@ -387,7 +387,7 @@ def _look(running: Running, saved: Saved, snapshot: str) -> NDArray[np.void]:
     running.refuse_other_devices("nothing was changed")
     elsewhere = _changed_between(running, saved)
     if isinstance(running.guest_ram, GuestRam):
-        running.guest_ram.note_written()
+        running.guest_ram.note_written(again=True)  # most of it is written over next
     else:
         running.guest_ram.collect()
     running.refuse_without_room(elsewhere, "nothing was changed")
@@ -463,27 +463,34 @@ def _put_back(running: Running, saved: Saved, view: Volume) -> None:
     ram, preload = running.guest_ram, running.process.ram()
     pages = ram.unsaved_runs
     if preload is not None:
-        preload.wait_for_unanswered()  # what drops memory
+        preload.wait_for_unanswered()  # what drops memory, or writes to it
     if not isinstance(ram, GuestRam):
         ram.put_back(pages, view)
-    elif preload is not None and running.mapped == saved.layer and _is_dropped(running, ram, pages, preload):
         return
-    elif (file := running.files.use_if_there(_source_of(running, saved))) is not None:
-        with file:
-            ram.put_back_from(pages, file.descriptor)
-    else:
+    is_mapped = running.mapped == saved.layer
+    if preload and is_mapped and _is_done(running, partial(ram.drop, pages, preload), "is written over instead"):
+        return
+    if (file := running.files.use_if_there(_source_of(running, saved))) is None:
         ram.put_back(pages, view)
+        return
+    with file:
+        if preload is not None:
+            fill = partial(ram.fill, pages, file.descriptor, preload)
+            if _is_done(running, fill, "is written over from outside"):
+                return
+        ram.put_back_from(pages, file.descriptor)
 
 
-def _is_dropped(running: Running, ram: GuestRam, pages: NDArray[Any], preload: "Preload") -> bool:
-    """Drop runs of RAM, or return False where the kernel does not: of a process whose memory is locked, or in a sandbox.
+def _is_done(running: Running, change: Callable[[], None], instead: str) -> bool:
+    """Have the library in the process change RAM, or return False where it does not.
 
-    Where no answer comes, they may be dropped later, and with them what was written over them.
+    The kernel drops no memory that is locked, nor in a sandbox; and an older library writes no file to it. Where no answer
+    comes, all that may be done later, and undo what was written until then.
     """
     try:
-        ram.drop(pages, preload)
+        change()
     except RefusedError as error:
-        _log.warning("machine %r: %s; what it wrote to its memory is written over instead", running.name, error)
+        _log.warning("machine %r: %s; what it wrote to its memory %s", running.name, error, instead)
         return False
     return True
 

@@ -6,19 +6,22 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from support.forbid_calls import PROCESS_MADVISE, forbid
 
 import onionskin
 from onionskin.base.dtypes import PAGE_RUN
 from onionskin.kernels import _ram
 from onionskin.kernels._ram import PAGE_BYTES, PageTracker
-from onionskin.machine.preload import Preload, library
+from onionskin.machine.preload import Preload, RefusedError, library
 from onionskin.machine.ram import GuestRam, blocks_of, build_file, pieces_of, runs_of
 
 PAGES = 4096
@@ -233,23 +236,70 @@ def test_a_page_that_is_zero_again_before_the_snapshot_takes_no_room(child: Chil
         assert volume.read(5 * PAGE_BYTES, 2 * PAGE_BYTES) == b"\t" * PAGE_BYTES + bytes(PAGE_BYTES)
 
 
-def test_pages_are_written_from_a_file_and_no_others(child: Child, tmp_path: Path) -> None:
+FILLED_RUNS = {
+    "single pages": [(at, at + 3) for at in range(1, 4000, 5)],
+    "a long run": [(1, 700), (PAGES - 1, PAGES)],
+    "more than are taken at once": [(at, at + 1) for at in range(0, PAGES, 2)],
+    "nothing": [],
+}
+
+
+@pytest.mark.parametrize("how", ["from outside", "inside"])
+@pytest.mark.parametrize("pages", FILLED_RUNS.values(), ids=FILLED_RUNS.keys())
+def test_pages_are_written_from_a_file_and_no_others(
+    child: Child, tmp_path: Path, how: str, pages: list[tuple[int, int]]
+) -> None:
     tracker, _ = tracked(child)
+
+    def write(runs: NDArray[Any], file: int) -> None:
+        if how == "inside":
+            child.preload.fill(runs, file)
+        else:
+            tracker.write_from(runs, file)
+
     content = np.random.default_rng(2).integers(1, 255, LENGTH, dtype=np.uint8)
     (tmp_path / "file").write_bytes(content.tobytes())
-    runs = np.array([(PAGE_BYTES * at, PAGE_BYTES * (at + 3)) for at in range(1, 4000, 5)], PAGE_RUN)
+    runs = np.array([(PAGE_BYTES * start, PAGE_BYTES * end) for start, end in pages], PAGE_RUN)
     before = np.empty(LENGTH, np.uint8)
     tracker.read(np.array([(0, LENGTH)], PAGE_RUN), before)
     with (tmp_path / "file").open("rb") as file:
-        tracker.write_from(runs, file.fileno())
+        write(runs, file.fileno())
     for start, end in runs.tolist():
         before[start:end] = content[start:end]
     after = np.empty(LENGTH, np.uint8)
     tracker.read(np.array([(0, LENGTH)], PAGE_RUN), after)
     assert np.array_equal(before, after)
+    written = set(pages_of(tracker.written(protect=True)))
+    assert written == {page for start, end in pages for page in range(start, end)}
     os.truncate(tmp_path / "file", LENGTH // 2)
-    with (tmp_path / "file").open("rb") as file, pytest.raises(OSError):
-        tracker.write_from(runs, file.fileno())
+    with (tmp_path / "file").open("rb") as file, pytest.raises(OSError) if pages else nullcontext():
+        write(runs, file.fileno())
+    assert child.preload.where().length == LENGTH
+
+
+def test_nothing_is_written_from_a_file_outside_of_the_memory_nor_without_the_file(
+    child: Child, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(bytes([7]) * LENGTH)
+    first = (0, PAGE_BYTES)
+    with (tmp_path / "file").open("rb") as file:
+        for run in ((0, LENGTH + PAGE_BYTES), (PAGE_BYTES, 0), (1, PAGE_BYTES + 1)):
+            with pytest.raises(RefusedError, match="cannot write a file to its memory"):
+                child.preload.fill(np.array([first, run], PAGE_RUN), file.fileno())
+        with pytest.raises(RefusedError, match="Bad file descriptor"):
+            child.preload.fill(np.array([first], PAGE_RUN), None)  # type: ignore[arg-type]
+        assert child.read(0) == 1
+        opened = os.listdir(f"/proc/{child.process.pid}/fd")
+        child.preload.fill(np.array([first], PAGE_RUN), file.fileno())
+        child.preload.where()
+        assert child.read(0) == 7 and os.listdir(f"/proc/{child.process.pid}/fd") == opened
+
+
+def test_what_is_only_looked_at_is_found_again(child: Child) -> None:
+    _, ram = tracked(child)
+    child.write(3, 9)
+    assert pages_of(ram.note_written(again=True)) == pages_of(ram.note_written()) == [3]
+    assert pages_of(ram.note_written()) == []
 
 
 def test_a_machine_goes_back_to_a_snapshot_and_its_writes_are_noted_again(child: Child, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import onionskin
 from onionskin.base.dtypes import PAGE_RUN
 from onionskin.errors import FormatError, SnapshotNotFoundError, StateError
 from onionskin.kernels._ram import PAGE_BYTES
-from onionskin.machine import capture, restore
+from onionskin.machine import capture, preload, restore
 from onionskin.machine import running as running_module
 from onionskin.machine.hypervisor import Recorded
 from onionskin.machine.monitor import MonitorTimeout
@@ -123,22 +123,32 @@ def test_a_revert_that_finds_no_room_in_memory_changes_nothing(
     assert is_at(running, process, "a", ram)
 
 
+@pytest.mark.parametrize("is_older", [False, True], ids=["library", "older library"])
 def test_a_machine_goes_back_from_the_ram_file_of_a_snapshot_once_that_is_made(
-    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch, is_older: bool
 ) -> None:
+    """Its process writes that over its memory, if the library can that was in it when it started."""
     ram = snapshot(running, process, "a", dict.fromkeys(range(1, PAGES, 3), 7))
     running.files.finish()
-    from_files = []
-    put_back_from = GuestRam.put_back_from
-    monkeypatch.setattr(
-        GuestRam,
-        "put_back_from",
-        lambda self, pages, file: (from_files.append(len(pages)), put_back_from(self, pages, file)),
-    )
+    if is_older:
+        monkeypatch.setattr(preload, "_FILL", 99)  # what it does not know
+    put_back: list[str] = []
+
+    def note(how: str) -> None:
+        call = getattr(GuestRam, how)
+
+        def noted(self: GuestRam, *given: Any) -> None:
+            call(self, *given)
+            put_back.append(how)
+
+        monkeypatch.setattr(GuestRam, how, noted)
+
+    for how in ("fill", "put_back_from"):
+        note(how)
     for page in range(0, PAGES, 2):
         process.write(page, 200)
     restore.revert(running, "a")
-    assert is_at(running, process, "a", ram) and len(from_files) == 1
+    assert is_at(running, process, "a", ram) and put_back == ["put_back_from" if is_older else "fill"]
     process.write(3, 1)
     capture.snapshot(running, "b")
     restore.revert(running, "a")
@@ -336,7 +346,7 @@ def test_memory_that_may_be_dropped_later_is_not_written_over(running: Running) 
 
     ram, pages = SimpleNamespace(drop=drop), running.guest_ram.unsaved_runs
     with pytest.raises(TimeoutError):  # else what the guest writes from then on would be dropped too
-        restore._is_dropped(running, ram, pages, SimpleNamespace())  # type: ignore[arg-type]
+        restore._is_done(running, lambda: ram.drop(pages, None), "")
 
 
 def test_what_failed_is_said_also_where_the_machine_does_not_answer_when_it_is_to_go_on() -> None:
