@@ -8,7 +8,7 @@ the machine, which copies its ROMs over RAM. A machine that is between two state
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _log = logger(__name__)
 _T = TypeVar("_T")
+_ShapeOf = tuple[list[int], list[str]]  # of a machine: the bytes of its disks, and its devices
 _GENERATION_BYTES = 16
 _GENERATION_OFFSET = 40  # in its page, of which nothing else is set: QEMU's docs/specs/vmgenid
 # The firmware puts that page near the end of RAM, or of that part of a larger one which is below 4 GiB.
@@ -189,7 +190,8 @@ def settle(running: Running, saved: Saved) -> None:
         _settle(running, view)
 
 
-def _settle(running: Running, view: Volume) -> None:
+def _settle(running: Running, view: Volume) -> NDArray[np.int64]:
+    """Do what `settle` does. Return the pages that were looked at: all that were written since RAM was put back."""
     ram = running.guest_ram
     if isinstance(ram, GuestRam):
         ram.note_written()
@@ -207,6 +209,7 @@ def _settle(running: Running, view: Volume) -> None:
             (kept if is_told else wrong)[piece[index]] = True
     ram.put_back(runs_of(wrong), view)
     ram.add_unsaved(runs_of(kept))
+    return numbers
 
 
 def _has_generation(page: NDArray[np.uint8], wanted: NDArray[np.uint8], generation: bytes) -> bool:
@@ -256,21 +259,22 @@ def revert(
         running.refuse_altered_ram("nothing was changed")
         going_back = machine_tree.RevertInPlace(running.store._opened, running.name, snapshot)
         with (
-            open_layer(running.store, saved.volume, saved.layer) as view,
-            _state_of(view, saved) as state,
+            _StateOfDevices(running, saved) as state,
             _VolumesGoingBack(running, going_back) as volumes,
             # A guest that runs keeps the hypervisor from answering for milliseconds each time, and it is thrown away.
-            _stopped_to_revert(running, stays, lambda: _look(running, saved, snapshot)) as stop,
+            _stopped_to_revert(
+                running, stays, lambda: _look(running, saved, snapshot, partial(_shape, running))
+            ) as stop,
             ExitStack() as opened,
         ):
-            elsewhere = _look(running, saved, snapshot)
-            load_state = opened.enter_context(running.process.loading(state.path))
+            shape, opening = state.open_beside(opened)
+            elsewhere = _look(running, saved, snapshot, shape.result)
+            view, load_state = opening.result()
             mark(running.guest_ram._unsaved, elsewhere)
             with _unsaved_unless_done(running), volumes.going():
                 _put_back(running, saved, view)
                 load_state()  # this reads no disk
-                _settle(running, view)
-                renew_generation(running)
+                renew_generation(running, _settle(running, view))
                 volumes.wait_until_ready()
                 stop.refuse_went_on(f"a revert to {snapshot!r}")
                 recorded = replace(running.recorded, guest_kernel=saved.recorded.guest_kernel)
@@ -283,6 +287,58 @@ def revert(
                 note = volumes.finish(beside)
             running.recorded, running.is_frozen, running.is_broken = recorded, saved.recorded.is_frozen, False
             note()
+
+
+def _begun(running: Running, call: Callable[[], _T]) -> tuple[ThreadPoolExecutor, Future[_T]]:
+    """Begin a call in a thread of its own, before anything was changed. Return the thread, and what comes of the call."""
+    thread = ThreadPoolExecutor(1, "onionskin revert")
+    try:
+        return thread, thread.submit(call)
+    except RuntimeError as error:  # no thread can be started now
+        raise StateError(
+            f"machine {running.name!r} cannot be put back now: {error}; nothing was changed; try again"
+        ) from None
+
+
+class _StateOfDevices:
+    """What a snapshot has of a machine's devices, and its RAM. A thread of its own reads it while the machine is stopped.
+
+    And it has the hypervisor open it, while that is looked at. A context manager.
+    """
+
+    def __init__(self, running: Running, saved: Saved) -> None:
+        self._running, self._saved = running, saved
+        self._read_into = ExitStack()
+        self._thread, self._reading = _begun(running, self._read)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
+        self._read_into.close()
+
+    def _read(self) -> tuple[Volume, StateFile]:
+        saved = self._saved
+        view = self._read_into.enter_context(open_layer(self._running.store, saved.volume, saved.layer))
+        return view, self._read_into.enter_context(_state_of(view, saved))
+
+    def open_beside(self, opened: ExitStack) -> tuple[Future[_ShapeOf], Future[tuple[Volume, Callable[[], None]]]]:
+        """Have the hypervisor open it, which is stopped, as `Process.loading` does. At the end of `opened` it lets go of it.
+
+        Return what comes of two questions: the shape of the machine, which is asked for before; and the RAM volume as the
+        snapshot has it, with what loads the state.
+        """
+
+        def open_it() -> tuple[Volume, Callable[[], None]]:
+            shape.result()  # who answers nothing is asked for nothing more
+            view, state = self._reading.result()
+            return view, opened.enter_context(self._running.process.loading(state.path))
+
+        shape = self._thread.submit(_shape, self._running)
+        opening = self._thread.submit(open_it)
+        opened.callback(wait, [opening])
+        return shape, opening
 
 
 class _NotPutBack(Exception):
@@ -302,13 +358,7 @@ class _VolumesGoingBack:
         self._is_begun, self._is_ready, self._is_told = threading.Event(), threading.Event(), threading.Event()
         self._is_changed = threading.Event()
         self._goes = self._goes_on = self._has_changed = False
-        self._thread = ThreadPoolExecutor(1, "onionskin revert")
-        try:
-            self._work = self._thread.submit(self._put_back)
-        except RuntimeError as error:  # no thread can be started now
-            raise StateError(
-                f"machine {running.name!r} cannot be put back now: {error}; nothing was changed; try again"
-            ) from None
+        self._thread, self._work = _begun(running, self._put_back)
         self._work.add_done_callback(lambda _: self._end_waiting())  # also where it failed
 
     def __enter__(self) -> Self:
@@ -378,23 +428,29 @@ class _VolumesGoingBack:
                 self._work.result()
 
 
-def _look(running: Running, saved: Saved, snapshot: str) -> NDArray[np.void]:
+def _shape(running: Running) -> _ShapeOf:
+    """Ask how large the disks are in the process that runs, and which devices it has."""
+    return running.process.disk_bytes(), running.process.plugged()
+
+
+def _look(running: Running, saved: Saved, snapshot: str, shape: Callable[[], _ShapeOf]) -> NDArray[np.void]:
     """Return the runs of RAM that differ between what a machine stands on and a snapshot, before anything is changed.
 
-    StateError: it cannot go back to that in the process that it runs in.
+    StateError: it cannot go back to that in the process that it runs in, whose `shape` is as that returns it.
     """
-    _refuse_resized(running, snapshot)
-    running.refuse_other_devices("nothing was changed")
     elsewhere = _changed_between(running, saved)
     if isinstance(running.guest_ram, GuestRam):
         running.guest_ram.note_written(again=True)  # most of it is written over next
     else:
         running.guest_ram.collect()
+    disk_bytes, plugged = shape()
+    _refuse_resized(running, snapshot, disk_bytes)
+    running.refuse_other_devices("nothing was changed", plugged)
     running.refuse_without_room(elsewhere, "nothing was changed")
     return elsewhere
 
 
-def _refuse_resized(running: Running, snapshot: str) -> None:
+def _refuse_resized(running: Running, snapshot: str, disk_bytes: list[int]) -> None:
     """Raise StateError where a disk has another size in a snapshot: a hypervisor learns that of a disk when it starts."""
     catalog = running.store._opened.catalog
     with catalog.reading():
@@ -402,7 +458,7 @@ def _refuse_resized(running: Running, snapshot: str) -> None:
         taken = catalog.disks_of_machine_snapshot(machines.find_snapshot(catalog, machine, snapshot).id)
         before = [catalog.layer(disk.layer).size_bytes for disk in taken]
         names = [disk.name for disk in catalog.disks_of_machine(machine.id)]
-    for name, then, now in zip(names, before, running.process.disk_bytes(), strict=False):
+    for name, then, now in zip(names, before, disk_bytes, strict=False):
         if then != now:
             raise StateError(
                 f"snapshot {snapshot!r} of machine {running.name!r} cannot be gone back to while it runs: disk {name!r} had "
@@ -425,18 +481,20 @@ def _unsaved_unless_done(running: Running) -> Iterator[None]:
         raise
 
 
-def renew_generation(running: Running) -> None:
+def renew_generation(running: Running, written: NDArray[np.int64]) -> None:
     """Give a guest another VM generation id, after the state of its devices was loaded: it has gone back in time.
 
     QEMU has the id from its command line alone. As it loads a state, it writes that id to the page of RAM in which the guest
     looks, and tells the guest to look. So what is there by the time at which the guest goes on is what it finds. A machine
     without such a page, as its firmware has not run yet, gets none.
+
+    The page is looked for among those first that were `written` since, as that one was where writes are noted.
     """
     ram = running.guest_ram
     wanted = uuid.UUID(running.identity.generation).bytes_le.ljust(PAGE_BYTES - _GENERATION_OFFSET, b"\0")
-    for end in sorted({ram.length, *(end for end in _ENDS_OF_RAM if end < ram.length)}):
-        first = max(end - _FIRMWARE_BYTES, 0) // PAGE_BYTES
-        numbers = np.arange(first, end // PAGE_BYTES, dtype=np.int64)
+    ends = sorted({ram.length, *(end for end in _ENDS_OF_RAM if end < ram.length)})
+    places = [np.arange(max(end - _FIRMWARE_BYTES, 0) // PAGE_BYTES, end // PAGE_BYTES, dtype=np.int64) for end in ends]
+    for numbers in (*(np.intersect1d(place, written) for place in places), *places):
         for number, page in zip(numbers.tolist(), ram.read_pages(numbers), strict=True):
             if page[_GENERATION_OFFSET:].tobytes() != wanted:
                 continue

@@ -325,8 +325,8 @@ def test_it_is_looked_when_the_disks_are_back_whether_somebody_else_let_the_mach
         put_back(*given)
         are_back.set()
 
-    def renew_and_say_so(one: Running) -> None:
-        renew(one)
+    def renew_and_say_so(*given: Any) -> None:
+        renew(*given)
         is_loaded.set()
 
     def look(stop: running_module.Stop, what: str) -> None:
@@ -435,6 +435,58 @@ def test_a_guest_that_goes_back_is_stopped_before_its_hypervisor_is_asked_and_go
     restore.revert(running, "a")
     assert asked[0] == "pause" and asked[-2:] == ["lets go of it", "resume"]
     assert sorted(asked[1:-2]) == ["disk_bytes", "load_state", "opens the state", "plugged"]
+
+
+def test_the_state_is_opened_while_the_machine_is_looked_at_and_let_go_of_where_that_refuses_the_revert(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ram = snapshot(running, process, "a", {1: 1})
+    is_open, note_written, resume = threading.Event(), GuestRam.note_written, process.resume
+    steps: list[str] = []
+
+    @contextmanager
+    def loading(path: Path) -> Iterator[Callable[[], None]]:
+        steps.append("opened")
+        is_open.set()
+        try:
+            yield lambda: process.load_state(path)
+        finally:
+            steps.append("let go of")
+
+    def look(ram: GuestRam, **how: bool) -> object:
+        assert is_open.wait(300)
+        return note_written(ram, **how)
+
+    def resume_and_say_so() -> None:
+        steps.append("goes on")
+        resume()
+
+    monkeypatch.setattr(process, "loading", loading)
+    monkeypatch.setattr(process, "resume", resume_and_say_so)
+    monkeypatch.setattr(GuestRam, "note_written", look)
+    process.plugged_now.append("hot (virtio-rng-pci)")
+    with pytest.raises(StateError, match="has hot"):
+        restore.revert(running, "a")
+    assert steps == ["opened", "let go of", "goes on"] and is_at(running, process, "a", ram)
+    process.plugged_now.pop()
+    restore.revert(running, "a")
+    assert steps == ["opened", "let go of", "goes on"] * 2
+
+
+def test_a_hypervisor_that_does_not_answer_is_not_asked_to_open_the_state_too(
+    running: Running, process: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot(running, process, "a", {1: 1})
+    opened: list[Path] = []
+
+    def refuse() -> list[int]:
+        raise MonitorTimeout("did not answer")
+
+    monkeypatch.setattr(process, "disk_bytes", refuse)
+    monkeypatch.setattr(process, "loading", opened.append)
+    with pytest.raises(MonitorTimeout):
+        restore.revert(running, "a")
+    assert not opened and not process.is_paused and not running.is_broken
 
 
 def test_who_notes_that_a_guest_is_back_does_so_when_that_is_durable_and_before_it_goes_on(
@@ -634,6 +686,29 @@ def test_a_guest_that_goes_back_finds_another_generation_id_each_time(
     told.add(running.generation)
     restore.revert(running, "b")
     assert running.generation not in told
+
+
+def test_the_generation_id_that_the_hypervisor_wrote_is_renewed_and_no_copy_of_its_page(
+    running: Running, process: StandIn
+) -> None:
+    own = bytes(40) + uuid.UUID(running.identity.generation).bytes_le
+    whole = np.frombuffer(own.ljust(PAGE_BYTES, b"\0"), np.uint8)
+    of_the_guest, told = PAGES - 9, PAGES - 3
+    runs = {page: np.array([(page * PAGE_BYTES, (page + 1) * PAGE_BYTES)], PAGE_RUN) for page in (of_the_guest, told)}
+    load = process.load_state
+    for run in runs.values():
+        process.tracker.write(run, whole)
+    ram = snapshot(running, process, "a", {4: 3})
+
+    def load_and_tell(path: Path) -> None:
+        load(path)
+        process.tracker.write(runs[told], whole)
+
+    process.load_state = load_and_tell  # type: ignore[method-assign]
+    restore.revert(running, "a")
+    found = process.whole()
+    assert found[: told * PAGE_BYTES] == ram[: told * PAGE_BYTES]
+    assert found[told * PAGE_BYTES + 40 :][:16] == uuid.UUID(running.generation).bytes_le != own[40:]
 
 
 def test_without_tracking_what_differs_is_written_back(store: onionskin.Store, empty: Path, tmp_path: Path) -> None:
