@@ -21,6 +21,7 @@ from support.processes import processes_in
 from onionskin.base.threads import Thread
 from onionskin.errors import StateError
 from onionskin.machine import noting, qemu, session
+from onionskin.machine.device_state import empty_file
 from onionskin.machine.hypervisor import Configuration, Identity, compare
 from onionskin.machine.monitor import MonitorError
 from onionskin.machine.qemu import QemuHypervisor, QemuProcess, adopt
@@ -259,6 +260,16 @@ def test_a_state_without_a_snapshot_is_refused_and_leaves_nothing(launch: Launch
     ]
 
 
+def test_the_hypervisor_syncs_no_file_of_a_state(launch: Launch, tmp_path: Path) -> None:
+    """Each sync is a turn of a thread of it, and the guest stands still."""
+    process = launch()
+    process.prepare_state(tmp_path / "state")
+    nodes = process.monitor.execute("query-named-block-nodes")
+    found = [one["cache"]["no-flush"] for one in nodes if one["file"].endswith("/state")]
+    process.finish_state()
+    assert found == [True, True]  # its format, and the file itself
+
+
 def test_a_state_before_whose_file_something_is_refused_leaves_no_file_behind(launch: Launch, tmp_path: Path) -> None:
     process = launch()
     process.prepare_state(tmp_path / "state")
@@ -270,12 +281,20 @@ def test_a_state_before_whose_file_something_is_refused_leaves_no_file_behind(la
     assert not [name for name in nodes if "state-" in name]
 
 
-def test_a_file_of_which_a_killed_supervisor_left_half_is_in_nobodys_way(launch: Launch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_whole", [False, True], ids=["half", "whole"])
+def test_what_a_killed_supervisor_left_of_a_file_is_in_nobodys_way(
+    launch: Launch, tmp_path: Path, is_whole: bool
+) -> None:
+    """An older onionskin made it of two nodes."""
     process = launch()
-    (tmp_path / "half").touch()
-    half = {"driver": "file", "node-name": "file-of-state-1", "filename": str(tmp_path / "half")}
-    process.monitor.execute("blockdev-add", half)
+    (tmp_path / "left").write_bytes(empty_file())
+    file = {"driver": "file", "node-name": "file-of-state-1", "filename": str(tmp_path / "left")}
+    process.monitor.execute("blockdev-add", file)
+    if is_whole:
+        process.monitor.execute("blockdev-add", {"driver": "qcow2", "node-name": "state-1", "file": "file-of-state-1"})
     process.drop_leftovers()
+    nodes = [one["node-name"] for one in process.monitor.execute("query-named-block-nodes")]
+    assert not [name for name in nodes if "state-" in name]
     process.prepare_state(tmp_path / "state")
     process.finish_state()
 

@@ -634,10 +634,11 @@ class QemuProcess:
                 )
             time.sleep(0.01)
         nodes = [one["node-name"] for one in self.monitor.execute("query-named-block-nodes")]
-        # It may have been killed between the two of a file, which have the same number.
-        left = {one.replace(_FILE_NODE, _STATE_NODE) for one in nodes if one.startswith((_STATE_NODE, _FILE_NODE))}
-        for node in sorted(left):
-            self._remove_node(node)
+        # Those of an older onionskin have files that are nodes of their own, which go behind them.
+        for prefix in (_STATE_NODE, _FILE_NODE):
+            for node in nodes:
+                if node.startswith(prefix):
+                    self._remove_node(node)
 
     def _run_on_state(
         self,
@@ -652,12 +653,11 @@ class QemuProcess:
     def _next_node(self, path: Path) -> tuple[str, list[Command]]:
         """Return what the next node of the file of a state is called, and the commands that make it."""
         self._nodes += 1
-        node, file = f"{_STATE_NODE}{self._nodes}", f"{_FILE_NODE}{self._nodes}"
-        cache = {"direct": False, "no-flush": True}  # whoever keeps the state syncs it
-        return node, [
-            ("blockdev-add", {"driver": "file", "node-name": file, "filename": str(path.absolute())}),
-            ("blockdev-add", {"driver": "qcow2", "node-name": node, "file": file, "cache": cache}),
-        ]
+        node = f"{_STATE_NODE}{self._nodes}"
+        # Whoever keeps the state syncs it. Its file is part of the node, and so has the same cache: QEMU would sync that too.
+        file = {"driver": "file", "filename": str(path.absolute())}
+        options = {"driver": "qcow2", "node-name": node, "file": file, "cache": {"direct": False, "no-flush": True}}
+        return node, [("blockdev-add", options)]
 
     def _add_node(self, path: Path, *before: Command, is_new: bool) -> str:
         node, commands = self._next_node(path)
@@ -671,14 +671,11 @@ class QemuProcess:
         return node
 
     def _remove_node(self, node: str, *, waits: bool = True) -> None:
-        names = (node, node.replace(_STATE_NODE, _FILE_NODE))
-        commands = [("blockdev-del", {"node-name": name}) for name in names]
         if not waits:
-            for command in commands:
-                self.monitor.request(*command)
+            self.monitor.request("blockdev-del", {"node-name": node})
             return
         with suppress(MonitorError):  # one that answers late does so when it answers again
-            self.monitor.execute_all(commands)
+            self.monitor.execute("blockdev-del", {"node-name": node})
 
     # ---- the guest agent ----
 
