@@ -52,6 +52,15 @@ def runs_of(pages: NDArray[np.bool_]) -> NDArray[Any]:
     return runs
 
 
+def runs_of_numbers(numbers: NDArray[np.int64]) -> NDArray[Any]:
+    """Return the runs of pages of which these are the numbers, in their order, as byte offsets."""
+    ends = np.append(np.flatnonzero(np.diff(numbers) != 1), len(numbers) - 1)[: len(numbers)]
+    runs = np.empty(len(ends), PAGE_RUN)
+    runs["end"] = (numbers[ends] + 1) * PAGE_BYTES
+    runs["start"] = numbers[np.append(0, ends[:-1] + 1)[: len(ends)]] * PAGE_BYTES
+    return runs
+
+
 def blocks_of(runs: NDArray[Any]) -> NDArray[np.int64]:
     """Return the numbers of all pages of runs."""
     first = runs["start"].astype(np.int64) // PAGE_BYTES
@@ -460,10 +469,8 @@ class GuestRam(UnsavedRam):
 
     def read_pages(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return pages of the machine as they are now."""
-        chosen = np.zeros(len(self._unsaved), np.bool_)
-        chosen[numbers] = True
         pages = page_aligned(len(numbers))
-        self._tracker.read(runs_of(chosen), pages.reshape(-1))
+        self._tracker.read(runs_of_numbers(numbers), pages.reshape(-1))
         return pages
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ from onionskin.base.dtypes import PAGE_RUN
 from onionskin.kernels import _ram
 from onionskin.kernels._ram import PAGE_BYTES, PageTracker
 from onionskin.machine.preload import Preload, RefusedError, library
-from onionskin.machine.ram import GuestRam, blocks_of, build_file, pieces_of, runs_of
+from onionskin.machine.ram import GuestRam, blocks_of, build_file, pieces_of, runs_of, runs_of_numbers
 
 PAGES = 4096
 LENGTH = PAGES * PAGE_BYTES
@@ -293,6 +293,14 @@ def test_nothing_is_written_from_a_file_outside_of_the_memory_nor_without_the_fi
         child.preload.fill(np.array([first], PAGE_RUN), file.fileno())
         child.preload.where()
         assert child.read(0) == 7 and os.listdir(f"/proc/{child.process.pid}/fd") == opened
+
+
+@pytest.mark.parametrize("numbers", [[], [5], [5, 6, 7], [0, 2, 3, 9], [1, 2, 8, 9]])
+def test_numbers_of_pages_are_runs_of_them(numbers: list[int]) -> None:
+    given = np.array(numbers, np.int64)
+    runs = runs_of_numbers(given)
+    assert blocks_of(runs).tolist() == numbers
+    assert len(runs) == len([page for page in numbers if page - 1 not in numbers])
 
 
 def test_what_is_only_looked_at_is_found_again(child: Child) -> None:
