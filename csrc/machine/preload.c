@@ -206,8 +206,11 @@ static int open_faults(void) {
     int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
     if (device < 0 && (errno == EMFILE || errno == ENFILE || errno == ENOMEM))
         return -errno; /* the call might say that it is not permitted */
-    int faults = device >= 0 ? ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK)
-                             : (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    int flags = O_CLOEXEC | O_NONBLOCK;
+    int faults = device >= 0 ? ioctl(device, USERFAULTFD_IOC_NEW, flags) : (int)syscall(SYS_userfaultfd, flags);
+    /* Anybody may have one whose faults in the kernel go unanswered. No fault is answered here: the kernel only notes them. */
+    if (faults < 0 && errno == EPERM)
+        faults = (int)syscall(SYS_userfaultfd, flags | UFFD_USER_MODE_ONLY);
     int error = faults < 0 ? -errno : 0;
     if (device >= 0)
         close(device);

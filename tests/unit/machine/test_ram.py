@@ -106,6 +106,21 @@ def test_what_is_written_stays_out_of_the_file(child: Child) -> None:
     assert child.read(0) == 7 and child.ram.read_bytes() == before
 
 
+def test_an_ordinary_user_has_writes_noted_also_those_of_the_kernel(child: Child) -> None:
+    """A system that lets such a user have no answers to faults in the kernel lets him have the others."""
+    if os.geteuid() == 0:
+        assert child._say("user 65534") == "done"
+    with tracked(child)[0] as tracker:
+        assert pages_of(tracker.written(protect=True)) == []
+        child.write(3, 8)
+        for page in (0, 9):  # one that the file has, and one that is a hole in it
+            assert child._say(f"receive {page * PAGE_BYTES}") == "4096"
+        assert pages_of(tracker.written(protect=True)) == [0, 3, 9]
+        assert child._say(f"receive {9 * PAGE_BYTES}") == "4096"
+        assert pages_of(tracker.written(protect=True)) == [9]
+    assert child.ram.read_bytes()[:1] == b"\1" and child.read(0) == 5
+
+
 def test_the_process_cannot_take_pages_out_of_the_file_that_others_map(child: Child) -> None:
     """QEMU does so for a balloon of the guest, as it takes the mapping for a shared one."""
     before = child.ram.read_bytes()
