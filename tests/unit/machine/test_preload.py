@@ -129,6 +129,44 @@ def test_other_memory_is_shared_as_ever_once_the_names_of_what_was_mapped_are_go
     assert ran.stdout == "other saved\n"
 
 
+SAYS_WHO_MAY_TRACE = """
+#include <stdio.h>
+#include <sys/prctl.h>
+
+int prctl(int option, ...)
+{
+    __builtin_va_list rest;
+    __builtin_va_start(rest, option);
+    if (option == PR_SET_PTRACER)
+        fprintf(stderr, "%lu", __builtin_va_arg(rest, unsigned long));
+    return 0;
+}
+"""
+
+
+def test_whoever_supervises_it_may_reach_its_memory_also_where_ancestors_alone_may(tmp_path: Path) -> None:
+    """Yama lets them alone, and a supervisor that took a machine over is none. Few kernels of tests have it."""
+    ram, says, program = tmp_path / "ram", tmp_path / "says.so", tmp_path / "says.c"
+    ram.write_bytes(bytes(4096))
+    program.write_text(SAYS_WHO_MAY_TRACE)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", says, program], check=True)
+    given = {"ONIONSKIN_RAM": str(ram), "ONIONSKIN_PRELOAD": "preload", "LD_PRELOAD": f"{says}:{library()}"}
+    with subprocess.Popen(
+        [sys.executable, "-c", "print('ready', flush=True); input()"],
+        cwd=tmp_path,
+        env=os.environ | given,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdout
+        assert child.stdout.readline() == "ready\n"
+        with Preload(tmp_path / "preload") as connection:
+            connection.where()
+        assert child.communicate("\n")[1] == str(os.getpid())
+
+
 def answer(start: int) -> bytes:
     return preload._REPLY.pack(preload._MAGIC, 0, start, 4096, 1, 1)
 
