@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from onionskin.errors import StateError
 from onionskin.machine import orphans
 from onionskin.machine.ram_files import RamFiles
-from onionskin.machine.record import directory_of, remove_directory
+from onionskin.machine.record import Record, directory_of, remove_directory
 
 if TYPE_CHECKING:
     from onionskin.catalog import MachineRow
@@ -34,7 +34,10 @@ def drop_leftovers(store: "Store", gone: Iterable[bytes]) -> None:
 def refuse_processes(store: "Store", machines: "Iterable[MachineRow]") -> None:
     """Raise StateError where processes of machines are there, which are kept off: their supervisors were killed."""
     names = {directory_of(store._opened.layout.root, one.id): one.name for one in machines}
-    for directory, found in orphans.processes(names).items():
+    for directory, started in orphans.processes(names).items():
+        recorded = Record.read(directory)  # what another user started is found by that alone
+        noted = () if recorded is None else (recorded.hypervisor, recorded.server)
+        found = dict.fromkeys([*started, *(one for one in noted if one is not None and one.is_alive)])
         if found:
             name, pids = names[directory], ", ".join(str(one.pid) for one in found)
             raise StateError(

@@ -4,10 +4,11 @@ What runs is asked of its supervisor; what is off, of the store. What must hold:
 found by whatever is asked of it next, and has one again before anything else happens to it.
 """
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import wraps
@@ -788,9 +789,9 @@ class Machine:
             return
         deadline = time.monotonic() + STARTING_SECONDS_MAX
         while True:
-            with ExitStack() as stack:  # where one cannot be ended, the others are
-                for fork in forks:
-                    stack.callback(fork.stop, force=True)
+            for fork in forks:
+                with suppress(OSError, OnionskinError):  # one that runs still is not deleted, which says so
+                    fork.stop(force=True)
             try:
                 self._store._delete_machines([fork._id for fork in forks], recursive=True)
                 break
@@ -860,7 +861,7 @@ class Machine:
     def _find(self) -> MachineControl | None:
         begun = time.monotonic()
         while True:
-            if (control := MachineControl.find(self._directory / record.CONTROL, self._name)) is not None:
+            if (control := self._connected()) is not None:
                 return control
             found = Record.read(self._directory)
             is_there = found is not None and found.hypervisor is not None and found.hypervisor.is_alive
@@ -872,12 +873,36 @@ class Machine:
             if waited > STARTING_SECONDS and not (waited < STARTING_SECONDS_MAX and self._is_under_way()):
                 raise self._silent(found, waited)
             if is_there and found is not None and (found.supervisor is None or not found.supervisor.is_alive):
+                self._refuse_of_another_user(record.RECORD, ", and its supervisor was killed")
                 if found.is_waiting and not machine_forks.is_taken(self._row):
                     self._end_orphans()  # no fork can take it from its pool any more
                     continue
                 self._take_over()  # it is looked for again however long that took
             else:
                 time.sleep(0.02)
+
+    def _connected(self) -> MachineControl | None:
+        """Connect to its supervisor, or return None where none listens that this user may ask.
+
+        StateError: it is another user's, as in the store of a group.
+        """
+        try:
+            return MachineControl.find(self._directory / record.CONTROL, self._name)
+        except PermissionError:
+            if not machines.is_running(self._store._opened, self._row):
+                return None  # it was left by one that was killed
+            self._refuse_of_another_user(record.CONTROL)
+            raise
+
+    def _refuse_of_another_user(self, file: str, more: str = "") -> None:
+        """Raise StateError where another user runs it, whose file that is; but root may do everything."""
+        with suppress(FileNotFoundError):
+            user = (self._directory / file).stat().st_uid
+            if os.geteuid() not in (0, user):
+                raise StateError(
+                    f"machine {self._name!r} runs as user {user}{more}; that user alone, or root, can do something with it: "
+                    "have it stopped there, and start it"
+                )
 
     def _is_under_way(self) -> bool:
         """Whether who begins or ends it just now is alive, and was not stopped by a signal."""
@@ -915,6 +940,7 @@ class Machine:
                 return False
             if found.supervisor is not None and found.supervisor.is_alive:
                 return False
+            self._refuse_of_another_user(record.RECORD, ", and its supervisor was killed")
             if not machines.is_running(self._store._opened, self._row):
                 break
             # The threads of a process that was killed may hold its locks for a moment longer than it is there.

@@ -26,7 +26,7 @@ from pathlib import Path
 from onionskin.base.files import CANNOT_LOOK
 from onionskin.base.sockets import connect_unix
 from onionskin.errors import StateError
-from onionskin.machine.record import DISKS, SERVER_LOG, ProcessId, drafts, drop_drafts
+from onionskin.machine.record import CONTROL, DISKS, SERVER_LOG, ProcessId, drafts, drop_drafts
 
 # The hypervisor first: while it ends it may write to its disks.
 SOCKETS, LOGS = ("qmp", DISKS), ("qemu.log", SERVER_LOG)
@@ -114,9 +114,22 @@ def end(directory: Path, *, is_new: bool = False) -> None:
     for process in processes([directory], is_new=is_new)[directory]:
         process.end(END_SECONDS)
     drop_drafts(directory)
+    _drop_sockets_of_others(directory)
     for path in _copies(directory):
         with suppress(OSError):  # another user's
             path.unlink()
+
+
+def _drop_sockets_of_others(directory: Path) -> None:
+    """Remove the sockets of another user's processes, which have ended: whether they do, the kernel tells that user alone.
+
+    In the store of a group, each member may run a machine in turn.
+    """
+    for name in (CONTROL, *SOCKETS):
+        with suppress(OSError):
+            found = (directory / name).lstat()
+            if stat.S_ISSOCK(found.st_mode) and found.st_uid != os.geteuid():
+                (directory / name).unlink()
 
 
 def end_servers(directory: Path) -> None:

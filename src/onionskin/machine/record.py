@@ -19,7 +19,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
+from onionskin.base import modes
 from onionskin.base.files import CANNOT_LOOK
+from onionskin.base.paths import FilePath
 from onionskin.errors import FormatError, StateError
 from onionskin.storage.locks import start_ticks
 
@@ -43,8 +45,9 @@ def directory_of(root: str | Path, machine: bytes) -> Path:
 
 
 def make_directory(root: str | Path, machine: bytes) -> Path:
-    """Make that directory, for its user alone."""
+    """Make that directory, for who may use the store. The sockets in it are for the user alone who runs the machine."""
     path = directory_of(root, machine)
+    is_shared = modes.is_shared(FilePath(root))
     for one in (path.parent, path):
         try:
             one.mkdir(mode=0o700)
@@ -53,7 +56,16 @@ def make_directory(root: str | Path, machine: bytes) -> Path:
                 raise StateError(
                     f"{one} is no directory; remove what is there: a store keeps the files of running machines in it"
                 ) from None
+        if is_shared and not modes.is_shared(FilePath(one)):
+            with suppress(PermissionError):  # another member's, from before it was shared
+                one.chmod(0o2770)
     return path
+
+
+def _share_own(descriptor: int, path: Path) -> None:
+    """Let the other members of a group use a file that this user may have made just now."""
+    if os.fstat(descriptor).st_uid == os.geteuid():
+        modes.share_file(descriptor, path)
 
 
 @cache
@@ -202,7 +214,7 @@ class Record:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno in CANNOT_LOOK:
+            if isinstance(error, OSError) and (error.errno in CANNOT_LOOK or isinstance(error, PermissionError)):
                 raise
             value = None
         try:
@@ -260,7 +272,7 @@ def read_json(path: Path) -> object:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Replace a small file, which its owner alone may read."""
+    """Replace a small file, for who may use the store."""
     staged = Staged(path, value, os.getpid())
     try:
         staged.put()
@@ -290,6 +302,7 @@ class Staged:
         descriptor = os.open(self._draft, flags, 0o600)
         try:
             with os.fdopen(descriptor, "wb") as file:
+                _share_own(descriptor, path)
                 text = json.dumps(value).encode()
                 with suppress(OSError):  # in a sandbox
                     os.posix_fallocate(descriptor, 0, len(text))
@@ -352,6 +365,7 @@ def open_log(path: Path, how: int) -> int:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise _no_log(path)
+    _share_own(descriptor, path)
     os.set_blocking(descriptor, True)
     return descriptor
 
