@@ -37,6 +37,7 @@ from onionskin.control import frames
 from onionskin.errors import OnionskinError, StateError
 from onionskin.machine import daemon, disk_server
 from onionskin.machine.hypervisor import Configuration
+from onionskin.machine.qemu_command import refuse_same_sockets
 from onionskin.machine.record import SUPERVISOR_LOG, make_directory, open_log
 from onionskin.operations import load_all, machines
 
@@ -67,6 +68,10 @@ def start_all(store: "Store", those: Sequence[machines.Which], *, paused: bool =
     OnionskinError, OSError
         What kept the first of those from running that do not run.
     """
+    # Before any is started: of those that begin at once, none would find another one listening.
+    refuse_same_sockets(
+        [Configuration.from_json(machines.find(store._opened.catalog, which).configuration) for which in those]
+    )
     errors: list[Exception] = []
     for at in range(0, len(those), STARTS_AT_ONCE):
         errors += _start_some(store, those[at : at + STARTS_AT_ONCE], paused)

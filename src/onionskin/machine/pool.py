@@ -23,6 +23,8 @@ from onionskin.base.sockets import connect_if_listening
 from onionskin.control import frames
 from onionskin.errors import OnionskinError, StateError
 from onionskin.machine import daemon
+from onionskin.machine.hypervisor import Configuration
+from onionskin.machine.qemu_command import refuse_same_sockets
 from onionskin.machine.record import make_directory
 from onionskin.operations import machines
 
@@ -235,6 +237,8 @@ def _wanted(store: "Store", machine: bytes, snapshot: str, warm: int) -> tuple[M
         raise ValueError(f"a pool has 1 to {WARM_MAX} machines, not {warm!r}")
     store._opened.catalog.refuse_read_only()
     _, id = ids_of(store, machine, snapshot)
+    configuration = Configuration.from_json(machines.find(store._opened.catalog, machine).configuration)
+    refuse_same_sockets([configuration] * warm)
     directory = make_directory(store._opened.layout.root, machine)
     pool = MachinePool(directory, snapshot, id)
     if pool.is_there:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from onionskin.base.files import CANNOT_LOOK, data_ranges, read_all, write_all
 from onionskin.base.sizes import format_size
-from onionskin.base.sockets import connect_unix
+from onionskin.base.sockets import connect_if_listening, connect_unix
 from onionskin.control.client import is_stopped
 from onionskin.errors import StateError
 from onionskin.machine import qemu_command
@@ -138,6 +138,7 @@ class QemuHypervisor:
         """Start a machine that is stopped before its first instruction. See `Hypervisor.launch`."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         machine_type = self.check(configuration, len(disks)).machine_type
+        _refuse_taken_sockets(configuration, name)
         if ram_file is None:
             ram_file = _empty_ram(directory, configuration.memory_bytes)
 
@@ -873,6 +874,28 @@ def drop_loaded() -> None:
     taken, loaded = loaded, None
     if taken is not None:
         taken.end()
+
+
+def _refuse_taken_sockets(configuration: Configuration, name: str) -> None:
+    """Raise StateError where somebody listens on a socket that the user's arguments name: QEMU would take it from them.
+
+    A fork has the arguments of the machine that it was made from, which may run.
+    """
+    for path in qemu_command.own_sockets(configuration):
+        try:
+            found = connect_if_listening(path, seconds=1)
+        except BlockingIOError:  # it is behind with accepting
+            pass
+        except OSError:  # QEMU says what is wrong with it
+            continue
+        else:
+            if found is None:
+                continue
+            found.close()
+        raise StateError(
+            f"somebody listens on {path}, on which QEMU of machine {name!r} is to listen, as its arguments say; end that, or "
+            "give a path without a directory, as in unix:monitor, which is another one for each machine"
+        )
 
 
 def _is_of_session(pid: int, leader: int) -> bool:

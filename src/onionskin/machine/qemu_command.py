@@ -89,6 +89,11 @@ _ALONE = {
 }
 # How QEMU writes that something is so; it takes no capitals, and no 1.
 _YES = ("on", "yes", "true", "y")
+# A socket that QEMU listens on, which is not in the machine's directory.
+_OF_SOCKET, _LISTENS = (
+    re.compile(r"(?:\bunix:|\bpath=|\baddr=)(/(?:[^,]|,,)+)"),
+    re.compile(r",server(=on|=yes|,|$)|\bunix=on"),
+)
 _JSON_STRING = re.compile(r"""'((?:[^'\\]|\\.)*)'|"(?:[^"\\]|\\.)*\"""")
 # Of a device, what may be another one each time.
 _OF_CARDS = ("model=", "none", "nic")
@@ -154,6 +159,32 @@ def _refuse(option: str, value: str) -> None:
         raise StateError(
             f"the argument {option} {value} for QEMU cannot be given: {found[0]} writes RAM, drops some, or has some, and "
             "snapshots do not see that"
+        )
+
+
+def own_sockets(configuration: Configuration) -> "list[Path]":
+    """Return the sockets that the user's arguments have QEMU listen on, by a path that is the same for each machine.
+
+    QEMU takes such a path from whoever listens there, without a word. One without a directory is in the machine's own.
+    """
+    from pathlib import Path
+
+    found = []
+    for option, value in words(configuration):
+        path = _OF_SOCKET.search(value or "")
+        if path is None or not (_LISTENS.search(value or "") or option == "-vnc") or "reverse" in (value or ""):
+            continue
+        found.append(Path(path[1].replace(",,", ",")))
+    return found
+
+
+def refuse_same_sockets(those: Sequence[Configuration]) -> None:
+    """Raise StateError where several machines that are to run at once would listen on one socket."""
+    paths = [path for one in those for path in dict.fromkeys(own_sockets(one))]
+    if twice := next((path for path in paths if paths.count(path) > 1), None):
+        raise StateError(
+            f"each of these machines would listen on {twice}, as its arguments for QEMU say, and take it from the others; "
+            "none was started; a path without a directory, as in unix:monitor, is another one for each machine"
         )
 
 
