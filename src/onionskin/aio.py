@@ -1132,6 +1132,59 @@ class Machine:
         """Await `onionskin.Machine.discard`."""
         return await self._run(self._sync.discard, names, recursive=recursive)
 
+    @_twin_of(onionskin.machine.machine.Machine.hold)
+    async def hold(self, snapshot: "str | Sequence[str]", holder: str) -> None:
+        """Await `onionskin.Machine.hold`."""
+        await self._run(self._sync.hold, snapshot, holder)
+
+    @_twin_of(onionskin.machine.machine.Machine.unhold)
+    async def unhold(self, snapshot: "str | Sequence[str]", holder: str) -> None:
+        """Await `onionskin.Machine.unhold`."""
+        await self._run(self._sync.unhold, snapshot, holder)
+
+    @_twin_of(onionskin.machine.machine.Machine.holds)
+    async def holds(self, snapshot: str | None = None) -> "list[Hold]":
+        """Await `onionskin.Machine.holds`."""
+        return await self._run(self._sync.holds, snapshot)
+
+    @_twin_of(onionskin.machine.machine.Machine.rename_snapshot)
+    async def rename_snapshot(self, old: str, new: str) -> None:
+        """Await `onionskin.Machine.rename_snapshot`."""
+        await self._run(self._sync.rename_snapshot, old, new)
+
+    @_twin_of(onionskin.machine.machine.Machine.set_note)
+    async def set_note(self, snapshot: str, note: str) -> None:
+        """Await `onionskin.Machine.set_note`."""
+        await self._run(self._sync.set_note, snapshot, note)
+
+    @_twin_of(onionskin.machine.machine.Machine.prune)
+    async def prune(
+        self,
+        *,
+        keep_last: int = 0,
+        keep_hourly: int = 0,
+        keep_daily: int = 0,
+        keep_weekly: int = 0,
+        keep_monthly: int = 0,
+        keep_yearly: int = 0,
+        keep_within: timedelta | None = None,
+        zone: tzinfo = UTC,
+        dry_run: bool = False,
+    ) -> "list[Retention]":
+        """Await `onionskin.Machine.prune`."""
+        return await self._run(
+            self._sync.prune,
+            keep_last=keep_last,
+            keep_hourly=keep_hourly,
+            keep_daily=keep_daily,
+            keep_weekly=keep_weekly,
+            keep_monthly=keep_monthly,
+            keep_yearly=keep_yearly,
+            keep_within=keep_within,
+            zone=zone,
+            dry_run=dry_run,
+        )
+
     @_twin_of(onionskin.machine.machine.Machine.delete)
     async def delete(self, *, recursive: bool = False) -> int:
         """Await `onionskin.Machine.delete`."""

@@ -10,7 +10,7 @@ need more than one of these modules.
 import operator
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import UTC, timedelta, tzinfo
 from functools import partial
@@ -2192,11 +2192,13 @@ class Store:
         disks = {part.id: (part.snapshot, part.guid) for part in parts}
         return onionskin.revert_machine_served(self, parts[0].volume, disks, machine.id, snapshot)
 
-    def _merge_machine_snapshots(self, which: "Which", snapshots: "str | Sequence[str]") -> list[str]:
+    def _merge_machine_snapshots(
+        self, which: "Which", snapshots: "str | Sequence[str]", ids: Collection[bytes] | None = None
+    ) -> list[str]:
         """Drop snapshots of a machine, whether it runs or not, and keep all data. Returns their names."""
         from onionskin.operations import machine_tree
 
-        dropped = machine_tree.merge(self._opened, which, several("snapshot", snapshots))
+        dropped = machine_tree.merge(self._opened, which, several("snapshot", snapshots), ids)
         self._tidy(dropped.volumes)
         self._drop_leftovers()
         return dropped.snapshots

@@ -217,6 +217,16 @@ def test_holders_complete_where_one_is_let_go(run: Run, vms: Path) -> None:
     assert completed(f"onionskin unhold {vms}/gone@clean b") == []
 
 
+def test_holders_of_a_machines_snapshots_complete_where_one_is_let_go(run: Run, vms: Path) -> None:
+    run("machine", "create", f"{vms}/lab", "--disk", "web", "--memory", "1M")
+    for name in ("one", "two"):
+        run("machine", "snapshot", f"{vms}/lab@{name}")
+    run("machine", "hold", f"{vms}/lab@one", "backup")
+    assert completed(f"onionskin machine unhold {vms}/lab@one ") == ["backup"]
+    assert completed(f"onionskin machine unhold {vms}/lab@one {vms}/lab@t") == [f"{vms}/lab@two"]
+    assert completed(f"onionskin machine unhold {vms}/gone@one b") == []
+
+
 def test_disks_of_a_machine_complete(vms: Path) -> None:
     assert completed(f"onionskin machine create {vms}/lab --disk w") == ["web"]
     assert completed("onionskin machine create /nowhere/lab --disk w") == []

@@ -271,7 +271,7 @@ def test_a_snapshot_that_somebody_holds_is_refused_before_anything_is_asked(run:
     words = verb.format(vms=vms).split()
     for more in ([], ["--dry-run"], ["--yes"][: "merge" not in verb]):
         refused = run("machine", *words, *more)
-        assert refused.exit_code == 5 and "held: web@a by 'backup'" in refused.stderr
+        assert refused.exit_code == 5 and "held: lab@a by 'backup'" in refused.stderr
 
 
 def test_a_removal_of_snapshots_says_what_only_they_read_of_disks_that_stay(run: Run, vms: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from onionskin.base.naming import is_text, plain_name
 from onionskin.catalog.connection import Connection
-from onionskin.catalog.rows import STAGED_PREFIX, TABLES, LabelRow, LayerRow, VolumeRow
+from onionskin.catalog.rows import STAGED_PREFIX, TABLES, LabelRow, LayerRow, MachineRow, VolumeRow
 from onionskin.catalog.schema import SOUND_ROW
 from onionskin.errors import VolumeNotFoundError
 
@@ -37,9 +37,15 @@ class Volumes(Connection):
         found = None if plain_name(name).startswith(STAGED_PREFIX) else self.volume_named(plain_name(name))
         if found is None:
             raise VolumeNotFoundError(
-                f"the store {self.path.parent} has no volume {name!r}; 'onionskin tree' lists them"
+                f"the store {self.path.parent} has no volume {name!r}; {self._where_else(plain_name(name))}"
             )
         return found
+
+    def _where_else(self, name: str) -> str:
+        """Say where to look for what is no volume."""
+        if is_text(name) and self.has(MachineRow, "name = ?", name):
+            return "a machine has that name, and its verbs are those of 'onionskin machine'"
+        return "'onionskin tree' lists them"
 
     def volumes_called(self, names: Iterable[str]) -> dict[str, VolumeRow]:
         """Return volumes by their names, or raise VolumeNotFoundError for one that is not there."""

@@ -181,25 +181,37 @@ def complete_zone(ctx: click.Context, param: click.Parameter, incomplete: str) -
     return [CompletionItem(zone) for zone in sorted(available_timezones()) if zone.startswith(incomplete)]
 
 
+def rule_options(verb: Verb) -> Verb:
+    """Add the options that say what to keep, and the one that drops nothing."""
+    options = (
+        _keep("last", "Keep the N newest; here and below -1 keeps all."),
+        _keep("hourly", "Keep the newest of each of the last N hours that have one."),
+        _keep("daily", "Keep the newest of each of the last N days that have one."),
+        _keep("weekly", "Keep the newest of each of the last N weeks that have one."),
+        _keep("monthly", "Keep the newest of each of the last N months that have one."),
+        _keep("yearly", "Keep the newest of each of the last N years that have one."),
+        click.option(
+            "--keep-within",
+            type=DurationType(),
+            help="Keep all that are at most so much older than the newest: 36h, 14d.",
+        ),
+        click.option(
+            "--time-zone",
+            default="UTC",
+            metavar="NAME",
+            shell_complete=complete_zone,
+            help="Time zone that says where a day ends, as Europe/Berlin; by default UTC.",
+        ),
+        click.option("--dry-run", is_flag=True, help="Drop nothing, and say what would be, and how much that frees."),
+    )
+    for option in reversed(options):
+        verb = option(verb)
+    return verb
+
+
 @click.command()
 @click.argument("name", type=VOLUME, metavar="STORE/VOLUME")
-@_keep("last", "Keep the N newest; here and below -1 keeps all.")
-@_keep("hourly", "Keep the newest of each of the last N hours that have one.")
-@_keep("daily", "Keep the newest of each of the last N days that have one.")
-@_keep("weekly", "Keep the newest of each of the last N weeks that have one.")
-@_keep("monthly", "Keep the newest of each of the last N months that have one.")
-@_keep("yearly", "Keep the newest of each of the last N years that have one.")
-@click.option(
-    "--keep-within", type=DurationType(), help="Keep all that are at most so much older than the newest: 36h, 14d."
-)
-@click.option(
-    "--time-zone",
-    default="UTC",
-    metavar="NAME",
-    shell_complete=complete_zone,
-    help="Time zone that says where a day ends, as Europe/Berlin; by default UTC.",
-)
-@click.option("--dry-run", is_flag=True, help="Drop nothing, and say what would be, and how much that frees.")
+@rule_options
 @trust_option
 @json_option
 def prune(name: Name, time_zone: str, dry_run: bool, as_json: bool, **keep: Any) -> None:
@@ -210,7 +222,7 @@ def prune(name: Name, time_zone: str, dry_run: bool, as_json: bool, **keep: Any)
     """
     from onionskin.operations import prune as of_store
 
-    rules = _rules(keep, time_zone)
+    rules = rules_of(keep, time_zone)
     with name.open_store() as store, live(store, name.volume) or nullcontext() as served:
         if served is not None and dry_run:
             served.flush()  # so that what its clients wrote counts
@@ -226,6 +238,11 @@ def prune(name: Name, time_zone: str, dry_run: bool, as_json: bool, **keep: Any)
             )
         dropped = [one.snapshot for one in found if not one.kept_by]
         freed = store.bytes_freed_by_merge(name.volume, dropped) if dry_run and dropped else 0
+    tell_pruned(as_json, found, freed, dry_run=dry_run)
+
+
+def tell_pruned(as_json: bool, found: "list[Retention]", freed: int | None, *, dry_run: bool) -> None:
+    """Print what became of each snapshot, and what a dry run would free: None where nobody knows."""
     value = [
         {"snapshot": one.snapshot, "created": output.timestamp(one.created), "kept_by": list(one.kept_by)}
         | ({"bytes_freed_together": freed} if dry_run and not one.kept_by else {})
@@ -234,7 +251,7 @@ def prune(name: Name, time_zone: str, dry_run: bool, as_json: bool, **keep: Any)
 
     def draw() -> str:
         listed = _drawn(found, dry_run)
-        if not (dry_run and dropped):
+        if not dry_run or all(one.kept_by for one in found):
             return listed
         room = "data that cannot be counted" if freed is None else output.size(freed)
         return f"{listed}\n{room} would come back; nothing was changed"
@@ -242,7 +259,8 @@ def prune(name: Name, time_zone: str, dry_run: bool, as_json: bool, **keep: Any)
     (output.show if dry_run else output.tell)(as_json, value, draw)
 
 
-def _rules(keep: dict[str, Any], time_zone: str) -> "Rules":
+def rules_of(keep: dict[str, Any], time_zone: str) -> "Rules":
+    """Return the rules that were given, or fail as a usage error where none keeps anything."""
     from onionskin.operations.prune import Rules
 
     zone = _zone(time_zone)

@@ -14,7 +14,7 @@ import click
 from onionskin.base.naming import some_of
 from onionskin.base.paths import FilePath
 from onionskin.base.sizes import format_size
-from onionskin.cli import losses, output
+from onionskin.cli import losses, machine_keeping, output
 from onionskin.cli.arguments import (
     FILE,
     MACHINE,
@@ -36,6 +36,7 @@ from onionskin.cli.chosen import same_store
 from onionskin.cli.columns import Asked, Column, column_options, draw, in_order
 from onionskin.cli.ending_options import with_help
 from onionskin.cli.losses import dry_run_option, yes_option
+from onionskin.cli.machine_keeping import of_one
 from onionskin.cli.machine_pool import pool
 from onionskin.cli.output import json_option
 
@@ -582,7 +583,7 @@ def discard(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, 
     """
     from onionskin.operations import machine_usage
 
-    name, chosen = _of_one(names)
+    name, chosen = of_one(names)
     with name.open_store() as store:
         target = store.open_machine(name.volume)
         target._end_left_in_pools()
@@ -605,7 +606,7 @@ def merge(names: tuple[Name, ...], dry_run: bool, as_json: bool) -> None:
     """Drop snapshots of a machine and keep all data that was written."""
     from onionskin.operations import machine_usage
 
-    name, chosen = _of_one(names)
+    name, chosen = of_one(names)
     with name.open_store() as store:
         if dry_run:
             _tell_dry_run(as_json, "merge", (), machine_usage.loss_of_merge(store._opened, name.volume, chosen))
@@ -615,13 +616,14 @@ def merge(names: tuple[Name, ...], dry_run: bool, as_json: bool) -> None:
     output.tell(as_json, value, lambda: f"merged {', '.join(f'{name.volume}@{one}' for one in gone)}")
 
 
-def _of_one(names: tuple[Name, ...]) -> tuple[Name, list[str]]:
-    """Return the machine whose snapshots these are, and their names."""
-    for name in names[1:]:
-        same_store(names[0], name)
-        if name.volume != names[0].volume:
-            raise click.UsageError("the snapshots are of several machines; name those of one")
-    return names[0], [name.required_snapshot for name in names]
+for one in (
+    machine_keeping.hold,
+    machine_keeping.unhold,
+    machine_keeping.holds,
+    machine_keeping.note,
+    machine_keeping.prune,
+):
+    machine.add_command(one)
 
 
 # ---- many of them, and their end ----
@@ -674,12 +676,19 @@ machine.add_command(pool)
 
 
 @_verb()
-@click.argument("name", type=MACHINE, metavar="STORE/MACHINE")
+@click.argument("name", type=MACHINE_OR_SNAPSHOT, metavar="STORE/MACHINE[@SNAPSHOT]")
 @click.argument("new_name", metavar="NEW")
 @trust_option
 @json_option
 def rename(name: Name, new_name: str, as_json: bool) -> None:
-    """Give a machine that is off another name in its store."""
+    """Give a machine that is off, or a snapshot, another name.
+
+    A snapshot of a machine that runs, too. Its snapshots of disks and RAM get that name as well. NEW is the name alone, or
+    STORE/NEW; of a snapshot also STORE/MACHINE@NEW.
+    """
+    if name.snapshot is not None:
+        _rename_snapshot(name, new_name, as_json=as_json)
+        return
     new = NEW_MACHINE.convert(new_name, None, None) if "/" in new_name else Name(name.store, new_name)
     if new.store.resolve() != name.store.resolve():
         raise click.UsageError(f"{new} is not of the store of {name}: a machine is renamed within its store")
@@ -687,6 +696,20 @@ def rename(name: Name, new_name: str, as_json: bool) -> None:
         store.rename_machine(name.volume, new.volume)
         about = store.machine_info(new.volume)
     output.tell(as_json, _value(about), lambda: f"{name} is {new} now")
+
+
+def _rename_snapshot(name: Name, new_name: str, *, as_json: bool) -> None:
+    from onionskin.operations import machine_tree
+
+    new = Name(name.store, name.volume, new_name.removeprefix("@"))
+    if "/" in new_name:
+        new = NEW_MACHINE_SNAPSHOT_OR_NONE.convert(new_name, None, None)
+    if new.store.resolve() != name.store.resolve() or new.volume != name.volume or new.snapshot is None:
+        raise click.UsageError(f"a snapshot stays with its machine: write {name.store}/{name.volume}@NEW")
+    with name.open_store() as store:
+        store.open_machine(name.volume).rename_snapshot(name.required_snapshot, new.snapshot)
+        about = machine_tree.snapshot_info(store._opened, name.volume, new.snapshot)
+    output.tell(as_json, _snapshot_value(about), lambda: f"{name} is {new} now")
 
 
 @_verb()

@@ -10,14 +10,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, timedelta, tzinfo
 from functools import wraps
 from socket import socket
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from onionskin.base.files import CANNOT_LOOK
 from onionskin.base.held import held
-from onionskin.base.naming import some_of
+from onionskin.base.naming import named, several, some_of
 from onionskin.base.signals import DeferredInterrupt
 from onionskin.base.sockets import connect_unix
 from onionskin.control.client import is_stopped
@@ -31,8 +31,9 @@ from onionskin.machine.hypervisor import Configuration, Recorded, compare
 from onionskin.machine.pool import MachinePool
 from onionskin.machine.record import Record
 from onionskin.machine.taken import MachineSnapshot
-from onionskin.operations import machine_forks, machine_tree, machines
+from onionskin.operations import machine_forks, machine_keeping, machine_tree, machines
 from onionskin.operations.forks import check_wanted
+from onionskin.operations.prune import Rules
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,8 +41,10 @@ if TYPE_CHECKING:
     from onionskin.base.annotations import MachineState, SnapshotMode, WipePolicy
     from onionskin.catalog import MachineSnapshotRow
     from onionskin.operations.forks import Wanted
+    from onionskin.operations.holds import Hold
     from onionskin.operations.machine_tree import MachineSnapshotInfo
     from onionskin.operations.machines import MachineInfo
+    from onionskin.operations.prune import Retention
     from onionskin.store import Store
 
 ORPHAN_SECONDS = 10.0
@@ -543,6 +546,172 @@ class Machine:
         self._end_left_in_pools()
         with self._supervisor():
             return self._store._discard_machine_snapshots(self._id, names, recursive=recursive)
+
+    # ---- which snapshots stay, and what they are called ----
+
+    def hold(self, snapshot: "str | Sequence[str]", holder: str) -> None:
+        """Hold snapshots of it, so that neither they nor the machine can be removed.
+
+        One that is held cannot be discarded, merged or deleted before every holder has let it go, and neither can what it
+        has of a disk or of RAM. Its name and its note may still change. Durable on return. The machine may run.
+
+        Parameters
+        ----------
+        snapshot : str or sequence of str
+            A snapshot, or several: then all are held in one transaction, or none is.
+        holder : str
+            A name for who needs them, which the error of a refused operation shows. It has at most 255 bytes, without '/',
+            '@' and control characters.
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            There is none of a name.
+        StateError
+            This holder holds one of them already; or one has neither disks nor RAM.
+        ValueError
+            The sequence is empty, or the name of the holder is not valid.
+        """
+        machine_keeping.hold(self._store._opened, self._id, several("snapshot", snapshot), named("holder", holder))
+
+    def unhold(self, snapshot: "str | Sequence[str]", holder: str) -> None:
+        """Let snapshots of it go that `hold` held. Durable on return. The machine may run.
+
+        Parameters
+        ----------
+        snapshot : str or sequence of str
+            A snapshot, or several: then all are let go in one transaction, or none is.
+        holder : str
+            Who held them.
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            There is none of a name.
+        StateError
+            This holder does not hold one of them.
+        ValueError
+            The sequence is empty.
+        """
+        machine_keeping.unhold(self._store._opened, self._id, several("snapshot", snapshot), named("holder", holder))
+
+    def holds(self, snapshot: str | None = None) -> "list[Hold]":
+        """Return who holds a snapshot of it, or any of them.
+
+        Parameters
+        ----------
+        snapshot : str, optional
+            By default, all of them.
+
+        Returns
+        -------
+        list of Hold
+            In the order in which the snapshots were taken, and held. Who holds the snapshot of one of its disks counts.
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            There is none of that name.
+        """
+        return machine_keeping.holds(self._store._opened, self._id, snapshot)
+
+    def rename_snapshot(self, old: str, new: str) -> None:
+        """Give a snapshot of it another name, and those of its disks and its RAM too. Holds and forks of it stay.
+
+        Durable on return. The machine may run.
+
+        Parameters
+        ----------
+        old : str
+            The current name of the snapshot.
+        new : str
+            The new name: at most 255 bytes, without '/', '@' and control characters.
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            There is none of that name.
+        SnapshotExistsError
+            The new name is taken, on the machine or on one of its disks.
+        ValueError
+            The new name is not valid.
+        """
+        machine_keeping.rename_snapshot(self._store._opened, self._id, named("snapshot", old), named("snapshot", new))
+
+    def set_note(self, snapshot: str, note: str) -> None:
+        """Replace the note of a snapshot of it, and of those of its disks and its RAM. Durable on return.
+
+        Parameters
+        ----------
+        snapshot : str
+            The snapshot.
+        note : str
+            The new note, of at most 64 KiB. An empty string takes the note away.
+
+        Raises
+        ------
+        SnapshotNotFoundError
+            There is none of that name.
+        """
+        machine_keeping.set_note(self._store._opened, self._id, named("snapshot", snapshot), note)
+
+    def prune(
+        self,
+        *,
+        keep_last: int = 0,
+        keep_hourly: int = 0,
+        keep_daily: int = 0,
+        keep_weekly: int = 0,
+        keep_monthly: int = 0,
+        keep_yearly: int = 0,
+        keep_within: timedelta | None = None,
+        zone: tzinfo = UTC,
+        dry_run: bool = False,
+    ) -> "list[Retention]":
+        """Drop the snapshots of it that no rule keeps. The rules are those of restic, as `Store.prune` has them.
+
+        One is kept if at least one rule keeps it, if it is held, or if the machine or a fork that never ran is about to go on
+        from it. The others are dropped as by `merge`, in one transaction, or none is. The machine may run. Durable on
+        return.
+
+        Parameters
+        ----------
+        keep_last : int
+            Keep this many of the newest snapshots. For this and the following rules, -1 means all, and 0 means no rule.
+        keep_hourly, keep_daily, keep_weekly, keep_monthly, keep_yearly : int
+            Of the last hours (days, weeks of ISO 8601, ...) that have snapshots, take this many, and keep the newest
+            snapshot of each. If there are fewer of them, keep the oldest snapshot too.
+        keep_within : datetime.timedelta, optional
+            Keep all snapshots that are older than the newest one by at most this time.
+        zone : datetime.tzinfo
+            The time zone that defines where an hour and a day end.
+        dry_run : bool
+            Drop nothing, and only return what would be dropped.
+
+        Returns
+        -------
+        list of Retention
+            One for each snapshot, in the order in which they were taken. Those that nothing keeps are dropped.
+
+        Raises
+        ------
+        ValueError
+            No rule is given, or a rule is not valid.
+        StateError
+            A snapshot was renamed meanwhile. None was dropped.
+        """
+        rules = Rules(keep_last, keep_hourly, keep_daily, keep_weekly, keep_monthly, keep_yearly, keep_within, zone)
+        rules.check()
+        if dry_run:
+            return [one for _, one in machine_keeping.planned(self._store._opened, self._id, rules)]
+        self._end_left_in_pools()
+
+        def merge(going: "Sequence[MachineSnapshotRow]") -> None:
+            names, ids = [row.name for row in going], [row.id for row in going]
+            self._store._merge_machine_snapshots(self._id, names, ids)
+
+        with self._supervisor():
+            return machine_keeping.prune(self._store._opened, self._id, rules, merge)
 
     def delete(self, *, recursive: bool = False) -> int:
         """Remove it, while it is off, with its RAM and, if it is a fork, its disks. Other disks stay as they are.

@@ -5,12 +5,12 @@ comes between the question and the drop. The catalog's own reference from a hold
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 
 from onionskin.base.naming import check_name, some_of
 from onionskin.base.records import record
-from onionskin.catalog import Catalog, HoldRow
+from onionskin.catalog import Catalog, HoldRow, MachineSnapshotRow
 from onionskin.catalog.tree import find_snapshot, when
 from onionskin.errors import StateError
 from onionskin.operations.ownership import refuse_bound
@@ -50,13 +50,21 @@ def refuse_held(catalog: Catalog, layers: Iterable[bytes], *, for_machine: bool 
     held = catalog.holds_on(dropped)
     if not held:
         return
-    names = []
-    for hold in held:
-        row = catalog.snapshot_of_layer(hold.layer)
-        volume = catalog.volume_with_id(row.volume) if row else None
-        of = f"{volume.name}@{row.name}" if row and volume else hold.layer.hex()  # in a damaged catalog
-        names.append(f"{of} by {hold.holder!r}")
-    raise StateError(f"held: {some_of(names)}; nothing was dropped; let it go with 'onionskin unhold' first")
+    bound = catalog.machine_snapshots_of_layers(hold.layer for hold in held)
+    names = list(dict.fromkeys(f"{_name_of(catalog, hold.layer, bound)} by {hold.holder!r}" for hold in held))
+    verbs = ["machine unhold"] * bool(bound) + ["unhold"] * (len(bound) < len({hold.layer for hold in held}))
+    ways = " and ".join(f"'onionskin {verb}'" for verb in verbs)
+    raise StateError(f"held: {some_of(names)}; nothing was dropped; let it go with {ways} first")
+
+
+def _name_of(catalog: Catalog, layer: bytes, bound: Mapping[bytes, MachineSnapshotRow]) -> str:
+    """Return what the snapshot of a layer is called, or that of the machine which binds it."""
+    if layer in bound:
+        machine = catalog.machine_with_id(bound[layer].machine)
+        return f"{machine.name if machine else bound[layer].machine.hex()}@{bound[layer].name}"
+    row = catalog.snapshot_of_layer(layer)
+    volume = catalog.volume_with_id(row.volume) if row else None
+    return f"{volume.name}@{row.name}" if row and volume else layer.hex()  # in a damaged catalog
 
 
 def hold(

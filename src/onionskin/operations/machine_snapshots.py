@@ -137,7 +137,7 @@ class MachineCut:
     def check(self, name: str | None) -> None:
         """Raise SnapshotExistsError where a name is taken, on the machine or on one of its disks; `commit` asks again."""
         if name is not None:
-            _refuse_taken(self._store.catalog, self.machine, self._volumes(), check_name("snapshot", name))
+            refuse_taken(self._store.catalog, self.machine, self._volumes(), check_name("snapshot", name))
 
     def commit(
         self,
@@ -228,7 +228,7 @@ class MachineCut:
         if name is None:
             name = _name_of_time(catalog, machine, volumes, created_ns)
         else:
-            _refuse_taken(catalog, machine, volumes, name)
+            refuse_taken(catalog, machine, volumes, name)
         for disk in self._disks:
             self._name(disk.head.row.id, disk.sealed, disk.number, name, row.note, created_ns)
         number = min((disk.number for disk in self._disks), default=0)
@@ -370,10 +370,10 @@ def refuse_taken_name(store: OpenStore, machine: str, name: str | None) -> None:
     with catalog.reading():
         row = machines.find(catalog, machine)
         volumes = [disk.volume for disk in catalog.disks_of_machine(row.id)] + [row.ram]
-        _refuse_taken(catalog, row, volumes, check_name("snapshot", name))
+        refuse_taken(catalog, row, volumes, check_name("snapshot", name))
 
 
-def _refuse_taken(catalog: Catalog, machine: MachineRow, volumes: Sequence[bytes], name: str) -> None:
+def refuse_taken(catalog: Catalog, machine: MachineRow, volumes: Sequence[bytes], name: str) -> None:
     """Raise SnapshotExistsError if a name is taken on a machine, or on one of its volumes."""
     if catalog.machine_snapshot_named(machine.id, name):
         raise SnapshotExistsError(f"machine {machine.name!r} already has a snapshot {name!r}; choose another name")
@@ -393,7 +393,7 @@ def _name_of_time(catalog: Catalog, machine: MachineRow, volumes: Sequence[bytes
 
 def _is_taken(catalog: Catalog, machine: MachineRow, volumes: Sequence[bytes], name: str) -> bool:
     try:
-        _refuse_taken(catalog, machine, volumes, name)
+        refuse_taken(catalog, machine, volumes, name)
     except SnapshotExistsError:
         return True
     return False

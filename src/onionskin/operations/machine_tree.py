@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from onionskin.base.named_tuples import NamedTuple
-from onionskin.base.naming import check_note, some_of
+from onionskin.base.naming import some_of
 from onionskin.base.records import record
 from onionskin.catalog import Catalog, LayerRow, MachineRow, MachineSnapshotRow, SnapshotRow, VolumeRow
 from onionskin.catalog.sqlite_errors import damaged
@@ -110,18 +110,6 @@ def _snapshot_name(catalog: Catalog, layer: bytes | None) -> str:
     found = catalog.snapshot_of_layer(layer or b"")
     volume = catalog.volume_with_id(found.volume) if found else None
     return f"{volume.name}@{found.name}" if found and volume else "(missing)"  # in a damaged catalog
-
-
-def set_note(store: OpenStore, name: str, snapshot: str, note: str) -> None:
-    """Replace the note of a snapshot of a machine."""
-    note = check_note(note)
-    catalog = store.catalog
-
-    def change() -> None:
-        row = machines.find_snapshot(catalog, machines.find(catalog, name), snapshot)
-        catalog.update(MachineSnapshotRow, row.id, note=note)
-
-    store.change(change)
 
 
 # ---- putting back ----
@@ -306,14 +294,22 @@ def beginning_of_fork(catalog: Catalog, machine: MachineRow) -> tuple[dict[bytes
 # ---- dropping ----
 
 
-def merge(store: OpenStore, which: Which, snapshots: Sequence[str]) -> Dropped:
-    """Drop snapshots of a machine and keep all data: what was written after each joins what was written before it."""
+def merge(store: OpenStore, which: Which, snapshots: Sequence[str], ids: Collection[bytes] | None = None) -> Dropped:
+    """Drop snapshots of a machine and keep all data: what was written after each joins what was written before it.
+
+    With `ids`, only while the names mean the snapshots with these ids.
+    """
     id = machines.find(store.catalog, which).id
 
     def change() -> Dropped:
         catalog = store.catalog
         machine = machines.find(catalog, id)
         going = chosen(catalog, machine, snapshots)
+        if ids is not None and {row.id for row in going} != set(ids):
+            raise StateError(
+                f"snapshots of machine {machine.name!r} were renamed meanwhile; nothing was dropped; look at them, and try "
+                "again"
+            )
         refuse_awaited(catalog, machine, going)
         layers = catalog.layers_of_machine_snapshots(row.id for row in going)
         holds.refuse_held(catalog, layers, for_machine=True)

@@ -160,9 +160,10 @@ def find(catalog: Catalog, which: Which) -> MachineRow:
         return row
     row = catalog.machine_named(which)
     if row is None:
-        raise MachineNotFoundError(
-            f"the store {catalog.path.parent} has no machine {which!r}; 'onionskin machine list' lists them"
-        )
+        where = "'onionskin machine list' lists them"
+        if catalog.has_volume_named(which):
+            where = "a volume has that name, whose verbs are those without 'machine'"
+        raise MachineNotFoundError(f"the store {catalog.path.parent} has no machine {which!r}; {where}")
     return row
 
 

@@ -10,7 +10,7 @@ stays that the remaining states need. A snapshot that is held is kept.
 import time
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime, timedelta, tzinfo
-from typing import Any
+from typing import Any, Protocol
 
 from onionskin.base.records import record, replaced
 from onionskin.catalog import VolumeRow
@@ -74,8 +74,8 @@ class Retention:
     created : datetime.datetime
         The time at which it was taken, in UTC.
     kept_by : tuple of str
-        The rules that keep it, such as "daily", and "held" if somebody holds it. If the tuple is empty, the name is
-        dropped.
+        The rules that keep it, such as "daily", and "held" if somebody holds it. Of a snapshot of a machine also "awaited",
+        if the machine, or a fork that never ran, is about to go on from it. If the tuple is empty, the name is dropped.
     """
 
     snapshot: str
@@ -92,8 +92,20 @@ _PERIODS: dict[str, Callable[[datetime], Any]] = {
 }
 
 
+class Taken(Protocol):
+    """A snapshot, of a volume or of a machine, as far as the rules look at it."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+
+    @property
+    def created(self) -> datetime:
+        """When it was taken, in UTC."""
+
+
 def retained(
-    snapshots: Sequence[Snapshot], rules: Rules, *, held: Collection[str] = (), now: datetime | None = None
+    snapshots: Sequence[Taken], rules: Rules, *, held: Collection[str] = (), now: datetime | None = None
 ) -> list[Retention]:
     """Return for each snapshot which rules keep it. The snapshots are in the order in which they were taken.
 
