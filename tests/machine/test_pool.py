@@ -19,7 +19,7 @@ from onionskin.machine import pool as pools
 from onionskin.machine.machine import Machine
 from onionskin.machine.pool import MachinePool
 from onionskin.machine.record import Record
-from onionskin.operations import forks, machine_forks
+from onionskin.operations import forks, machine_forks, machine_tree
 
 pytestmark = pytest.mark.slow  # each starts several processes
 
@@ -305,6 +305,19 @@ def test_a_snapshot_beneath_a_pool_stays_and_its_machines_only_wait(lab: Machine
             lab.pool("ready", warm=1)
         assert warm.state == "paused"
     lab.discard("ready")
+
+
+def test_a_snapshot_beneath_a_pool_that_has_no_fork_ready_just_now_stays(
+    lab: Machine, store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with lab.pool("ready", warm=1):
+        monkeypatch.setattr(machine_tree, "refuse_awaited", lambda *_, **__: None)  # as if none was
+        for change in (lambda: lab.discard("ready"), lambda: lab.merge("ready"), lambda: lab.delete(recursive=True)):
+            with pytest.raises(StateError, match="a pool makes forks of a snapshot that would go: lab@ready"):
+                change()
+        lab.snapshot("later")
+        assert [one.kept_by for one in lab.prune(keep_last=1)] == [("awaited",), ("last",)]
+    assert [one.kept_by for one in lab.prune(keep_last=1)] == [(), ("last",)]
 
 
 def test_a_pool_of_what_cannot_run_here_does_not_start(lab: Machine, store: onionskin.Store) -> None:

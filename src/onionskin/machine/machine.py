@@ -511,7 +511,7 @@ class Machine:
         ValueError
             The sequence is empty.
         """
-        self._end_left_in_pools()
+        self._refuse_pooled({row.id for row in self._chosen(names)})
         with self._supervisor():
             return self._store._merge_machine_snapshots(self._id, names)
 
@@ -543,7 +543,7 @@ class Machine:
         ValueError
             The sequence is empty.
         """
-        self._end_left_in_pools()
+        self._refuse_pooled({row.id for row in self._chosen(names)})
         with self._supervisor():
             return self._store._discard_machine_snapshots(self._id, names, recursive=recursive)
 
@@ -702,16 +702,16 @@ class Machine:
         """
         rules = Rules(keep_last, keep_hourly, keep_daily, keep_weekly, keep_monthly, keep_yearly, keep_within, zone)
         rules.check()
+        pooled = self._pooled()
         if dry_run:
-            return [one for _, one in machine_keeping.planned(self._store._opened, self._id, rules)]
-        self._end_left_in_pools()
+            return [one for _, one in machine_keeping.planned(self._store._opened, self._id, rules, pooled)]
 
         def merge(going: "Sequence[MachineSnapshotRow]") -> None:
             names, ids = [row.name for row in going], [row.id for row in going]
             self._store._merge_machine_snapshots(self._id, names, ids)
 
         with self._supervisor():
-            return machine_keeping.prune(self._store._opened, self._id, rules, merge)
+            return machine_keeping.prune(self._store._opened, self._id, rules, merge, pooled)
 
     def delete(self, *, recursive: bool = False) -> int:
         """Remove it, while it is off, with its RAM and, if it is a fork, its disks. Other disks stay as they are.
@@ -737,7 +737,7 @@ class Machine:
         with self._supervisor() as control:
             if control is not None:
                 raise StateError(f"machine {self._name!r} runs; stop it first")
-        self._end_left_in_pools()
+        self._refuse_pooled({row.id for row in self._store._opened.catalog.snapshots_of_machine(self._id)})
         directory = self._directory
         freed = self._store._delete_machines([self._id], recursive=recursive)
         record.remove_directory(directory)
@@ -920,6 +920,26 @@ class Machine:
         self._end_left_in_pools()
         rows = self._store._opened.catalog.snapshots_of_machine(self._id)
         return [one for row in rows if (one := MachinePool(self._directory, row.name, row.id)).is_there]
+
+    def _pooled(self) -> set[bytes]:
+        """Return the ids of the snapshots of which pools make forks, also of one that has none ready just now."""
+        names = {one.snapshot for one in self.pools()}
+        return {row.id for row in self._store._opened.catalog.snapshots_of_machine(self._id) if row.name in names}
+
+    def _chosen(self, names: "str | Sequence[str]") -> "list[MachineSnapshotRow]":
+        catalog = self._store._opened.catalog
+        with catalog.reading():
+            return machine_tree.chosen(catalog, machines.find(catalog, self._id), several("snapshot", names))
+
+    def _refuse_pooled(self, going: set[bytes]) -> None:
+        """Raise StateError where a pool makes forks of one of these snapshots. What one that was killed left is ended."""
+        if pooled := going & self._pooled():
+            rows = self._store._opened.catalog.snapshots_of_machine(self._id)
+            names = some_of([f"{self._name}@{row.name}" for row in rows if row.id in pooled])
+            raise StateError(
+                f"a pool makes forks of a snapshot that would go: {names}; end it first, with 'onionskin machine pool "
+                "--stop'; nothing was dropped"
+            )
 
     def _end_left_in_pools(self) -> None:
         """End the machines that waited in pools of this one which were killed, and whose supervisors were killed too."""

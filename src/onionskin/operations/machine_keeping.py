@@ -6,7 +6,7 @@ snapshot of a machine and those that it binds have one name.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from onionskin.base.naming import check_name, check_note, some_of
 from onionskin.base.records import replaced
@@ -130,14 +130,17 @@ def set_note(store: OpenStore, which: Which, snapshot: str, note: str) -> None:
 Plan = list[tuple[MachineSnapshotRow, Retention]]
 
 
-def planned(store: OpenStore, which: Which, rules: Rules) -> Plan:
-    """Return what a prune would do with each snapshot of a machine, in the order of taking."""
+def planned(store: OpenStore, which: Which, rules: Rules, pooled: Collection[bytes] = ()) -> Plan:
+    """Return what a prune would do with each snapshot of a machine, in the order of taking.
+
+    `pooled` are the ids of those of which pools make forks.
+    """
     catalog = store.catalog
     with catalog.reading():
         machine = machines.find(catalog, which)
         taken = catalog.snapshots_of_machine(machine.id)
         infos = machine_tree.list_snapshots(store, machine.id)
-        kept = {row.id: why for row in taken if (why := _why_kept(catalog, machine, row))}
+        kept = {row.id: why for row in taken if (why := _why_kept(catalog, machine, row, pooled))}
     found = retained(infos, rules, now=when(time.time_ns()))
     return [
         (row, replaced(one, kept_by=(*kept.get(row.id, ()), *one.kept_by)))
@@ -146,20 +149,24 @@ def planned(store: OpenStore, which: Which, rules: Rules) -> Plan:
 
 
 def prune(
-    store: OpenStore, which: Which, rules: Rules, merge: Callable[[Sequence[MachineSnapshotRow]], object]
+    store: OpenStore,
+    which: Which,
+    rules: Rules,
+    merge: Callable[[Sequence[MachineSnapshotRow]], object],
+    pooled: Collection[bytes] = (),
 ) -> list[Retention]:
     """Drop the snapshots of a machine that no rule keeps, all of them at once, and return what became of each.
 
     `merge` drops them in one transaction, or raises StateError where one is not what it was, or is needed. What somebody
     holds or is about to go on from by then is kept, and the others go.
     """
-    plan = planned(store, which, rules)
+    plan = planned(store, which, rules, pooled)
     while going := [row for row, one in plan if not one.kept_by]:
         try:
             merge(going)
             break
         except StateError:
-            now = {row.id: one for row, one in planned(store, which, rules)}
+            now = {row.id: one for row, one in planned(store, which, rules, pooled)}
             kept = {row.id for row in going if row.id in now and now[row.id].kept_by}
             if not kept:
                 raise
@@ -167,9 +174,13 @@ def prune(
     return [one for _, one in plan]
 
 
-def _why_kept(catalog: Catalog, machine: MachineRow, row: MachineSnapshotRow) -> tuple[str, ...]:
+def _why_kept(
+    catalog: Catalog, machine: MachineRow, row: MachineSnapshotRow, pooled: Collection[bytes]
+) -> tuple[str, ...]:
     """Return what keeps a snapshot beside the rules: somebody holds it, or is about to go on from it."""
     held = ("held",) if catalog.holds_on(catalog.layers_of_machine_snapshots([row.id])) else ()
+    if row.id in pooled:
+        return (*held, AWAITED)
     try:
         machine_tree.refuse_awaited(catalog, machine, [row])
     except StateError:
