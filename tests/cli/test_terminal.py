@@ -240,6 +240,11 @@ def test_progress_is_drawn_on_a_terminal_of_any_width_and_goes(
     assert b"\x1b" not in said and said.count(b"\r\n") == 1  # the cursor is shown again before
 
 
+def test_progress_leaves_the_cursor_visible_for_whoever_stops_or_kills_it(spawn: Spawn, long_verb: list[str]) -> None:
+    status, shown = on_terminal(spawn, b"", *long_verb)
+    assert status == 0 and b"\x1b[?25l" not in shown
+
+
 def test_a_pipe_gets_no_progress(spawn: Spawn, long_verb: list[str]) -> None:
     process = spawn(*long_verb, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     said, errors = process.communicate()

@@ -305,8 +305,14 @@ def progress(title: str, as_json: bool) -> Iterator[Progress | None]:
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
 
+    class VisibleCursor(Console):
+        """Hides no cursor: a process that is stopped (Ctrl-Z) or killed could not show it again to the shell."""
+
+        def show_cursor(self, show: bool = True) -> bool:
+            return False
+
     columns = (BarColumn(), TextColumn("{task.fields[amount]}"), TransferSpeedColumn(), TimeRemainingColumn())
-    with Bar("{task.description}", *columns, console=Console(stderr=True), transient=True) as bar:
+    with Bar("{task.description}", *columns, console=VisibleCursor(stderr=True), transient=True) as bar:
         task = bar.add_task(escape(cell(title)), total=None, amount="")
         yield lambda done, total: bar.update(task, completed=done, total=total or None, amount=amount(done, total))
 
