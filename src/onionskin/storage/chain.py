@@ -8,7 +8,7 @@ import os
 import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from errno import ENODEV, ENOENT, ENOMEDIUM, ENXIO
+from errno import ENODEV, ENOENT, ENOMEDIUM, ENOMEM, ENXIO
 from typing import TYPE_CHECKING
 
 from onionskin.base.files import CANNOT_LOOK, read_all
@@ -17,6 +17,7 @@ from onionskin.base.limits import HEADER_BYTES
 from onionskin.base.named_tuples import NamedTuple
 from onionskin.base.naming import is_text
 from onionskin.base.paths import FilePath
+from onionskin.base.sizes import format_size
 from onionskin.catalog import BaseRow, Catalog, LayerRow, SegmentRow, new_id, new_ids
 from onionskin.catalog.sqlite_errors import damaged
 from onionskin.errors import ChainError, FormatError, StateError, VerifyError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 LOCK_WAIT_SECONDS = 60.0
 _CLAIM_WAIT_SECONDS = 1.0
+_LARGE_BASE_BYTES = 1 << 30  # to map less fails only where memory is short
 _FRAME = b"OFRM"  # what a frame of a map log begins with
 
 
@@ -341,7 +343,19 @@ def open_chain(
 
 def _set_base(path: "DataPath", base: BaseRow, lock: BaseLock) -> None:
     """Map a base. A merge may have made it shorter already; the layers of the merge hide the part that is missing."""
-    path.set_base(lock.descriptor, base.size_bytes, allow_short=True)
+    try:
+        path.set_base(lock.descriptor, base.size_bytes, allow_short=True)
+    except OSError as error:
+        if error.errno != ENOMEM or base.size_bytes < _LARGE_BASE_BYTES:
+            raise
+        # Addresses are short and no memory: each handle maps its base as a whole, however little of that is data.
+        raise OSError(
+            ENOMEM,
+            f"a process has too few addresses to map the {format_size(base.size_bytes)} of the base once more (each disk and "
+            "each snapshot that is open takes as many, and so does an export beside an open disk); close others, or open "
+            "or export a snapshot in a process of its own, without a limit of addresses (ulimit -v)",
+            base.path,
+        ) from None
 
 
 def _add_layer(maps: str, path: "DataPath", layer: LayerRow, segments: list[SegmentRow]) -> None:
