@@ -30,7 +30,6 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from onionskin.__main__ import main as run_program
 from onionskin.base.forking import ForkableLock
 from onionskin.base.sockets import UnixListener
 from onionskin.control import frames
@@ -45,7 +44,9 @@ STARTS_AT_ONCE = 16
 IDLE_SECONDS = 60.0
 SPARE_SECONDS = 0.5  # it takes the processors that the forks of the last call need for their first steps
 _HEARD, _DONE = b"heard", b"done"
+_PROGRAM = "onionskin.__main__"
 _OF_SERVERS = (
+    _PROGRAM,
     "onionskin.cli.app",
     "onionskin.cli.serve",
     "onionskin.nbd.server",
@@ -484,7 +485,7 @@ def _become_server(asked: socket.socket) -> int:
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     try:
         sys.argv = ["onionskin", *_listening(json.loads(what))]
-        run_program()
+        importlib.import_module(_PROGRAM).main()  # which is loaded: by name, as this room knows of no command line
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 1
     except BaseException as error:

@@ -288,6 +288,8 @@ VERBS = (
     "machine snapshot STORE/guest@s", "machine snapshots STORE/guest", "machine tree STORE/guest",
     "machine usage STORE/guest", "machine rename STORE/guest box", "machine delete STORE/guest",
     "machine discard STORE/taken@s --yes", "machine merge STORE/taken@s",
+    "machine hold STORE/taken@s me", "machine unhold STORE/kept@s me", "machine holds STORE/taken",
+    "machine note STORE/taken@s why", "machine prune STORE/taken --keep-last 1",
     "map STORE/web", "map STORE/based@a --json", "map STORE/web -o OUT.svg", "map STORE/web -o OUT.png",
 )  # fmt: skip
 # They run until they are stopped, ask a server or a hypervisor that has to run, or measure.
@@ -299,10 +301,13 @@ NOT_TRIED = {"serve", "stats", "mount", "umount", "demo", "bench"} | {
 def make_store(directory: Path) -> None:
     (directory / "disk.img").write_bytes(b"data".ljust(1 << 20, b"\0"))
     with onionskin.Store(directory / "store") as store:
-        for name in ("disk", "alone", "other", "held"):
+        for name in ("disk", "alone", "other", "third", "held"):
             store.create(name, size="1M").close()
         store.create_machine("guest", disks=["disk"], memory="64M")
         store.create_machine("taken", disks=["other"], memory="64M").snapshot("s")
+        kept = store.create_machine("kept", disks=["third"], memory="64M")
+        kept.snapshot("s")
+        kept.hold("s", "me")
         with store.open("held") as held:
             held.snapshot("a")
         store.hold("held", "a", "me")
