@@ -32,31 +32,40 @@ int onion_open_file(const char *path, int flags) {
     return status;
 }
 
-/* Whether the directory of a file is shared with its group; -errno. src/onionskin/base/modes.py asks the same. */
-static int is_in_shared_directory(const char *path) {
+/* Looks at the directory of a file; -errno. */
+static int look_at_directory(const char *path, struct stat *found) {
     char directory[PATH_MAX];
     const char *slash = strrchr(path, '/');
     size_t length = slash == NULL ? 1 : slash == path ? 1 : (size_t)(slash - path);
-    struct stat info;
     if (length >= sizeof directory)
         return -ENAMETOOLONG;
     memcpy(directory, slash == NULL ? "." : path, length);
     directory[length] = '\0';
-    if (stat(directory, &info))
+    return stat(directory, found) ? -errno : 0;
+}
+
+/* Lets those use a file who may use its directory. src/onionskin/base/modes.py does the same. */
+static int share(int fd, const struct stat *directory) {
+    int shared = (directory->st_mode & (S_ISGID | S_IRWXG)) == (S_ISGID | S_IRWXG);
+    if (shared && fchmod(fd, 0660)) /* the umask does not count */
         return -errno;
-    return (info.st_mode & (S_ISGID | S_IRWXG)) == (S_ISGID | S_IRWXG);
+    if (geteuid() == 0 && directory->st_uid && fchown(fd, directory->st_uid, directory->st_gid)) {
+        /* The root of a sandbox may not, or does not know that user. */
+    }
+    return 0;
 }
 
 int onion_make_file(const char *path) {
-    int shared = is_in_shared_directory(path);
-    if (shared < 0)
-        return shared;
+    struct stat directory;
+    int status = look_at_directory(path, &directory);
+    if (status)
+        return status;
     int fd = onion_open(path, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (fd < 0)
         return fd;
-    if (!shared || fchmod(fd, 0660) == 0) /* the umask does not count */
+    status = share(fd, &directory);
+    if (status == 0)
         return fd;
-    int status = -errno;
     close(fd);
     unlink(path);
     return status;

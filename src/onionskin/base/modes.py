@@ -1,12 +1,14 @@
 """The users who may use the files of a store: its owner alone, or also the members of a group.
 
 What must hold: a file has its mode before anything is written to it, whatever the umask. The directory alone decides. A
-directory whose group may write, with the set-group-ID bit, is shared with its group, as in git's shared repositories.
+directory whose group may write, with the set-group-ID bit, is shared with its group, as in git's shared repositories. What
+root makes in the store of another user belongs to that user, who must be able to use it then; SQLite does the same.
 `onion_make_file` (csrc/base/store_file.c) does the same for the files that C makes.
 """
 
 import os
 import stat
+from contextlib import suppress
 
 from onionskin.base.paths import FilePath
 from onionskin.errors import StateError
@@ -42,9 +44,31 @@ def make_file(path: "str | os.PathLike[str]") -> int:
 
 
 def share_file(descriptor: int, path: "str | os.PathLike[str]") -> None:
-    """Let the group use a file that was just made, if its directory is shared."""
-    if is_shared(FilePath(path).parent):
+    """Let those use a file that was just made who may use its directory: its owner, and its group if it is shared."""
+    directory = FilePath(path).parent
+    if is_shared(directory):
         os.fchmod(descriptor, 0o660)
+    _give_to_owner(descriptor, directory)
+
+
+def give_directory_to_owner(made: "str | os.PathLike[str]", directory: FilePath) -> None:
+    """Give a directory that root just made in another one to whoever owns that."""
+    if os.geteuid() == 0:
+        descriptor = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            _give_to_owner(descriptor, directory)
+        finally:
+            os.close(descriptor)
+
+
+def _give_to_owner(descriptor: int, directory: FilePath) -> None:
+    found = directory.stat()
+    if os.geteuid() != 0 or found.st_uid == 0:
+        return
+    made = os.fstat(descriptor)
+    if stat.S_ISDIR(made.st_mode) or made.st_nlink == 1:  # what has another name elsewhere is not this user's
+        with suppress(OSError):  # in a sandbox whose root may not, or does not know that user
+            os.fchown(descriptor, found.st_uid, found.st_gid)
 
 
 def make_shared(directory: FilePath, group: str | int) -> None:

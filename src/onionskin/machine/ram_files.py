@@ -240,6 +240,7 @@ class RamFiles:
     def _make_directory(self) -> None:
         try:
             self._directory.mkdir(mode=0o700)
+            modes.give_directory_to_owner(self._directory, self._store.layout.root)
         except FileExistsError:
             if self._directory.is_symlink() or not self._directory.is_dir():
                 raise StateError(

@@ -51,6 +51,7 @@ def make_directory(root: str | Path, machine: bytes) -> Path:
     for one in (path.parent, path):
         try:
             one.mkdir(mode=0o700)
+            modes.give_directory_to_owner(one, FilePath(root))
         except FileExistsError:
             if one.is_symlink() or not one.is_dir():
                 raise StateError(

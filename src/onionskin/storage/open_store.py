@@ -21,7 +21,7 @@ from onionskin.base import forking
 from onionskin.base.background import Background
 from onionskin.base.fsync import sync_directory
 from onionskin.base.lazy import logger
-from onionskin.base.modes import group_id, is_shared, make_shared, refuse_other_group
+from onionskin.base.modes import give_directory_to_owner, group_id, is_shared, make_shared, refuse_other_group
 from onionskin.base.paths import FilePath
 from onionskin.base.sizes import format_size
 from onionskin.catalog import Catalog
@@ -247,11 +247,9 @@ class OpenStore:
         for name in DIRECTORIES:
             with suppress(FileExistsError):
                 (self.layout.root / name).mkdir(mode=0o700)
-                found = self.layout.root.stat()
-                if os.geteuid() == 0:  # the store may belong to another user, who must be able to use the directory
-                    os.chown(self.layout.root / name, found.st_uid, found.st_gid)
+                give_directory_to_owner(self.layout.root / name, self.layout.root)
                 if is_shared(self.layout.root):
-                    make_shared(self.layout.root / name, found.st_gid)
+                    make_shared(self.layout.root / name, self.layout.root.stat().st_gid)
 
     def open_head(self, layer: bytes, volume_id: bytes) -> OpenChain:
         """Open a head for writing. The caller holds the lock of its volume."""
