@@ -290,8 +290,10 @@ def console(name: Name, as_json: bool) -> None:
 def status(name: Name, as_json: bool) -> None:
     """Say what a machine does, and what it is made of."""
     with name.open_store() as store:
+        now = store.open_machine(
+            name.volume
+        ).status()  # first: it may find that the supervisor was killed, and start one
         about = store.machine_info(name.volume)
-        now = store.open_machine(name.volume).status()
         origins = store.machine_lineage(name.volume)
     value = _value(about) | {"now": now, "state": now["state"], "why": now.get("why", "")}
     disks = ", ".join(f"{disk.name} ({disk.volume})" for disk in about.disks)

@@ -1006,9 +1006,17 @@ class Supervisor:
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """Die where the machine is not held any more behind the block: another supervisor takes it over, and holds it."""
+        """Die where the machine is not held any more behind the block: another supervisor takes it over, and holds it.
+
+        Where its process has ended meanwhile, and so its memory cannot be reached, that is said.
+        """
         try:
             yield
+        except ProcessLookupError as error:
+            raise StateError(
+                f"QEMU of machine {self._name!r} has ended meanwhile, so this was not done; 'onionskin machine status' "
+                "says how it ended"
+            ) from error
         finally:
             if self.running.ram_volume.closed:
                 self._log("the RAM volume could not be opened again; this supervisor ends, and the machine runs on")

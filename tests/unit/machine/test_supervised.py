@@ -60,6 +60,18 @@ def test_the_network_of_a_machine_reaches_something_and_that_of_a_fork_does_not(
     assert is_isolated(store, open_fork) is False
 
 
+def test_a_hypervisor_that_ends_while_its_memory_is_read_is_said_to_have_ended(store: onionskin.Store) -> None:
+    store.create_machine("lab", disks=["web"], memory="1M")
+    supervisor = Supervisor(store, "lab", print)
+    supervisor.running = SimpleNamespace(ram_volume=SimpleNamespace(closed=False))  # type: ignore[assignment]
+    with (
+        pytest.raises(StateError, match=r"QEMU of machine 'lab' has ended meanwhile.*'onionskin machine status'"),
+        supervisor._held(),
+    ):
+        raise ProcessLookupError(errno.ESRCH, "the memory of process 7: No such process")
+    supervisor._ends.close()
+
+
 @pytest.mark.parametrize(
     ("verb", "arguments"),
     [
