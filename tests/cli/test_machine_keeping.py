@@ -48,6 +48,26 @@ def test_a_hold_without_a_holder_says_how_it_is_written(run: Run, vms: str) -> N
         assert refused.exit_code == 2 and f"'onionskin machine {verb} {vms}/lab@a backup'" in refused.stderr
 
 
+def test_ranges_of_a_machines_snapshots_are_held_merged_and_discarded(run: Run, vms: str) -> None:
+    assert run("machine", "hold", f"{vms}/lab@b..", "backup").exit_code == 0
+    assert [one["snapshot"] for one in json.loads(run("machine", "holds", f"{vms}/lab", "--json").stdout)] == ["b", "c"]
+    assert run("machine", "unhold", f"{vms}/lab@b..@c", "backup").exit_code == 0
+    told = run("machine", "merge", f"{vms}/lab@..@b", "--dry-run").stdout
+    assert "lab@a" in told and "lab@b" in told and "lab@c" not in told
+    assert json.loads(run("machine", "merge", f"{vms}/lab@..@b", "--json").stdout)["merged"] == ["a", "b"]
+    done = run("machine", "discard", f"{vms}/lab@c..", "--yes", "--json")
+    assert json.loads(done.stdout)["discarded"] == ["c"], done.stderr
+
+
+def test_a_range_of_a_machine_whose_end_is_not_there_or_comes_first_is_refused(run: Run, vms: str) -> None:
+    refused = run("machine", "merge", f"{vms}/lab@a..@x")
+    assert refused.exit_code == 3 and f"onionskin machine snapshots {vms}/lab" in refused.stderr
+    assert "machine 'lab' has no snapshot 'x'" in refused.stderr
+    refused = run("machine", "merge", f"{vms}/lab@c..@a")
+    assert refused.exit_code == 2 and "write the older one first" in refused.stderr
+    assert names(run, vms) == ["a", "b", "c"]
+
+
 def test_snapshots_of_two_machines_are_not_held_at_once(run: Run, vms: str) -> None:
     refused = run("machine", "hold", f"{vms}/lab@a", f"{vms}/other@a", "backup")
     assert refused.exit_code == 2 and "of several machines" in refused.stderr

@@ -433,8 +433,8 @@ def label_option(about: str) -> "Callable[[Any], Any]":
 class MachineNameType(NameType):
     """A machine of a store, or one of its snapshots: STORE/MACHINE[@SNAPSHOT]."""
 
-    def __init__(self, snapshot: str, *, fresh: bool = False) -> None:
-        super().__init__(snapshot, fresh=fresh)
+    def __init__(self, snapshot: str, *, fresh: bool = False, ranges: bool = False) -> None:
+        super().__init__(snapshot, fresh=fresh, ranges=ranges)
         self.wanted = "MACHINE"
         self.name = self.name.replace("VOLUME", self.wanted)
 
@@ -462,6 +462,7 @@ STORE = StoreType()
 MACHINE = MachineNameType("none")
 NEW_MACHINE = MachineNameType("none", fresh=True)
 MACHINE_SNAPSHOT = MachineNameType("required")
+MACHINE_SNAPSHOT_OR_RANGE = MachineNameType("required", ranges=True)
 MACHINE_OR_SNAPSHOT = MachineNameType("optional")
 NEW_MACHINE_SNAPSHOT_OR_NONE = MachineNameType("optional", fresh=True)
 VOLUME = NameType("none")

@@ -11,6 +11,7 @@ from onionskin.errors import SnapshotNotFoundError
 
 if TYPE_CHECKING:
     from onionskin.catalog.tree import Snapshot
+    from onionskin.operations.machine_tree import MachineSnapshotInfo
 
 SNAPSHOTS = "STORE/VOLUME@SNAPSHOT..."
 
@@ -20,11 +21,16 @@ def find_snapshot(snapshots: "list[Snapshot]", name: Name) -> "Snapshot":
     for snapshot in snapshots:
         if snapshot.name == name.snapshot:
             return snapshot
+    raise _not_found(name, "volume")
+
+
+def _not_found(name: Name, kind: str) -> SnapshotNotFoundError:
     import shlex
 
-    raise SnapshotNotFoundError(
-        f"volume {name.volume!r} has no snapshot {name.snapshot!r}; "
-        f"list them with: onionskin snapshots {shlex.quote(f'{name.store}/{name.volume}')}"
+    verb = "machine snapshots" if kind == "machine" else "snapshots"
+    return SnapshotNotFoundError(
+        f"{kind} {name.volume!r} has no snapshot {name.snapshot!r}; "
+        f"list them with: onionskin {verb} {shlex.quote(f'{name.store}/{name.volume}')}"
     )
 
 
@@ -34,28 +40,34 @@ def guids_of(snapshots: "list[Snapshot]", chosen: Sequence[str]) -> list[str]:
     return [by_name[name] for name in chosen]
 
 
-def chosen_snapshots(snapshots: "list[Snapshot]", names: Sequence[Name]) -> list[str]:
-    """Find the snapshots of one volume that names and ranges mean, in the order of taking, each once.
+def chosen_snapshots(
+    snapshots: "Sequence[Snapshot | MachineSnapshotInfo]", names: Sequence[Name], kind: str = "volume"
+) -> list[str]:
+    """Find the snapshots of one volume, or machine, that names and ranges mean, in the order of taking, each once.
 
     A range is ``A..@C``, ``A..`` or ``..@C``; both ends are in it. What is the name of a snapshot is no range.
     """
+
+    def place_of(name: Name) -> int:
+        if name.snapshot not in places:
+            raise _not_found(name, kind)
+        return places[name.required_snapshot]
+
     places = {snapshot.name: place for place, snapshot in enumerate(snapshots)}
     chosen: set[int] = set()
     for name in names:
         if (name.store.resolve(), name.volume) != (names[0].store.resolve(), names[0].volume):
-            raise click.UsageError(f"{names[0]} and {name} are not of one volume; give one command for each volume")
+            raise click.UsageError(f"{names[0]} and {name} are not of one {kind}; give one command for each {kind}")
         first, dots, last = name.required_snapshot.partition("..")
         if name.snapshot in places or not dots or (last and not last.startswith("@")):
-            find_snapshot(snapshots, name)
-            chosen.add(places[name.required_snapshot])
+            chosen.add(place_of(name))
             continue
         if last == "@" or not (first or last):
             raise click.UsageError(f"{name} names no end of the range: write @A..@C, @A.. or @..@C")
         ends = [name._replace(snapshot=end) for end in (first, last.removeprefix("@")) if end]
-        for end in ends:
-            find_snapshot(snapshots, end)
-        start = places[first] if first else 0
-        stop = places[last.removeprefix("@")] if last else len(snapshots) - 1
+        found = [place_of(end) for end in ends]
+        start = found[0] if first else 0
+        stop = found[-1] if last else len(snapshots) - 1
         if start > stop:
             raise click.UsageError(f"{name}: {ends[1]} was taken before {ends[0]}; write the older one first")
         chosen.update(range(start, stop + 1))

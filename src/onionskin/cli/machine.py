@@ -20,6 +20,7 @@ from onionskin.cli.arguments import (
     MACHINE,
     MACHINE_OR_SNAPSHOT,
     MACHINE_SNAPSHOT,
+    MACHINE_SNAPSHOT_OR_RANGE,
     NEW_MACHINE,
     NEW_MACHINE_SNAPSHOT_OR_NONE,
     SIZE,
@@ -36,7 +37,7 @@ from onionskin.cli.chosen import same_store
 from onionskin.cli.columns import Asked, Column, column_options, draw, in_order
 from onionskin.cli.ending_options import with_help
 from onionskin.cli.losses import dry_run_option, yes_option
-from onionskin.cli.machine_keeping import of_one
+from onionskin.cli.machine_keeping import chosen_of, same_machine
 from onionskin.cli.machine_pool import pool
 from onionskin.cli.output import json_option
 
@@ -570,7 +571,7 @@ def _revert_to_beginning(name: Name, *, yes: bool, dry_run: bool, as_json: bool)
 
 
 @_verb()
-@click.argument("names", type=MACHINE_SNAPSHOT, nargs=-1, required=True, metavar="STORE/MACHINE@SNAPSHOT...")
+@click.argument("names", type=MACHINE_SNAPSHOT_OR_RANGE, nargs=-1, required=True, metavar="STORE/MACHINE@SNAPSHOT...")
 @click.option("--recursive", is_flag=True, help="Discard the snapshots that were taken after it too.")
 @yes_option
 @dry_run_option
@@ -579,15 +580,17 @@ def _revert_to_beginning(name: Name, *, yes: bool, dry_run: bool, as_json: bool)
 def discard(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
     """Drop snapshots of a machine and what was written after them.
 
-    That is of its disks, and of its RAM.
+    That is of its disks, and of its RAM. Several, and ranges as vms/lab@a..@c, are dropped together, or none is.
 
     One that is off and stands on that branch is put back to the lowest of them; one that runs on it is refused.
     """
     from onionskin.operations import machine_usage
 
-    name, chosen = of_one(names)
+    same_machine(names)
+    name = names[0]
     with name.open_store() as store:
         target = store.open_machine(name.volume)
+        chosen = chosen_of(store, names)
         target._end_left_in_pools()
         loss = machine_usage.loss_of_discard(store._opened, target._id, chosen, recursive=recursive)
         if dry_run:
@@ -600,16 +603,21 @@ def discard(names: tuple[Name, ...], recursive: bool, yes: bool, dry_run: bool, 
 
 
 @_verb()
-@click.argument("names", type=MACHINE_SNAPSHOT, nargs=-1, required=True, metavar="STORE/MACHINE@SNAPSHOT...")
+@click.argument("names", type=MACHINE_SNAPSHOT_OR_RANGE, nargs=-1, required=True, metavar="STORE/MACHINE@SNAPSHOT...")
 @dry_run_option
 @trust_option
 @json_option
 def merge(names: tuple[Name, ...], dry_run: bool, as_json: bool) -> None:
-    """Drop snapshots of a machine and keep all data that was written."""
+    """Drop snapshots of a machine and keep all data that was written.
+
+    Several, and ranges as vms/lab@a..@c, are dropped together, or none is.
+    """
     from onionskin.operations import machine_usage
 
-    name, chosen = of_one(names)
+    same_machine(names)
+    name = names[0]
     with name.open_store() as store:
+        chosen = chosen_of(store, names)
         if dry_run:
             _tell_dry_run(as_json, "merge", (), machine_usage.loss_of_merge(store._opened, name.volume, chosen))
             return

@@ -4,10 +4,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onionskin.base.naming import several
 from onionskin.cli import output
-from onionskin.cli.arguments import MACHINE, MACHINE_OR_SNAPSHOT, MACHINE_SNAPSHOT, Name, parse_name, trust_option
-from onionskin.cli.chosen import same_store
+from onionskin.cli.arguments import (
+    MACHINE,
+    MACHINE_OR_SNAPSHOT,
+    MACHINE_SNAPSHOT,
+    MACHINE_SNAPSHOT_OR_RANGE,
+    Name,
+    parse_name,
+    trust_option,
+)
+from onionskin.cli.chosen import chosen_snapshots, listed, same_store
 from onionskin.cli.ending_options import with_help
 from onionskin.cli.keeping import rule_options, rules_of, tell_pruned
 from onionskin.cli.output import json_option
@@ -16,36 +23,44 @@ from onionskin.errors import OnionskinError
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
+    from onionskin.store import Store
+
 SNAPSHOTS = "STORE/MACHINE@SNAPSHOT..."
 
 
-def of_one(names: tuple[Name, ...]) -> tuple[Name, list[str]]:
-    """Return the machine whose snapshots these are, and their names."""
+def chosen_of(store: "Store", names: tuple[Name, ...]) -> list[str]:
+    """Return the snapshots of one machine that names and ranges mean, in the order of taking."""
+    same_machine(names)
+    return chosen_snapshots(store.machine_snapshots(names[0].volume), names, "machine")
+
+
+def same_machine(names: tuple[Name, ...]) -> None:
+    """Refuse names that are not of one machine, as wrong usage, before anything is opened."""
     for name in names[1:]:
         same_store(names[0], name)
         if name.volume != names[0].volume:
             raise click.UsageError("the snapshots are of several machines; name those of one")
-    return names[0], several("snapshot", [name.required_snapshot for name in names])
 
 
 @with_help
 @click.command()
-@click.argument("names", type=MACHINE_SNAPSHOT, nargs=-1, metavar=SNAPSHOTS)
+@click.argument("names", type=MACHINE_SNAPSHOT_OR_RANGE, nargs=-1, metavar=SNAPSHOTS)
 @click.argument("holder")
 @trust_option
 @json_option
 def hold(names: tuple[Name, ...], holder: str, as_json: bool) -> None:
     """Keep snapshots from being discarded, merged or deleted.
 
-    HOLDER says who needs them, and lets them go with unhold. What they have of disks and RAM is kept, too. Several are held
-    together, or none is.
+    HOLDER says who needs them, and lets them go with unhold. What they have of disks and RAM is kept, too. Several, and
+    ranges as vms/lab@a..@c, are held together, or none is.
     """
     _refuse_no_holder("hold", names, holder)
-    name, chosen = of_one(names)
-    with name.open_store() as store:
-        store.open_machine(name.volume).hold(chosen, holder)
+    same_machine(names)
+    with names[0].open_store() as store:
+        chosen = chosen_of(store, names)
+        store.open_machine(names[0].volume).hold(chosen, holder)
     is_are = "are" if len(chosen) > 1 else "is"
-    output.tell(as_json, _value(name, chosen, holder), lambda: f"{_listed(name, chosen)} {is_are} held by {holder}")
+    output.tell(as_json, _value(names[0], chosen, holder), lambda: f"{listed(names, chosen)} {is_are} held by {holder}")
 
 
 def complete_held(ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
@@ -55,7 +70,7 @@ def complete_held(ctx: click.Context, param: click.Parameter, incomplete: str) -
     words = [*(ctx.params.get("names") or ()), ctx.params.get("holder")]  # behind one word, that is the holder to click
     named = [parse_name(word) if isinstance(word, str) else word for word in words if word and "/" not in incomplete]
     if not named:
-        return MACHINE_SNAPSHOT.shell_complete(ctx, param, incomplete)
+        return MACHINE_SNAPSHOT_OR_RANGE.shell_complete(ctx, param, incomplete)
     try:
         with named[0].open_store() as store:
             holders = {
@@ -68,22 +83,23 @@ def complete_held(ctx: click.Context, param: click.Parameter, incomplete: str) -
 
 @with_help
 @click.command()
-@click.argument("names", type=MACHINE_SNAPSHOT, nargs=-1, metavar=SNAPSHOTS, shell_complete=complete_held)
+@click.argument("names", type=MACHINE_SNAPSHOT_OR_RANGE, nargs=-1, metavar=SNAPSHOTS, shell_complete=complete_held)
 @click.argument("holder")
 @trust_option
 @json_option
 def unhold(names: tuple[Name, ...], holder: str, as_json: bool) -> None:
     """Let snapshots go that HOLDER held.
 
-    Several are let go together, or none is.
+    Several, and ranges as vms/lab@a..@c, are let go together, or none is.
     """
     _refuse_no_holder("unhold", names, holder)
-    name, chosen = of_one(names)
-    with name.open_store() as store:
-        store.open_machine(name.volume).unhold(chosen, holder)
+    same_machine(names)
+    with names[0].open_store() as store:
+        chosen = chosen_of(store, names)
+        store.open_machine(names[0].volume).unhold(chosen, holder)
     is_are = "are" if len(chosen) > 1 else "is"
-    line = f"{_listed(name, chosen)} {is_are} not held by {holder} any more"
-    output.tell(as_json, _value(name, chosen, holder), lambda: line)
+    line = f"{listed(names, chosen)} {is_are} not held by {holder} any more"
+    output.tell(as_json, _value(names[0], chosen, holder), lambda: line)
 
 
 def _refuse_no_holder(verb: str, names: tuple[Name, ...], holder: str) -> None:
@@ -98,10 +114,6 @@ def _refuse_no_holder(verb: str, names: tuple[Name, ...], holder: str) -> None:
 
 def _value(name: Name, chosen: list[str], holder: str) -> dict[str, Any]:
     return {"machine": name.volume, "snapshots": chosen, "holder": holder}
-
-
-def _listed(name: Name, chosen: list[str]) -> str:
-    return ", ".join(f"{name.store}/{name.volume}@{one}" for one in chosen)
 
 
 @with_help
