@@ -166,5 +166,8 @@ def test_a_snapshot_of_a_head_that_was_prepared_makes_no_file(tmp_path: Path) ->
 
 @pytest.mark.parametrize("body", ['disk.snapshot("a")', "disk.flush()"])
 def test_no_call_grows_with_the_size_of_the_disk(tmp_path: Path, body: str) -> None:
-    small, large = (calls(tmp_path, body, size=size) for size in ("1G", "1T"))
-    assert small == large
+    alone = "store._opened.wake = lambda: None  # the background begins and ends when it does, and is not counted"
+    small, large = (calls(tmp_path, body, size=size, prepare=alone) for size in ("1G", "1T"))
+    assert of_files(small) == of_files(large)
+    for call in OF_MEMORY:  # the allocator asks when it has to
+        assert abs(small[call] - large[call]) < 20, (call, small, large)
