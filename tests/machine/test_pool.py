@@ -19,7 +19,7 @@ from onionskin.machine import pool as pools
 from onionskin.machine.machine import Machine
 from onionskin.machine.pool import MachinePool
 from onionskin.machine.record import Record
-from onionskin.operations import forks, machine_forks, machine_tree
+from onionskin.operations import forks, machine_forks, machine_removal, machine_tree
 
 pytestmark = pytest.mark.slow  # each starts several processes
 
@@ -312,12 +312,29 @@ def test_a_snapshot_beneath_a_pool_that_has_no_fork_ready_just_now_stays(
 ) -> None:
     with lab.pool("ready", warm=1):
         monkeypatch.setattr(machine_tree, "refuse_awaited", lambda *_, **__: None)  # as if none was
-        for change in (lambda: lab.discard("ready"), lambda: lab.merge("ready"), lambda: lab.delete(recursive=True)):
+        monkeypatch.setattr(machine_removal, "_refuse_forked", lambda *_: None)
+        for change in (
+            *(lambda: lab.discard("ready"), lambda: lab.merge("ready"), lambda: lab.delete(recursive=True)),
+            lambda: store.delete_machines("lab", recursive=True),
+        ):
             with pytest.raises(StateError, match="a pool makes forks of a snapshot that would go: lab@ready"):
                 change()
         lab.snapshot("later")
         assert [one.kept_by for one in lab.prune(keep_last=1)] == [("awaited",), ("last",)]
     assert [one.kept_by for one in lab.prune(keep_last=1)] == [(), ("last",)]
+
+
+def test_a_snapshot_beneath_a_pool_stays_where_what_it_was_taken_after_is_discarded(
+    lab: Machine, store: onionskin.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.revert("ready")  # which starts it
+    lab.snapshot("next")
+    lab.stop(force=True)
+    with lab.pool("next", warm=1):
+        monkeypatch.setattr(machine_tree, "refuse_awaited", lambda *_, **__: None)  # as if none was ready
+        with pytest.raises(StateError, match="a pool makes forks of a snapshot that would go: lab@next"):
+            lab.discard("ready", recursive=True)
+    assert [one.name for one in store.machine_snapshots("lab")] == ["ready", "next"]
 
 
 def test_a_pool_of_what_cannot_run_here_does_not_start(lab: Machine, store: onionskin.Store) -> None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from onionskin.errors import StateError
-from onionskin.machine import orphans
+from onionskin.machine import orphans, pool
 from onionskin.machine.ram_files import RamFiles
 from onionskin.machine.record import Record, directory_of, remove_directory
 
@@ -32,8 +32,11 @@ def drop_leftovers(store: "Store", gone: Iterable[bytes]) -> None:
 
 
 def refuse_processes(store: "Store", machines: "Iterable[MachineRow]") -> None:
-    """Raise StateError where processes of machines are there, which are kept off: their supervisors were killed."""
-    names = {directory_of(store._opened.layout.root, one.id): one.name for one in machines}
+    """Raise StateError where processes of machines are there, which are kept off: pools, or what a killed supervisor left."""
+    rows = list(machines)
+    for one in rows:
+        pool.refuse_pooled(store, one)
+    names = {directory_of(store._opened.layout.root, one.id): one.name for one in rows}
     for directory, started in orphans.processes(names).items():
         recorded = Record.read(directory)  # what another user started is found by that alone
         noted = () if recorded is None else (recorded.hypervisor, recorded.server)

@@ -511,7 +511,7 @@ class Machine:
         ValueError
             The sequence is empty.
         """
-        self._refuse_pooled({row.id for row in self._chosen(names)})
+        self._refuse_pooled(names)
         with self._supervisor():
             return self._store._merge_machine_snapshots(self._id, names)
 
@@ -543,7 +543,7 @@ class Machine:
         ValueError
             The sequence is empty.
         """
-        self._refuse_pooled({row.id for row in self._chosen(names)})
+        self._refuse_pooled(names, recursive=recursive)
         with self._supervisor():
             return self._store._discard_machine_snapshots(self._id, names, recursive=recursive)
 
@@ -737,7 +737,7 @@ class Machine:
         with self._supervisor() as control:
             if control is not None:
                 raise StateError(f"machine {self._name!r} runs; stop it first")
-        self._refuse_pooled({row.id for row in self._store._opened.catalog.snapshots_of_machine(self._id)})
+        self._end_left_in_pools()
         directory = self._directory
         freed = self._store._delete_machines([self._id], recursive=recursive)
         record.remove_directory(directory)
@@ -922,24 +922,21 @@ class Machine:
         return [one for row in rows if (one := MachinePool(self._directory, row.name, row.id)).is_there]
 
     def _pooled(self) -> set[bytes]:
-        """Return the ids of the snapshots of which pools make forks, also of one that has none ready just now."""
-        names = {one.snapshot for one in self.pools()}
-        return {row.id for row in self._store._opened.catalog.snapshots_of_machine(self._id) if row.name in names}
+        """Return the ids of the snapshots of which pools make forks. What one that was killed left is ended first."""
+        self._end_left_in_pools()
+        return {row.id for row in pool.pooled(self._store, self._id)}
 
-    def _chosen(self, names: "str | Sequence[str]") -> "list[MachineSnapshotRow]":
+    def _refuse_pooled(self, names: "str | Sequence[str]", *, recursive: bool = False) -> None:
+        """Raise StateError where a pool makes forks of one of these snapshots, or of those after them."""
+        self._end_left_in_pools()
         catalog = self._store._opened.catalog
         with catalog.reading():
-            return machine_tree.chosen(catalog, machines.find(catalog, self._id), several("snapshot", names))
-
-    def _refuse_pooled(self, going: set[bytes]) -> None:
-        """Raise StateError where a pool makes forks of one of these snapshots. What one that was killed left is ended."""
-        if pooled := going & self._pooled():
-            rows = self._store._opened.catalog.snapshots_of_machine(self._id)
-            names = some_of([f"{self._name}@{row.name}" for row in rows if row.id in pooled])
-            raise StateError(
-                f"a pool makes forks of a snapshot that would go: {names}; end it first, with 'onionskin machine pool "
-                "--stop'; nothing was dropped"
-            )
+            machine = machines.find(catalog, self._id)
+            wanted = several("snapshot", names)
+            going = machine_tree.chosen(catalog, machine, wanted)
+            if recursive:
+                going = machine_tree.going_with(catalog, machine, wanted, recursive=True)
+        pool.refuse_pooled(self._store, machine, {row.id for row in going})
 
     def _end_left_in_pools(self) -> None:
         """End the machines that waited in pools of this one which were killed, and whose supervisors were killed too."""

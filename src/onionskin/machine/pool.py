@@ -13,22 +13,24 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from onionskin.base.held import held
+from onionskin.base.naming import some_of
 from onionskin.base.sockets import connect_if_listening
 from onionskin.control import frames
 from onionskin.errors import OnionskinError, StateError
 from onionskin.machine import daemon
 from onionskin.machine.hypervisor import Configuration
 from onionskin.machine.qemu_command import refuse_same_sockets
-from onionskin.machine.record import make_directory
+from onionskin.machine.record import directory_of, make_directory
 from onionskin.operations import machines
 
 if TYPE_CHECKING:
+    from onionskin.catalog import MachineRow, MachineSnapshotRow
     from onionskin.store import Store
 
 WARM_MAX = 64
@@ -180,6 +182,23 @@ def taken(directory: Path, snapshot: bytes, count: int) -> Iterator[list[bytes]]
 
 
 # ---- the process ----
+
+
+def pooled(store: "Store", machine: bytes) -> "list[MachineSnapshotRow]":
+    """Return the snapshots of a machine of which pools make forks, also of one that has none ready just now."""
+    directory = directory_of(store._opened.layout.root, machine)
+    rows = store._opened.catalog.snapshots_of_machine(machine)
+    return [row for row in rows if MachinePool(directory, row.name, row.id).is_there]
+
+
+def refuse_pooled(store: "Store", machine: "MachineRow", going: Container[bytes] | None = None) -> None:
+    """Raise StateError where a pool makes forks of one of these snapshots of a machine; None: of any."""
+    names = [f"{machine.name}@{row.name}" for row in pooled(store, machine.id) if going is None or row.id in going]
+    if names:
+        raise StateError(
+            f"a pool makes forks of a snapshot that would go: {some_of(names)}; end it first, with 'onionskin machine pool "
+            "--stop'; nothing was dropped"
+        )
 
 
 def what_to_hold(store: "Store", machine: bytes, snapshot: bytes, warm: int) -> dict[str, Any]:
